@@ -1,0 +1,180 @@
+"""Checks made once, at construction or while tracing: each says expected, got, and what to do.
+
+Most look at structures, shapes and dtypes only and so cost nothing in a compiled step. The one that
+traces is ``independent_leaves``: it follows data through a jaxpr to find outputs that cannot depend on
+an input, which is how a hypergradient that is zero by construction is refused instead of returned.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.extend import core as jex_core
+
+from hypergrad import _tree
+from hypergrad._types import Array, Key, PyTree
+
+
+def message(expected: str, got: str, fix: str) -> str:
+    """Return the one form that every refusal has."""
+    return f"expected {expected}; got {got}. {fix}"
+
+
+def describe(value: Any) -> str:
+    """Name a value's kind for a message: type, and dtype and shape where it is an array."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{type(value).__name__} of dtype {value.dtype} and shape {value.shape}"
+    return f"{type(value).__name__} ({value!r:.80})"
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Return ``value`` if it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(message(f"{name} to be a Python int of at least 1", describe(value), "Pass an int."))
+    if value < 1:
+        raise ValueError(message(f"{name} to be at least 1", str(value), f"Pass {name}=1 or more."))
+    return int(value)
+
+
+def number(name: str, value: Any, *, low: float, strict: bool = False) -> None:
+    """Refuse a concrete number below ``low`` (or at it, if ``strict``) or not finite; a traced one passes."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number | jax.Array | np.ndarray):
+        raise TypeError(message(f"{name} to be a number", describe(value), "Pass a float."))
+    if jnp.ndim(value) != 0:
+        raise ValueError(message(f"{name} to be one number", describe(value), "Pass a scalar."))
+    inside = float(value) > low if strict else float(value) >= low
+    if not (inside and np.isfinite(float(value))):
+        bound = f"finite and {'>' if strict else '>='} {low:g}"
+        raise ValueError(message(f"{name} to be {bound}", f"{float(value):g}", f"Choose {name} {bound}."))
+
+
+def floating_leaves(what: str, tree: PyTree) -> None:
+    """Refuse a tree without leaves, or with a leaf that is not a real floating-point array."""
+    leaves, names = jax.tree.leaves(tree), _tree.leaf_names(tree)
+    if not leaves:
+        raise ValueError(message(f"{what} with at least one array", "an empty tree", "Pass at least one leaf."))
+    for leaf, name in zip(leaves, names, strict=True):
+        if not isinstance(leaf, int | float | complex | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+            raise TypeError(
+                message(f"{what} leaf {name} to be an array", describe(leaf), "Pass a pytree of arrays only.")
+            )
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            fix = "Integers, booleans and complex numbers have no gradient here: cast the leaf to a float dtype."
+            raise TypeError(message(f"{what} leaf {name} of a floating dtype", str(jnp.result_type(leaf)), fix))
+
+
+def same_structure(what: str, tree: PyTree, like_what: str, like: PyTree) -> None:
+    """Refuse ``tree`` unless its structure and shapes are those of ``like``; names the first leaf that differs."""
+    got: Any = jax.tree.structure(tree)
+    want: Any = jax.tree.structure(like)
+    fix = f"Build {what} with the structure of {like_what}."
+    if got != want:
+        names, like_names = _tree.leaf_names(tree), _tree.leaf_names(like)
+        odd = [n for n in names if n not in like_names] + [n for n in like_names if n not in names]
+        where = f" (first difference at leaf {odd[0]})" if odd else ""
+        raise ValueError(message(f"{what} with the structure of {like_what}, {want}", f"{got}{where}", fix))
+    for name, a, b in zip(_tree.leaf_names(like), jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
+        if jnp.shape(a) != jnp.shape(b):
+            raise ValueError(message(f"{what} leaf {name} of shape {jnp.shape(b)}", f"shape {jnp.shape(a)}", fix))
+
+
+def window_length(inner_batch: PyTree, window: int | None = None) -> int:
+    """Return the common leading axis K of the batch's leaves; refuse a missing, unequal or unexpected one."""
+    fix = "Stack K batches, e.g. jax.tree.map(lambda *b: jnp.stack(b), *batches)."
+    wanted = f"a leading window axis of length {window}" if window else "a common leading window axis"
+    leaves, names = jax.tree.leaves(inner_batch), _tree.leaf_names(inner_batch)
+    length = window
+    for leaf, name in zip(leaves, names, strict=True):
+        shape = jnp.shape(leaf)
+        if not shape or shape[0] == 0 or (length is not None and shape[0] != length):
+            wanted_here = wanted if window or length is None else f"{wanted} ({length}, from the first leaf)"
+            raise ValueError(message(f"inner_batch leaf {name} with {wanted_here}", f"shape {shape}", fix))
+        length = shape[0]
+    if length is None:
+        raise ValueError(message(f"inner_batch with {wanted}", "a batch without leaves", fix))
+    return int(length)
+
+
+def scalar_loss(name: str, value: Any, fix: str) -> Array:
+    """Return the loss value if it is one real floating-point number."""
+    if not isinstance(value, int | float | jax.Array | np.ndarray | np.generic):
+        raise TypeError(message(f"{name} to return a scalar", describe(value), fix))
+    if jnp.shape(value) != ():
+        raise ValueError(
+            message(f"{name} to return a scalar", f"shape {jnp.shape(value)}", "Reduce it, e.g. with jnp.mean.")
+        )
+    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise TypeError(message(f"{name} to return a float", str(jnp.result_type(value)), "Cast it to float32."))
+    return jnp.asarray(value)
+
+
+def as_key(key: Key) -> Array | None:
+    """Return a typed key from a typed key, an integer seed, or raw uint32 key data; None stays None."""
+    if key is None:
+        return None
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.shape != ():
+            raise ValueError(message("one random key", f"keys of shape {key.shape}", "Pass a single key."))
+        return key
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        return jax.random.key(int(key))
+    if isinstance(key, jax.Array | np.ndarray):
+        if key.dtype == jnp.uint32 and key.ndim == 1:
+            return jax.random.wrap_key_data(jnp.asarray(key))
+        if jnp.issubdtype(key.dtype, jnp.integer) and key.ndim == 0:
+            return jax.random.key(key)
+    raise TypeError(message("key to be an int or a jax.random.key", describe(key), "Pass jax.random.key(seed)."))
+
+
+def transformation(name: str, value: Any) -> optax.GradientTransformationExtraArgs:
+    """Return an optax transformation that takes (and drops, where it knows none) extra keywords."""
+    if isinstance(value, optax.MultiSteps):
+        value = value.gradient_transformation()
+    if not isinstance(value, optax.GradientTransformation):
+        fix = "Pass an optax optimizer, e.g. optax.adam(1e-3)."
+        raise TypeError(message(f"{name} to be an optax.GradientTransformation", describe(value), fix))
+    return optax.with_extra_args_support(value)
+
+
+def independent_leaves(fn: Callable[[PyTree], PyTree], argument: PyTree) -> list[int]:
+    """Return the indices of output leaves of ``fn(argument)`` that cannot depend on ``argument``.
+
+    Data is followed forward through the jaxpr, into nested jaxprs whose inputs and outputs match those of
+    their equation one to one (jit, custom derivatives, remat); through any other equation each output counts
+    as dependent on each input. So a listed leaf is constant for certain, and an unlisted one may be too.
+    """
+    closed = jax.make_jaxpr(fn)(argument)
+    depends = _follow(closed.jaxpr, [True] * len(closed.jaxpr.invars))
+    return [i for i, d in enumerate(depends) if not d]
+
+
+def _follow(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
+    known = {v for v, m in zip(jaxpr.invars, marked, strict=True) if m}
+
+    def is_marked(v: Any) -> bool:
+        return not isinstance(v, jex_core.Literal) and v in known
+
+    for eqn in jaxpr.eqns:
+        inputs = [is_marked(v) for v in eqn.invars]
+        if not any(inputs):
+            continue
+        inner = _one_to_one(eqn)
+        outputs = [True] * len(eqn.outvars) if inner is None else _follow(inner, inputs)
+        known.update(v for v, m in zip(eqn.outvars, outputs, strict=True) if m)
+    return [is_marked(v) for v in jaxpr.outvars]
+
+
+def _one_to_one(eqn: Any) -> Any:
+    """Return the equation's only sub-jaxpr if its arity is that of the equation, else None."""
+    if eqn.primitive.name in {"scan", "while", "cond"}:
+        return None
+    inner = [getattr(p, "jaxpr", p) for p in eqn.params.values() if hasattr(getattr(p, "jaxpr", p), "eqns")]
+    if len(inner) != 1:
+        return None
+    matches = len(inner[0].invars) == len(eqn.invars) and len(inner[0].outvars) == len(eqn.outvars)
+    return inner[0] if matches else None

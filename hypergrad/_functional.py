@@ -1,0 +1,139 @@
+"""Hypergradients without a training loop: the functional form of an estimator.
+
+    hypergrad(estimator)(w, λ, inner_batch, outer_batch, key=key)  =  dL_out/dλ
+
+Use it in a notebook, in a test, or in an outer loop of one's own. Nothing is compiled here: wrap the result
+in ``jax.jit``, as one does with ``jax.value_and_grad``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from hypergrad import _checks
+from hypergrad._problem import BilevelParams, check_model_state, check_variables
+from hypergrad._rollout import resolve_optimizer
+from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params
+from hypergrad.estimators import Estimate, HypergradEstimator, HypergradInfo
+
+
+def value_and_hypergrad(
+    estimator: HypergradEstimator, inner_optimizer: Any = None
+) -> Callable[..., tuple[tuple[Array, Hyperparams], HypergradInfo]]:
+    """Return a function that gives outer loss, hypergradient and info.
+
+    ``fn(params, hyperparams, inner_batch, outer_batch, *, key, model_state=None) -> ((value, hypergrad), info)``
+
+    Args:
+      estimator: e.g. ``hg.implicit(problem, hg.solvers.cg(50))``.
+      inner_optimizer: None: everything is evaluated at ``params``. An optax transformation: leaves of
+        ``inner_batch`` carry a window axis K, and K steps from a fresh optimizer state are taken first.
+
+    Returns:
+      The function. ``info.aux`` is the outer loss's aux, ``info.skipped`` says that value or hypergradient is
+      not finite.
+
+    Raises:
+      TypeError: ``estimator`` is not a ``HypergradEstimator``.
+      ValueError: an estimator that differentiates inner steps, without an ``inner_optimizer``.
+
+    Right under the estimator's assumption at ``params``; for ``implicit`` that ∇_w L_in = 0 there.
+
+    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> problem = hg.BilevelProblem(lambda w, h, b, k: 0.5 * ((w - h) ** 2).sum(), lambda w, h, b, k: (w**2).sum())
+    >>> fn = value_and_hypergrad(hg.implicit(problem, hg.solvers.cg(5)))
+    >>> (value, grad), info = fn(jnp.array([3.0]), jnp.array([3.0]), (), (), key=None)
+    >>> float(value), float(grad[0]), bool(info.solver.converged)
+    (9.0, 6.0, True)
+
+    Reference: the estimator's.
+    """
+    estimate = _estimator_function(estimator, inner_optimizer)
+
+    def fn(
+        params: Params,
+        hyperparams: Hyperparams,
+        inner_batch: Batch,
+        outer_batch: Batch,
+        *,
+        key: Key,
+        model_state: ModelState = None,
+    ) -> tuple[tuple[Array, Hyperparams], HypergradInfo]:
+        result = estimate(BilevelParams(params, hyperparams), inner_batch, outer_batch, key, model_state)
+        return (result.value, result.hypergrad), result.info
+
+    return fn
+
+
+def hypergrad(estimator: HypergradEstimator, inner_optimizer: Any = None) -> Callable[..., Hyperparams]:
+    """Return a function that gives the hypergradient alone, as ``jax.grad`` does beside ``jax.value_and_grad``.
+
+    ``fn(params, hyperparams, inner_batch, outer_batch, *, key, model_state=None) -> hypergrad``
+
+    Args:
+      estimator: as for ``value_and_hypergrad``.
+      inner_optimizer: as for ``value_and_hypergrad``.
+
+    Returns:
+      The function; its result is a tree like the hyperparameters. It carries no status: where a solve may
+      fail, use ``value_and_hypergrad`` and read its info.
+
+    Raises:
+      TypeError: as for ``value_and_hypergrad``.
+      ValueError: as for ``value_and_hypergrad``.
+
+    Right under the estimator's assumption at ``params``.
+
+    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> problem = hg.BilevelProblem(lambda w, h, b, k: 0.5 * ((w - h) ** 2).sum(), lambda w, h, b, k: (w**2).sum())
+    >>> grad = hypergrad(hg.implicit(problem, hg.solvers.cg(5)))(jnp.ones(1), jnp.ones(1), (), (), key=None)
+    >>> grad.tolist()
+    [2.0]
+
+    Reference: the estimator's.
+    """
+    with_info = value_and_hypergrad(estimator, inner_optimizer)
+
+    def fn(
+        params: Params,
+        hyperparams: Hyperparams,
+        inner_batch: Batch,
+        outer_batch: Batch,
+        *,
+        key: Key,
+        model_state: ModelState = None,
+    ) -> Hyperparams:
+        (_, gradient), _ = with_info(params, hyperparams, inner_batch, outer_batch, key=key, model_state=model_state)
+        return gradient
+
+    return fn
+
+
+def _estimator_function(estimator: HypergradEstimator, inner_optimizer: Any) -> Callable[..., Estimate]:
+    if not isinstance(estimator, HypergradEstimator):
+        fix = "Pass e.g. hg.implicit(problem, hg.solvers.cg(50))."
+        raise TypeError(_checks.message("a HypergradEstimator", _checks.describe(estimator), fix))
+    if estimator.needs_rollout and inner_optimizer is None:
+        fix = "Pass inner_optimizer=optax.sgd(...), and batches with a leading window axis."
+        raise ValueError(
+            _checks.message("an inner_optimizer for an estimator that differentiates inner steps", "None", fix)
+        )
+    problem = estimator.problem
+
+    def estimate(variables: BilevelParams, inner_batch: Batch, outer_batch: Batch, key: Any, state: Any) -> Estimate:
+        check_variables(variables)
+        inner_state: Any = ()
+        if inner_optimizer is not None:
+            optimizer = resolve_optimizer(inner_optimizer, problem.constrain(variables.hyperparams))
+            inner_state = optimizer.init(variables.params)
+        return estimator.estimate(
+            variables,
+            inner_state,
+            estimator.init(variables),
+            inner_batch,
+            outer_batch,
+            key=_checks.as_key(key),
+            inner_optimizer=inner_optimizer,
+            model_state=check_model_state(problem, state),
+        )
+
+    return estimate

@@ -1,0 +1,219 @@
+"""The bilevel problem: two losses over weights w and hyperparameters λ.
+
+    w*(λ) = argmin_w L_in(w, λ)            λ* = argmin_λ L_out(w*(λ), λ)
+
+A problem says what is differentiated; an estimator says how. ``reparameterize`` moves a problem whose losses
+take constrained hyperparameters (positive decays, probabilities) to unconstrained ones that an optimizer may
+step in freely; it composes with itself.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hypergrad import _checks
+from hypergrad._types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
+from hypergrad.bijectors import Bijector, constrain
+
+
+class BilevelParams(NamedTuple):
+    """The joint pytree that ``bilevel`` optimizes, and that hypergradients are taken at.
+
+    Attributes:
+      params: weights w, a pytree of floating-point arrays.
+      hyperparams: unconstrained hyperparameters λ, a pytree of floating-point arrays.
+    """
+
+    params: Params
+    hyperparams: Hyperparams
+
+
+def _unchanged(hyperparams: Hyperparams) -> Hyperparams:
+    return hyperparams
+
+
+@dataclasses.dataclass(frozen=True)
+class BilevelProblem:
+    """An inner loss that trains the weights and an outer loss that judges the hyperparameters.
+
+    min_λ L_out(w*(λ), λ)  subject to  w*(λ) = argmin_w L_in(w, λ).
+
+    Both losses are called as ``loss(params, hyperparams, batch, key)``; ``key`` is a typed ``jax.random.key``,
+    or None where neither draws random numbers. A ``stateful`` loss takes ``model_state`` as fifth argument.
+
+    Attributes:
+      inner_loss: trains the weights; twice differentiable in them for ``implicit``.
+      outer_loss: judges the hyperparameters at the weights reached, on other data.
+      has_aux: both losses return ``(scalar, aux)``.
+      stateful: both losses return ``(scalar, model_state)``, or ``(scalar, (model_state, aux))`` with aux.
+      constrain: maps unconstrained hyperparameters to those that the original losses see.
+
+    Raises:
+      TypeError: a loss is not callable, or a flag is not a bool.
+
+    >>> problem = BilevelProblem(lambda w, h, b, k: ((w - h) ** 2).sum(), lambda w, h, b, k: (w ** 2).sum())
+    >>> problem.has_aux
+    False
+    """
+
+    inner_loss: Loss
+    outer_loss: Loss
+    has_aux: bool = dataclasses.field(default=False, kw_only=True)
+    stateful: bool = dataclasses.field(default=False, kw_only=True)
+    constrain: Callable[[Hyperparams], Hyperparams] = dataclasses.field(default=_unchanged, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("inner_loss", "outer_loss", "constrain"):
+            if not callable(getattr(self, name)):
+                fix = "Pass loss(params, hyperparams, batch, key) -> scalar."
+                got = _checks.describe(getattr(self, name))
+                raise TypeError(_checks.message(f"BilevelProblem's {name} to be callable", got, fix))
+        for name in ("has_aux", "stateful"):
+            if not isinstance(getattr(self, name), bool):
+                got, fix = _checks.describe(getattr(self, name)), "Pass True or False."
+                raise TypeError(_checks.message(f"BilevelProblem's {name} to be a bool", got, fix))
+
+
+class LossValue(NamedTuple):
+    """A loss's result in one form, whatever the problem's flags.
+
+    Attributes:
+      value: scalar.
+      model_state: what the loss returned as such; () for a stateless problem.
+      aux: what the loss returned as such; () without ``has_aux``.
+    """
+
+    value: Array
+    model_state: ModelState
+    aux: Any
+
+
+def reparameterize(problem: BilevelProblem, bijectors: PyTree) -> BilevelProblem:
+    """Return the problem over unconstrained hyperparameters λ, with losses at ``constrain(bijectors, λ)``.
+
+    L'(w, λ) = L(w, forward(λ)), so the hypergradient gains the factor forward'(λ).
+
+    Args:
+      problem: a problem over constrained hyperparameters.
+      bijectors: one ``Bijector``, or a tree prefix of the hyperparameters with bijectors as leaves.
+
+    Returns:
+      A ``BilevelProblem``, whose ``constrain`` is the composition of all reparameterizations so far.
+
+    Raises:
+      TypeError: ``problem`` is not a ``BilevelProblem``, or ``bijectors`` holds something else than bijectors.
+
+    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> loss = lambda w, decay, batch, key: (decay * w ** 2).sum()
+    >>> problem = hg.reparameterize(hg.BilevelProblem(loss, loss), hg.bijectors.exp())
+    >>> float(problem.inner_loss(jnp.array(3.0), jnp.array(0.0), None, None))
+    9.0
+    """
+    check_problem(problem)
+    for bijector in jax.tree.leaves(bijectors, is_leaf=lambda b: isinstance(b, Bijector)):
+        if not isinstance(bijector, Bijector):
+            got, fix = _checks.describe(bijector), "Call it: hg.bijectors.exp() with parentheses."
+            raise TypeError(_checks.message("bijectors to be Bijector values", got, fix))
+
+    def over_unconstrained(loss: Loss) -> Loss:
+        @functools.wraps(loss)
+        def reparameterized(params: Params, hyperparams: Hyperparams, *args: Any, **kwargs: Any) -> Any:
+            return loss(params, constrain(bijectors, hyperparams), *args, **kwargs)
+
+        return reparameterized
+
+    return dataclasses.replace(
+        problem,
+        inner_loss=over_unconstrained(problem.inner_loss),
+        outer_loss=over_unconstrained(problem.outer_loss),
+        constrain=lambda hyperparams: problem.constrain(constrain(bijectors, hyperparams)),
+    )
+
+
+def evaluate_inner(
+    problem: BilevelProblem, variables: BilevelParams, batch: Batch, key: Array | None, model_state: ModelState
+) -> LossValue:
+    """Return the inner loss's value, model state and aux, checked."""
+    return _evaluate(problem, "inner_loss", problem.inner_loss, (*variables, batch, key), model_state)
+
+
+def inner_gradient(
+    problem: BilevelProblem, hyperparams: Hyperparams
+) -> Callable[[Params, Batch, Array | None, ModelState], tuple[Params, ModelState]]:
+    """Return ``(params, batch, key, model_state) -> (∇_w L_in, model_state after the forward pass)``."""
+
+    def gradient(params: Params, batch: Batch, key: Array | None, model_state: ModelState) -> tuple[Params, ModelState]:
+        def loss(w: Params) -> tuple[Array, ModelState]:
+            result = evaluate_inner(problem, BilevelParams(w, hyperparams), batch, key, model_state)
+            return result.value, result.model_state
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    return gradient
+
+
+def evaluate_outer(
+    problem: BilevelProblem, variables: BilevelParams, batch: Batch, key: Array | None, model_state: ModelState
+) -> LossValue:
+    """Return the outer loss's value, model state and aux, checked."""
+    return _evaluate(problem, "outer_loss", problem.outer_loss, (*variables, batch, key), model_state)
+
+
+def check_problem(problem: Any) -> None:
+    """Refuse anything but a ``BilevelProblem``."""
+    if not isinstance(problem, BilevelProblem):
+        got, fix = _checks.describe(problem), "Build it with hg.BilevelProblem(inner_loss, outer_loss)."
+        raise TypeError(_checks.message("a BilevelProblem", got, fix))
+
+
+def check_variables(variables: Any) -> BilevelParams:
+    """Return ``variables`` if it is a ``BilevelParams`` of floating-point trees."""
+    if not isinstance(variables, BilevelParams):
+        got, fix = _checks.describe(variables), "Pass hg.BilevelParams(params, hyperparams)."
+        raise TypeError(_checks.message("a BilevelParams", got, fix))
+    _checks.floating_leaves("params", variables.params)
+    _checks.floating_leaves("hyperparams", variables.hyperparams)
+    return variables
+
+
+def check_model_state(problem: BilevelProblem, model_state: ModelState) -> ModelState:
+    """Refuse a missing model state of a stateful problem, and a given one of another; None becomes ()."""
+    if problem.stateful and model_state is None:
+        fix = "Pass model_state=..., e.g. the batch_stats collection."
+        raise ValueError(_checks.message("model_state for a stateful problem", "None", fix))
+    if not problem.stateful and not (model_state is None or model_state == ()):
+        fix = "Declare BilevelProblem(..., stateful=True), or drop model_state."
+        raise ValueError(_checks.message("no model_state for a stateless problem", _checks.describe(model_state), fix))
+    return () if model_state is None else model_state
+
+
+def _evaluate(
+    problem: BilevelProblem, name: str, loss: Loss, arguments: tuple[Any, ...], model_state: ModelState
+) -> LossValue:
+    result = loss(*arguments, model_state) if problem.stateful else loss(*arguments)
+    value, new_state, aux = result, (), ()
+    if problem.stateful or problem.has_aux:
+        form = {
+            (True, True): "(scalar, (model_state, aux))",
+            (True, False): "(scalar, model_state)",
+            (False, True): "(scalar, aux)",
+        }[problem.stateful, problem.has_aux]
+        fix = f"Return {form}, or change has_aux/stateful of the BilevelProblem."
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(_checks.message(f"{name} to return {form}", _checks.describe(result), fix))
+        value, extra = result
+        if problem.stateful and problem.has_aux:
+            if not (isinstance(extra, tuple) and len(extra) == 2):
+                raise TypeError(_checks.message(f"{name} to return {form}", _checks.describe(extra), fix))
+            new_state, aux = extra
+        else:
+            new_state, aux = (extra, ()) if problem.stateful else ((), extra)
+        if problem.stateful:
+            _checks.same_structure(f"the model_state that {name} returned", new_state, "the given one", model_state)
+    fix = "Return the scalar alone, or declare has_aux=True / stateful=True."
+    value = _checks.scalar_loss(name, value, fix)
+    return LossValue(value, jax.tree.map(jnp.asarray, new_state), aux)

@@ -1,0 +1,115 @@
+"""Pytree operations that ``optax.tree`` lacks: precision, weak types, aliasing, names.
+
+Vectors of a linear solve live in ``promote_types(leaf dtype, float32)``: bfloat16 becomes float32,
+float64 stays. No function here ravels a tree, so shardings survive.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from hypergrad._types import Array, PyTree
+
+
+def promote(tree: PyTree) -> PyTree:
+    """Cast every leaf to at least float32: ``promote_types(leaf dtype, float32)``."""
+    return jax.tree.map(lambda x: jnp.asarray(x, _wide(x)), tree)
+
+
+def promoted_zeros_like(tree: PyTree) -> PyTree:
+    """Return zeros with the shapes (and, eagerly, the shardings) of ``tree`` in the promoted dtypes."""
+    return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_wide(x)), tree)
+
+
+def vdot(a: PyTree, b: PyTree) -> Array:
+    """Return Σ aᵢbᵢ over all leaves; 0 for an empty tree. Cast to the promoted dtype first."""
+    terms = jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))
+    return total(terms)
+
+
+def norm(tree: PyTree) -> Array:
+    """Return the Euclidean norm over all leaves."""
+    return jnp.sqrt(vdot(tree, tree))
+
+
+def max_abs(tree: PyTree) -> Array:
+    """Return the largest magnitude over all leaves; 0 for an empty tree. NaN where an entry is NaN."""
+    tops = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
+    dtype = wider(*(top.dtype for top in tops))
+    result = jnp.zeros((), dtype)
+    for top in tops:
+        result = jnp.maximum(result, top.astype(dtype))
+    return result
+
+
+def add_scaled(x: PyTree, scale: Any, y: PyTree) -> PyTree:
+    """Return x + scale·y, leaf by leaf, in the dtype of x."""
+    return jax.tree.map(lambda a, b: a + jnp.asarray(scale, a.dtype) * b, x, y)
+
+
+def scale(tree: PyTree, factor: Any) -> PyTree:
+    """Return factor·tree in the leaves' own dtypes."""
+    return jax.tree.map(lambda a: a * jnp.asarray(factor, a.dtype), tree)
+
+
+def all_finite(tree: PyTree) -> Array:
+    """Return whether every entry of every leaf is finite; True for an empty tree."""
+    result = jnp.array(True)
+    for leaf in jax.tree.leaves(tree):
+        result = result & jnp.all(jnp.isfinite(leaf))
+    return result
+
+
+def strip_weak_types(tree: PyTree) -> PyTree:
+    """Make every array leaf strongly typed: a weakly typed one costs an extra trace."""
+    return jax.tree.map(lambda x: x if _is_key(x) else lax.convert_element_type(x, jnp.asarray(x).dtype), tree)
+
+
+def unalias(tree: PyTree, *others: PyTree) -> PyTree:
+    """Copy leaves of ``tree`` that are the very object of another leaf: donation rejects duplicates."""
+    seen = {id(leaf) for other in others for leaf in jax.tree.leaves(other)}
+
+    def fresh(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and id(leaf) in seen:
+            return jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(fresh, tree)
+
+
+def match_dtypes(tree: PyTree, like: PyTree) -> PyTree:
+    """Cast ``tree`` leaf by leaf to the dtypes of ``like``, strongly typed, so that branches agree."""
+    return strip_weak_types(optax.tree.cast_like(tree, like))
+
+
+def leaf_names(tree: PyTree) -> list[str]:
+    """Return the path of every leaf, as messages print it: ``['dense']['kernel']``."""
+    paths, _ = jax.tree.flatten_with_path(tree)
+    return [jax.tree_util.keystr(path) or "(the tree itself)" for path, _ in paths]
+
+
+def wider(*dtypes: Any) -> Any:
+    """Return the widest of the floating dtypes, at least float32; under strict promotion too."""
+    floats = [jnp.dtype(d) for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+    return max([jnp.dtype(jnp.float32), *floats], key=lambda d: d.itemsize)
+
+
+def total(terms: list[Array]) -> Array:
+    """Return the sum of scalars in the widest of their dtypes, at least float32; 0 of none."""
+    dtype = wider(*(term.dtype for term in terms))
+    result = jnp.zeros((), dtype)
+    for term in terms:
+        result = result + term.astype(dtype)
+    return result
+
+
+def _wide(x: Any) -> Any:
+    return wider(jnp.result_type(x))
+
+
+def _is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

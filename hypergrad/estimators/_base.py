@@ -1,0 +1,122 @@
+"""The protocol of a hypergradient estimator: how dL_out/dλ is obtained, apart from what is differentiated.
+
+    dL_out/dλ  =  ∂L_out/∂λ  +  (dw*/dλ)ᵀ ∂L_out/∂w
+
+Every method is one way to get the second term. State is what the next estimate needs (a solver's warm
+start); info is what a person wants to see.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hypergrad import _checks, _tree
+from hypergrad._problem import BilevelProblem
+from hypergrad._rollout import depends_on_hyperparams
+from hypergrad._types import Array, Hyperparams, ModelState, Params, PyTree
+
+
+class HypergradInfo(NamedTuple):
+    """What an estimate tells a person. Structure and dtypes are fixed, so it may live in a carried state.
+
+    Attributes:
+      outer_loss: scalar, the outer loss at the weights of the estimate.
+      hypergrad_norm: scalar, Euclidean norm of the hypergradient over all leaves.
+      solver: ``SolveInfo`` of the linear solve; () for methods without one.
+      standard_error: scalar, of a stochastic estimate; () for others.
+      skipped: bool scalar, the hypergradient or the outer loss was not finite; ``bilevel`` then takes no
+        outer step.
+      step: int32 scalar, the number (from 1) of the ``update`` call that made it; −1 for none.
+      aux: what the outer loss returned as aux; () in ``bilevel``'s state and without ``has_aux``.
+    """
+
+    outer_loss: Array
+    hypergrad_norm: Array
+    solver: Any
+    standard_error: Any
+    skipped: Array
+    step: Array
+    aux: Any = ()
+
+
+class Estimate(NamedTuple):
+    """The result of an estimate.
+
+    Attributes:
+      value: scalar, the outer loss at ``params`` and the given hyperparameters.
+      hypergrad: tree like the hyperparameters, d value/dλ.
+      params: weights that the estimate was made at: the given ones, or those that the window reached.
+      inner_state: the inner optimizer's state there, as given without an optimizer.
+      estimator_state: for the next estimate.
+      model_state: the model's state there, () for a stateless problem.
+      info: ``HypergradInfo``.
+    """
+
+    value: Array
+    hypergrad: Hyperparams
+    params: Params
+    inner_state: PyTree
+    estimator_state: PyTree
+    model_state: ModelState
+    info: HypergradInfo
+
+
+class HypergradEstimator(NamedTuple):
+    """A method bound to a problem, as pure functions.
+
+    Attributes:
+      problem: the ``BilevelProblem``.
+      init: ``init(variables) -> estimator_state``, a pytree of arrays that shares no buffer with variables.
+      estimate: ``estimate(variables, inner_state, estimator_state, inner_batch, outer_batch, *, key,
+        inner_optimizer=None, model_state=None) -> Estimate``. With an ``inner_optimizer``, leaves of
+        ``inner_batch`` carry a window axis K and K inner steps are taken first; without one, everything is
+        evaluated at ``variables.params``.
+      needs_rollout: the method differentiates the inner steps themselves and so cannot do without.
+      solver_info: what ``info.solver`` holds before the first estimate; () for methods without a solve.
+    """
+
+    problem: BilevelProblem
+    init: Callable[..., PyTree]
+    estimate: Callable[..., Estimate]
+    needs_rollout: bool
+    solver_info: Any = ()
+
+
+def blank_info(solver: Any = ()) -> HypergradInfo:
+    """Return the info of before the first estimate: zeros, ``step=-1``."""
+    return HypergradInfo(jnp.zeros((), float), jnp.zeros((), float), solver, (), jnp.array(False), jnp.array(-1))
+
+
+def describe_estimate(
+    value: Array, hypergrad: Hyperparams, *, solver: Any = (), standard_error: Any = (), aux: Any = ()
+) -> HypergradInfo:
+    """Return the info of an estimate that belongs to no ``update`` call yet."""
+    wide = _tree.promote(hypergrad)
+    size = _tree.norm(wide)
+    finite = jnp.isfinite(value) & _tree.all_finite(wide)
+    return HypergradInfo(value, size, solver, standard_error, ~finite, jnp.array(-1), aux)
+
+
+def refuse_optimizer_function(inner_optimizer: Any) -> None:
+    """Refuse an inner optimizer that depends on the hyperparameters: the implicit function theorem cannot see it."""
+    if depends_on_hyperparams(inner_optimizer):
+        wanted = "inner_optimizer to be an optax transformation, for an estimator that does not differentiate steps"
+        fix = "The inner optimum does not depend on how it is reached: tune optimizer settings with hg.unrolled."
+        raise TypeError(_checks.message(wanted, "a function of the hyperparameters", fix))
+
+
+def refuse_zeros(name: str, hyperparams: Hyperparams, *zero_leaves: list[int]) -> None:
+    """Refuse hyperparameter leaves that are in every given list of leaves with a zero derivative."""
+    zero = set(range(len(jax.tree.leaves(hyperparams)))).intersection(*map(set, zero_leaves))
+    if not zero:
+        return
+    names = ", ".join(_tree.leaf_names(hyperparams)[i] for i in sorted(zero))
+    wanted = "every hyperparameter leaf to enter the inner loss's gradient in the weights, or the outer loss"
+    fix = (
+        f"Its {name} hypergradient would be zero by construction. A learning rate, momentum or decoupled decay acts "
+        "through the optimizer: use unrolled differentiation (hg.unrolled) for it, or put a decay into the inner "
+        "loss (hg.penalties.l2). Remove a leaf that nothing uses."
+    )
+    raise ValueError(_checks.message(wanted, f"hyperparams leaf {names}, which enters neither", fix))

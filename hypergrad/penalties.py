@@ -1,0 +1,99 @@
+"""Penalties whose coefficients are hyperparameters: one number, one a layer, one a leaf, or one a weight.
+
+    l2(w, c) = ½ Σᵢ cᵢ wᵢ²            gradient cᵢ wᵢ, Hessian diag(c)
+    l1(w, c) = Σᵢ cᵢ (√(wᵢ² + s²) − s)    smoothed: twice differentiable, |wᵢ| for |wᵢ| ≫ s
+
+Put the penalty into the *inner* loss: implicit differentiation sees no decay that an optimizer applies
+(``optax.adamw``). Coefficients are the constrained, non-negative values; learn them through
+``reparameterize(problem, bijectors.exp())`` or another positive bijector.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hypergrad import _checks, _tree
+from hypergrad._types import Array, Params, PyTree
+
+
+def l2(params: Params, coefficients: PyTree) -> Array:
+    """Return the ridge penalty ½ Σ cᵢ wᵢ².
+
+    Args:
+      params: weights, any pytree of arrays.
+      coefficients: a tree prefix of ``params``. Each of its leaves is a scalar, which then holds for every
+        weight below it, or an array that broadcasts to the weight's shape (in particular one number a weight).
+
+    Returns:
+      A scalar in ``promote_types(leaf dtypes, float32)``. With non-negative coefficients it is convex.
+
+    Raises:
+      ValueError: ``coefficients`` is not a prefix of ``params``, or a shape does not broadcast to its weight's.
+
+    >>> import jax.numpy as jnp
+    >>> float(l2({"a": jnp.array([1., 2.]), "b": jnp.array(3.)}, {"a": jnp.array([2., 1.]), "b": 2.}))
+    12.0
+
+    Reference: Krogh & Hertz, A simple weight decay can improve generalization, NIPS 1991.
+    """
+    return _weighted_sum("penalties.l2", lambda w: 0.5 * w * w, params, coefficients)
+
+
+def l1(params: Params, coefficients: PyTree, *, smoothing: float = 1e-3) -> Array:
+    """Return the smoothed lasso penalty Σ cᵢ (√(wᵢ² + s²) − s).
+
+    Its curvature at zero is cᵢ/s: a small ``smoothing`` makes linear solves with the Hessian harder.
+
+    Args:
+      params: weights, any pytree of arrays.
+      coefficients: a tree prefix of ``params``, as for ``l2``.
+      smoothing: s > 0, the width around zero in which |w| is rounded, in units of the weights.
+
+    Returns:
+      A scalar in ``promote_types(leaf dtypes, float32)``, at most Σ cᵢ|wᵢ| and at least Σ cᵢ(|wᵢ| − s).
+
+    Raises:
+      ValueError: ``smoothing`` ≤ 0, or as for ``l2``.
+
+    >>> import jax.numpy as jnp
+    >>> round(float(l1(jnp.array([3., -4.]), 1., smoothing=1e-6)), 4)
+    7.0
+
+    Reference: Schmidt, Fung & Rosales, Fast optimization methods for L1 regularization, ECML 2007.
+    """
+    _checks.number("smoothing", smoothing, low=0.0, strict=True)
+    return _weighted_sum("penalties.l1", lambda w: jnp.sqrt(w * w + smoothing**2) - smoothing, params, coefficients)
+
+
+def _weighted_sum(name: str, elementwise: Callable[[Array], Array], params: Params, coefficients: PyTree) -> Array:
+    terms = []
+    for path, weight, coefficient in _pairs(name, params, coefficients):
+        try:
+            fits = jnp.broadcast_shapes(jnp.shape(coefficient), jnp.shape(weight)) == jnp.shape(weight)
+        except ValueError:
+            fits = False
+        if not fits:
+            wanted = f"coefficients for {path} that broadcast to its shape {jnp.shape(weight)}"
+            got, fix = f"shape {jnp.shape(coefficient)}", "Pass one number, or an array of the weight's shape."
+            raise ValueError(f"{name}: " + _checks.message(wanted, got, fix))
+        values = elementwise(_tree.promote(weight))
+        # A Python number leaves the weight's dtype; an array may widen it.
+        dtype = values.dtype if isinstance(coefficient, int | float) else _tree.wider(values.dtype, coefficient.dtype)
+        values, c = values.astype(dtype), jnp.asarray(coefficient, dtype)
+        terms.append(c * jnp.sum(values) if c.ndim == 0 else jnp.sum(c * values))
+    return _tree.total(terms)
+
+
+def _pairs(name: str, params: Params, coefficients: PyTree) -> list[tuple[str, Any, Any]]:
+    """Return (path, weight, coefficient) for every weight, spreading each coefficient over its subtree."""
+    try:
+        spread = jax.tree.map(lambda c, sub: jax.tree.map(lambda _: c, sub), coefficients, params)
+    except (ValueError, TypeError) as error:
+        wanted = "coefficients to be a tree prefix of params"
+        fix = "Use one number, or params' own structure with numbers or arrays in place of subtrees."
+        got = f"{jax.tree.structure(coefficients)} for {jax.tree.structure(params)}"
+        raise ValueError(f"{name}: " + _checks.message(wanted, got, fix)) from error
+    weights = jax.tree.leaves(params)
+    return list(zip(_tree.leaf_names(params), weights, jax.tree.leaves(spread), strict=True))
