@@ -86,7 +86,7 @@ class HypergradEstimator(NamedTuple):
 
 def blank_info(solver: Any = ()) -> HypergradInfo:
     """Return the info of before the first estimate: zeros, ``step=-1``."""
-    return HypergradInfo(jnp.zeros((), float), jnp.zeros((), float), solver, (), jnp.array(False), jnp.array(-1))
+    return HypergradInfo(jnp.zeros((), float), jnp.zeros((), float), solver, (), jnp.array(False), jnp.array(-1, jnp.int32))
 
 
 def describe_estimate(
@@ -96,7 +96,7 @@ def describe_estimate(
     wide = _tree.promote(hypergrad)
     size = _tree.norm(wide)
     finite = jnp.isfinite(value) & _tree.all_finite(wide)
-    return HypergradInfo(value, size, solver, standard_error, ~finite, jnp.array(-1), aux)
+    return HypergradInfo(value, size, solver, standard_error, ~finite, jnp.array(-1, jnp.int32), aux)
 
 
 def refuse_optimizer_function(inner_optimizer: Any) -> None:
