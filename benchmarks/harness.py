@@ -1,0 +1,129 @@
+"""Timing that can be believed on a shared machine, and a record of where and with what it was taken.
+
+Candidates take turns: one sample of each a round, in an order that rotates. A ratio of two candidates is the
+median over rounds of the ratio inside a round, so that what disturbs a whole round cancels. CPU time counts
+every thread of the process; wall time stands beside it.
+"""
+
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+Thunk = Callable[[], Any]
+
+
+class Timing(NamedTuple):
+    """Milliseconds a call of one candidate, one entry a round."""
+
+    cpu_ms: list[float]
+    wall_ms: list[float]
+    faults: list[float]
+
+    def record(self) -> dict[str, Any]:
+        """Return medians and all samples, rounded for a file."""
+        return {
+            "cpu_ms": round(statistics.median(self.cpu_ms), 4),
+            "wall_ms": round(statistics.median(self.wall_ms), 4),
+            "minor_faults": round(statistics.median(self.faults), 1),
+            "cpu_ms_rounds": [round(x, 4) for x in self.cpu_ms],
+        }
+
+
+def interleave(
+    candidates: dict[str, Thunk], *, rounds: int, min_ms: float = 60.0, multiple: dict[str, int] | None = None
+) -> dict[str, Timing]:
+    """Time every candidate once a round.
+
+    Args:
+      candidates: functions of no argument; each call is waited for.
+      rounds: samples of each candidate.
+      min_ms: a sample is as many calls as take about this long.
+      multiple: of candidates whose calls come in cycles, the length of a cycle: a sample is whole cycles.
+    """
+    multiple = multiple or {}
+    counts = {}
+    for name, call in candidates.items():
+        cycle = multiple.get(name, 1)
+        _sample(call, cycle)
+        counts[name] = cycle * max(1, round(min_ms / (cycle * max(1e-3, _sample(call, cycle)[1]))))
+    samples: dict[str, list[tuple[float, float, float]]] = {name: [] for name in candidates}
+    names = list(candidates)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                samples[name].append(_sample(candidates[name], counts[name]))
+            gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing(*(list(column) for column in zip(*rows, strict=True))) for name, rows in samples.items()}
+
+
+def ratio(timings: dict[str, Timing], name: str, unit: str) -> float:
+    """Return the median over rounds of CPU time of ``name`` over that of ``unit`` in the same round."""
+    pairs = zip(timings[name].cpu_ms, timings[unit].cpu_ms, strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def scratch_mib(compiled: Any) -> float:
+    """Return the scratch memory of a compiled function, without arguments and results, in MiB."""
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on besides the code."""
+    settings = ("XLA_FLAGS", "MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "device": str(jax.devices()[0].device_kind),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "flax", "numpy")},
+        "date": datetime.date.today().isoformat(),
+        **{name: os.environ.get(name, "") for name in settings},
+    }
+
+
+def write(folder: Path, name: str, record: dict[str, Any], table: str) -> None:
+    """Write ``name.json`` and ``name.md``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(table)
+
+
+def peak_rss_mib() -> float:
+    """Return the largest resident set of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _sample(call: Thunk, count: int) -> tuple[float, float, float]:
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(count):
+        jax.block_until_ready(call())
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    return 1e3 * cpu / count, 1e3 * wall / count, faults / count
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,326 @@
+"""What a hypergradient and a joint step cost, beside the same thing written by hand in plain JAX.
+
+    python benchmarks/step_cost.py [--quick] [--only mlp64,cnn] [--rounds 9] [--out DIR]
+
+In one run, candidates taking turns (``harness.py``):
+
+ 1. a hypergradient (Neumann 10 and 20, Neumann 10 with its own step, CG 10), in gradients of the inner loss;
+ 2. a joint step, an outer step every 10: ``hg.bilevel`` by the step and by the window, over a plain Adam step;
+ 3. a call of ``update`` on which nothing outer is due, over a plain Adam step;
+ 4. compile time of the joint step;
+ 5. scratch memory of every compiled function, and the process's peak resident memory.
+
+Writes ``step_cost.json`` and, by ``report.py``, ``step_cost.md``. The calls of 2 and 3 are timed a second time in
+a process whose allocator keeps freed memory (``KEEPING`` below): glibc otherwise hands the scratch memory of each
+call back to the kernel and pays for its pages again on the next.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import handwritten
+import harness
+import jax
+import jax.numpy as jnp
+import networks
+import optax
+import report
+from networks import Network, Tree
+
+import hypergrad as hg
+
+NAMES = ("mlp64", "mlp256", "mlp1024", "cnn", "transformer")
+EVERY = 10
+INNER, OUTER = optax.adam(1e-4), optax.adam(1e-3)
+
+KEEPING = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+"""glibc settings under which freed memory stays with the process."""
+
+
+class Candidate(NamedTuple):
+    """A compiled function with its arguments: the first ``carried`` of them are replaced by its results."""
+
+    compiled: Any
+    arguments: tuple[Any, ...]
+    carried: int = 0
+
+    def thunk(self) -> harness.Thunk:
+        """Return a function of no argument that calls it; carried arguments are fresh copies, for donation."""
+        held = list(jax.tree.map(jnp.copy, self.arguments[: self.carried]))
+        rest = self.arguments[self.carried :]
+
+        def call() -> Any:
+            result = self.compiled(*held, *rest)
+            if self.carried:
+                held[:] = result[: self.carried]
+            return result
+
+        call.held = held  # type: ignore[attr-defined]
+        return call
+
+
+def compile_candidate(fn: Callable[..., Any], *arguments: Any, carried: int = 0) -> Candidate:
+    """Compile ``fn`` with its first ``carried`` arguments donated."""
+    compiled = jax.jit(fn, donate_argnums=tuple(range(carried))).lower(*arguments).compile()
+    return Candidate(compiled, arguments, carried)
+
+
+def library_problem(network: Network) -> hg.BilevelProblem:
+    """Return the problem as the library's user writes it: decays, reparameterized to their logarithms."""
+
+    def train_loss(params: Tree, decays: Tree, batch: Tree, _: Any) -> jax.Array:
+        return network.cross_entropy(params, batch) + hg.penalties.l2(params, decays)
+
+    def valid_loss(params: Tree, decays: Tree, batch: Tree, _: Any) -> jax.Array:
+        del decays
+        return network.cross_entropy(params, batch)
+
+    return hg.reparameterize(hg.BilevelProblem(train_loss, valid_loss), hg.bijectors.exp())
+
+
+def hypergradients(network: Network, step_size: float) -> dict[str, Candidate]:
+    """Return the gradient and every way to a hypergradient, the library's and the hand-written."""
+    problem = library_problem(network)
+    unroll = network.unroll
+    at = network.params, network.log_decays, network.inner_batch, network.outer_batch
+    loss = handwritten.inner_loss(network)
+    found = {"gradient": compile_candidate(jax.grad(loss), *at[:3])}
+
+    def both(name: str, solver: hg.LinearSolver, by_hand: Any) -> None:
+        found[f"{name} library"] = compile_candidate(
+            functools.partial(hg.value_and_hypergrad(hg.implicit(problem, solver)), key=None), *at
+        )
+        found[f"{name} hand"] = compile_candidate(by_hand, *at)
+
+    for terms in (10, 20):
+        both(
+            f"neumann {terms}",
+            hg.solvers.neumann(terms, step_size=step_size, unroll=unroll),
+            handwritten.neumann(network, terms, step_size, unroll),
+        )
+    if unroll is True:
+        both(
+            "neumann 10 in a loop",
+            hg.solvers.neumann(10, step_size=step_size),
+            handwritten.neumann(network, 10, step_size, unroll=1),
+        )
+    both("cg 10", hg.solvers.cg(10, rtol=0.0, unroll=unroll), handwritten.cg(network, 10, unroll))
+
+    estimator = hg.implicit(problem, hg.solvers.neumann(10, unroll=unroll))
+
+    def warm(solver_state: Tree, params: Tree, log_decays: Tree, inner_batch: Tree, outer_batch: Tree) -> Any:
+        variables = hg.BilevelParams(params, log_decays)
+        result = estimator.estimate(variables, (), solver_state, inner_batch, outer_batch, key=None)
+        return result.estimator_state, result.value, result.hypergrad, result.info
+
+    def warm_by_hand(direction: Tree, *rest: Any) -> Any:
+        value, gradient, direction = by_hand(rest[0], rest[1], direction, *rest[2:])
+        return direction, value, gradient
+
+    by_hand = handwritten.neumann_warm(network, 10, unroll)
+    start = estimator.init(hg.BilevelParams(*at[:2]))
+    direction = jax.grad(loss)(*at[:3])
+    found["neumann 10 own step library"] = compile_candidate(warm, start, *at, carried=1)
+    found["neumann 10 own step hand"] = compile_candidate(warm_by_hand, direction, *at, carried=1)
+    return found
+
+
+def steps(network: Network, step_size: float) -> dict[str, tuple[Any, tuple[Any, ...], int]]:
+    """Return (function, arguments, number carried) of a plain step and of every joint step."""
+    problem = library_problem(network)
+    estimator = hg.implicit(problem, hg.solvers.neumann(10, step_size=step_size, unroll=network.unroll))
+    hypergradient = handwritten.neumann(network, 10, step_size, network.unroll)
+    inner_batch, outer_batch = network.inner_batch, network.outer_batch
+    pair = network.params, network.log_decays
+    variables = hg.BilevelParams(*pair)
+    by_hand = INNER.init(network.params), OUTER.init(network.log_decays), jnp.zeros((), jnp.int32)
+
+    def library(every: int) -> tuple[Any, tuple[Any, ...], int]:
+        tx = hg.bilevel(estimator, inner_optimizer=INNER, outer_optimizer=OUTER, every=every)
+
+        def step(variables: Any, state: Any, inner_batch: Tree, outer_batch: Tree) -> Any:
+            grads = jax.grad(problem.inner_loss)(*variables, inner_batch, None)
+            updates, state = tx.update(grads, state, variables, inner_batch=inner_batch, outer_batch=outer_batch)
+            return optax.apply_updates(variables, updates), state
+
+        return step, (variables, tx.init(variables), inner_batch, outer_batch), 2
+
+    fused = hg.bilevel(estimator, inner_optimizer=INNER, outer_optimizer=OUTER, window=EVERY)
+
+    def library_window(variables: Any, state: Any, window: Tree, outer_batch: Tree) -> Any:
+        updates, state = fused.update(None, state, variables, inner_batch=window, outer_batch=outer_batch)
+        return optax.apply_updates(variables, updates), state
+
+    def hand(every: int) -> Any:
+        return handwritten.joint_step(network, INNER, OUTER, hypergradient, every)
+
+    window = network.window
+    return {
+        "plain step": (
+            handwritten.plain_step(network, INNER),
+            (network.params, by_hand[0], network.log_decays, inner_batch),
+            2,
+        ),
+        "joint step library": library(EVERY),
+        "joint step hand": (hand(EVERY), (pair, by_hand, inner_batch, outer_batch), 2),
+        "idle step library": library(NEVER),
+        "idle step hand": (hand(NEVER), (pair, by_hand, inner_batch, outer_batch), 2),
+        "window library": (library_window, (variables, fused.init(variables), window, outer_batch), 2),
+        "window hand": (
+            handwritten.joint_window(network, INNER, OUTER, hypergradient),
+            (pair, by_hand, window, outer_batch),
+            2,
+        ),
+    }
+
+
+NEVER = 10**9
+CYCLES = {"joint step library": EVERY, "joint step hand": EVERY}
+
+
+def time_hypergradients(network: Network, step_size: float, rounds: int) -> dict[str, Any]:
+    """Time item 1 for one network."""
+    return _timed(hypergradients(network, step_size), "gradient", rounds)
+
+
+def time_steps(network: Network, step_size: float, rounds: int) -> dict[str, Any]:
+    """Time items 2 and 3 for one network."""
+    compiled = {n: compile_candidate(f, *a, carried=c) for n, (f, a, c) in steps(network, step_size).items()}
+    return _timed(compiled, "plain step", rounds)
+
+
+def _timed(candidates: dict[str, Candidate], unit: str, rounds: int) -> dict[str, Any]:
+    thunks = {name: candidate.thunk() for name, candidate in candidates.items()}
+    timings = harness.interleave(thunks, rounds=rounds, multiple=CYCLES)
+    records = {}
+    for name, timing in timings.items():
+        records[name] = {
+            **timing.record(),
+            "scratch_mib": round(harness.scratch_mib(candidates[name].compiled), 2),
+            "in_units": round(harness.ratio(timings, name, unit), 3),
+        }
+        if name.endswith(" library"):
+            hand = name.removesuffix("library") + "hand"
+            records[name]["over_hand"] = round(harness.ratio(timings, name, hand), 3)
+            records[name]["solver_steps"] = _solver_steps(thunks[name])
+    return {"unit": unit, "candidates": records}
+
+
+def _solver_steps(thunk: harness.Thunk) -> int:
+    """Return how many products the library says its last solve took: a solve that broke off would look cheap."""
+    infos = [x for x in jax.tree.leaves(thunk(), is_leaf=_is_solve_info) if _is_solve_info(x)]
+    infos += [x for x in jax.tree.leaves(getattr(thunk, "held", []), is_leaf=_is_solve_info) if _is_solve_info(x)]
+    return int(infos[0].num_steps)
+
+
+def _is_solve_info(x: Any) -> bool:
+    return isinstance(x, hg.SolveInfo)
+
+
+def compile_times(network: Network, step_size: float, rounds: int) -> dict[str, Any]:
+    """Return seconds to trace, lower and compile the joint step, the library's and the hand-written in turn."""
+    seconds: dict[str, list[float]] = {"joint step library": [], "joint step hand": []}
+    for _ in range(rounds):
+        for name, samples in seconds.items():
+            jax.clear_caches()
+            fn, arguments, carried = steps(network, step_size)[name]
+            start = time.process_time()
+            compile_candidate(fn, *arguments, carried=carried)
+            samples.append(time.process_time() - start)
+    pairs = zip(*seconds.values(), strict=True)
+    return {
+        **{name: round(statistics.median(samples), 3) for name, samples in seconds.items()},
+        "over_hand": round(statistics.median(a / b for a, b in pairs), 3),
+    }
+
+
+def peak_memory(name: str, which: str, scale: networks.Scale) -> float:
+    """Train for 2·EVERY calls in this process and return its peak resident memory in MiB."""
+    network = networks.build(name, scale)
+    fn, arguments, carried = steps(network, step_size=0.01)[which]
+    call = jax.jit(fn, donate_argnums=tuple(range(carried)))
+    held = list(jax.tree.map(jnp.copy, arguments[:carried]))
+    for _ in range(2 * EVERY):
+        held[:] = jax.block_until_ready(call(*held, *arguments[carried:]))[:carried]
+    return harness.peak_rss_mib()
+
+
+def measure(name: str, scale: networks.Scale, rounds: int) -> dict[str, Any]:
+    """Measure one network: everything but what needs a process of its own."""
+    network = networks.build(name, scale)
+    step_size = round(0.5 / handwritten.stiffness(network), 5)
+    record: dict[str, Any] = {"weights": network.num_weights, "step_size": step_size, "unroll": network.unroll}
+    record["hypergradient"] = time_hypergradients(network, step_size, rounds)
+    record["steps"] = time_steps(network, step_size, rounds)
+    record["compile_s"] = compile_times(network, step_size, max(1, min(3, rounds // 3)))
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark and write its results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one tiny network, 3 rounds: does it run?")
+    parser.add_argument("--only", default=",".join(NAMES), help="comma-separated networks")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--part", choices=("all", "steps", "peak"), default="all", help=argparse.SUPPRESS)
+    parser.add_argument("--which", default="plain step", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    names = ["mlp64"] if args.quick else args.only.split(",")
+    rounds = 3 if args.quick else args.rounds
+    scale = networks.Scale(inputs=32, batch=16) if args.quick else networks.Scale()
+    if args.part == "peak":
+        print(json.dumps(peak_memory(names[0], args.which, scale)))
+        return {}
+    if args.part == "steps":
+        network = networks.build(names[0], scale)
+        print(json.dumps(time_steps(network, round(0.5 / handwritten.stiffness(network), 5), rounds)))
+        return {}
+
+    record: dict[str, Any] = {"machine": harness.machine(), "rounds": rounds, "every": EVERY, "quick": args.quick}
+    record["allocator"] = KEEPING
+    record["networks"] = {}
+    for name in names:
+        print(f"{name} ...", flush=True)
+        found = measure(name, scale, rounds)
+        if not args.quick:
+            child = ["--only", name, "--rounds", str(rounds)]
+            found["steps_keeping_memory"] = _in_a_process([*child, "--part", "steps"], KEEPING)
+        record["networks"][name] = found
+        _save(args.out, record)
+    if "mlp1024" in names:
+        record["peak_rss_mib"] = {
+            which: round(_in_a_process(["--only", "mlp1024", "--part", "peak", "--which", which], {}), 1)
+            for which in ("plain step", "joint step library", "joint step hand")
+        }
+    _save(args.out, record)
+    print(report.step_cost(record))
+    return record
+
+
+def _save(folder: Path, record: dict[str, Any]) -> None:
+    harness.write(folder, "step_cost", record, report.step_cost(record))
+
+
+def _in_a_process(arguments: Sequence[str], environment: dict[str, str]) -> Any:
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()
