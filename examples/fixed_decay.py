@@ -1,0 +1,116 @@
+"""Train a network at weight decays that are held fixed, with a progress bar: what learned decays are judged by.
+
+    w ← Adam(∇ CE(w; a batch of the training split) + c ⊙ w)
+
+One compilation serves no decay, one decay, one a layer and one a weight, since decays are spread over the weights.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import datasets
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from tqdm import tqdm
+
+import hypergrad as hg
+
+
+class Settings(NamedTuple):
+    """How long and how fast; chosen by validation loss alone."""
+
+    hidden: int
+    steps: int  # inner steps of a learning run
+    batch: int  # examples a gradient; a smaller split is used whole
+    outer_rate: float
+    seeds: int
+    full_grid: bool = True  # also a grid of which every point gets the budget of a learning run
+    inner_rate: float = 1e-3
+    num_terms: int = 10
+    every: int = 10  # inner steps an outer step, after a warm-up of a tenth of all steps
+    look: int = 50  # steps between two looks at the validation loss
+    low: float = 1e-5  # bounds of a decay; learning starts at their geometric mean
+    high: float = 1.0
+
+    def due(self, n: Any) -> Any:
+        """Return whether an outer step follows inner step ``n``, counted from 1."""
+        return (n > self.steps // 10) & (n % self.every == 0)
+
+
+class Run(NamedTuple):
+    """One training run: where it ended, and (gradients spent so far, validation loss) on the way."""
+
+    params: Any
+    decay: Any
+    curve: list[tuple[float, float]]
+
+
+class Tools(NamedTuple):
+    """What a comparison calls, compiled once for all seeds.
+
+    Attributes:
+      init: ``init(key, x) -> params``.
+      judge: ``judge(params, split) -> (cross-entropy, error)``.
+      observe: ``observe(params, splits, spent, info=None) -> validation loss``; moves the progress bar.
+      train: ``train(params, decay, splits, steps, key) -> Run``; ``decay`` is a tree prefix of ``params``.
+    """
+
+    init: Callable[[jax.Array, jax.Array], Any]
+    judge: Callable[[Any, datasets.Split], tuple[jax.Array, jax.Array]]
+    observe: Callable[..., float]
+    train: Callable[[Any, Any, datasets.Splits, int, jax.Array], Run]
+
+
+def make_tools(model: Any, problem: hg.BilevelProblem, settings: Settings, bar: tqdm) -> Tools:
+    """Build the tools for a Flax ``model`` and a ``problem`` whose hyperparameters are decays."""
+    optimizer = optax.adam(settings.inner_rate)
+
+    @jax.jit
+    def judge(params: Any, split: datasets.Split) -> tuple[jax.Array, jax.Array]:
+        wrong = model.apply({"params": params}, split.x).argmax(-1) != split.y
+        return problem.outer_loss(params, (), split, None), wrong.mean()
+
+    @jax.jit
+    def advance(
+        params: Any, state: Any, decay: Any, train: datasets.Split, key: jax.Array, start: int, stop: int
+    ) -> Any:
+        def step(i: jax.Array, at: tuple[Any, Any]) -> tuple[Any, Any]:
+            params, state = at
+            batch = datasets.draw(train, settings.batch, jax.random.fold_in(key, i))
+            updates, state = optimizer.update(jax.grad(problem.inner_loss)(params, decay, batch, None), state)
+            return optax.apply_updates(params, updates), state
+
+        return lax.fori_loop(start, stop, step, (params, state))
+
+    @jax.jit
+    def init(key: jax.Array, x: jax.Array) -> Any:
+        return model.init(key, x[:1])["params"]
+
+    def observe(params: Any, splits: datasets.Splits, spent: float, info: hg.HypergradInfo | None = None) -> float:
+        if info is not None:
+            shown = {
+                "outer loss": info.outer_loss,
+                "|hypergrad|": info.hypergrad_norm,
+                "residual": info.solver.residual,
+            }
+            bar.set_postfix({name: f"{float(x):.2g}" for name, x in shown.items()}, refresh=False)
+        bar.update(round(spent))
+        return float(judge(params, splits.valid)[0])
+
+    def train(params: Any, decay: Any, splits: datasets.Splits, steps: int, key: jax.Array) -> Run:
+        each = jax.tree.map(lambda c, below: jax.tree.map(lambda w: jnp.full_like(w, c), below), decay, params)
+        state, curve = optimizer.init(params), []
+        for start, stop in chunks(steps, settings.look):
+            params, state = advance(params, state, each, splits.train, key, start, stop)
+            curve.append((float(stop), observe(params, splits, float(stop - start))))
+        return Run(params, decay, curve)
+
+    return Tools(init, judge, observe, train)
+
+
+def chunks(steps: int, length: int) -> Iterator[tuple[int, int]]:
+    """Cut a run into the pieces between two looks at it."""
+    return itertools.pairwise([*range(0, steps, length), steps])
