@@ -1,0 +1,55 @@
+"""Every estimator and every linear solver, a row each: a new one inherits all contract tests by its row."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+import hypergrad as hg
+from tests.problems import autodiff_steps
+
+
+class EstimatorRow(NamedTuple):
+    """An estimator under the contract tests."""
+
+    name: str
+    make: Callable[[hg.BilevelProblem], hg.HypergradEstimator]
+
+
+class SolverRow(NamedTuple):
+    """A linear solver under the contract tests; ``rtol`` is what it reaches on a well-conditioned system."""
+
+    name: str
+    make: Callable[[], hg.LinearSolver]  # gives the same solver each time, so that tests share what is compiled
+    rtol: float | None  # None: not a solver of the system
+    keeps_state: bool
+
+
+def _row(name: str, make: Callable[[], hg.LinearSolver], rtol: float | None, *, keeps_state: bool = False) -> SolverRow:
+    return SolverRow(name, functools.cache(make), rtol, keeps_state)
+
+
+def _foreign(matvec: Any, b: Any, x0: Any) -> Any:
+    return jax.scipy.sparse.linalg.cg(matvec, b, x0, maxiter=50)[0]
+
+
+SOLVERS = [
+    _row("neumann", lambda: hg.solvers.neumann(400, 0.1), 1e-5),
+    _row("neumann_auto", lambda: hg.solvers.neumann(400), 1e-5, keeps_state=True),
+    _row("neumann_unrolled", lambda: hg.solvers.neumann(200, 0.2, unroll=4), 1e-5),
+    _row("cg", lambda: hg.solvers.cg(50, 1e-6), 1e-5),
+    _row("cg_warm", lambda: hg.solvers.cg(50, 1e-6, warm_start=True), 1e-5, keeps_state=True),
+    _row("cg_unrolled", lambda: hg.solvers.cg(8, 1e-6, unroll=2), 1e-5),
+    _row("identity", lambda: hg.solvers.identity(), None),
+    _row("dense", lambda: hg.solvers.dense(), 1e-5),
+    _row("foreign", lambda: hg.solvers.from_callable(_foreign), 1e-4),
+    _row("foreign_warm", lambda: hg.solvers.from_callable(_foreign, warm_start=True), 1e-4, keeps_state=True),
+]
+
+ESTIMATORS = [
+    EstimatorRow("implicit_neumann", lambda problem: hg.implicit(problem, hg.solvers.neumann(10))),
+    EstimatorRow("implicit_cg", lambda problem: hg.implicit(problem, hg.solvers.cg(10, damping=0.1, warm_start=True))),
+    EstimatorRow("implicit_dense", lambda problem: hg.implicit(problem, hg.solvers.dense(damping=0.1))),
+    EstimatorRow("autodiff_steps", autodiff_steps),
+]

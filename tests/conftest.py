@@ -1,0 +1,28 @@
+"""Eight virtual CPU devices for every test, 64-bit mode for those that ask, no plots on a screen."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # the suite's time is compilation, of tiny programs
+settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=25)
+settings.load_profile("deterministic")
+
+
+@pytest.fixture
+def x64():
+    """Run the test in 64-bit mode."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def hard_mode():
+    """Refuse implicit dtype and rank promotion: for our own modules, which some optax optimizers do not survive."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield

@@ -1,0 +1,217 @@
+"""What every estimator keeps to, a row of the catalogue each: alone and behind ``bilevel``."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from tests.catalogue import ESTIMATORS
+from tests.problems import network, relative_error, window_of
+
+rows = pytest.mark.parametrize("row", ESTIMATORS, ids=lambda r: r.name)
+
+
+@functools.cache
+def case():
+    """Return the shared problem: nested weights, data, decays one a weight."""
+    return network()
+
+
+def functional(row):
+    """Return the estimator's function and its arguments."""
+    estimator = row.make(case().problem)
+    inner_optimizer = optax.sgd(0.1) if estimator.needs_rollout else None
+    batch = window_of(case().inner_batch, 3) if estimator.needs_rollout else case().inner_batch
+    return hg.value_and_hypergrad(estimator, inner_optimizer), (*case().variables, batch, case().outer_batch)
+
+
+def transformation(row, **kwargs):
+    """Return ``bilevel`` over the estimator."""
+    options = {"inner_optimizer": optax.adam(1e-2), "outer_optimizer": optax.adam(1e-1), **kwargs}
+    return hg.bilevel(row.make(case().problem), **options)
+
+
+def stepper(tx, *, window=1, donate=False):
+    """Return a compiled training step without handed-in gradients."""
+    batch = case().inner_batch if window == 1 else window_of(case().inner_batch, window)
+
+    traces = []
+
+    def step(variables, state):
+        traces.append(1)
+        assert len(traces) == 1, "traced a second time"
+        updates, state = tx.update(None, state, variables, inner_batch=batch, outer_batch=case().outer_batch)
+        return optax.apply_updates(variables, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1) if donate else ())
+
+
+def copied(tree):
+    """Return a tree of fresh buffers, which may be donated."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+@rows
+def test_structure_and_dtypes(row):
+    fn, args = functional(row)
+    (value, grad), info = jax.jit(functools.partial(fn, key=None))(*args)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grad, case().variables.hyperparams)
+    chex.assert_shape(value, ())
+    assert float(info.outer_loss) == float(value)
+    assert float(info.hypergrad_norm) == pytest.approx(float(optax.tree.norm(grad)), rel=1e-6)
+    assert float(info.hypergrad_norm) > 0
+    assert not bool(info.skipped)
+    assert int(info.step) == -1
+
+
+@rows
+def test_jit_equals_eager(row):
+    fn, args = functional(row)
+    (_, eager), _ = fn(*args, key=0)
+    (_, jitted), _ = jax.jit(functools.partial(fn, key=0))(*args)
+    assert relative_error(jitted, eager) < 1e-5
+
+
+@rows
+def test_vmap_equals_a_loop(row):
+    fn, (params, hyper, inner_batch, outer_batch) = functional(row)
+    shifts = jnp.array([0.0, 0.5])
+    at = lambda s: optax.tree.add(hyper, jax.tree.map(lambda x: jnp.full_like(x, s), hyper))  # noqa: E731
+    run = jax.jit(lambda s: fn(params, at(s), inner_batch, outer_batch, key=None)[0][1])
+    batched = jax.jit(jax.vmap(run))(shifts)
+    for i in range(2):
+        one = jax.tree.map(lambda x, i=i: x[i], batched)
+        assert relative_error(one, run(shifts[i])) < 1e-4
+
+
+@rows
+@pytest.mark.parametrize("window", [1, 3])
+def test_one_trace_and_a_state_that_keeps_its_form(row, window):
+    tx = transformation(row, every=2, window=window)
+    step = stepper(tx, window=window)
+    variables, state = case().variables, tx.init(case().variables)
+    first = state
+    for _ in range(4):
+        variables, state = step(variables, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, state)
+    assert not any(jnp.asarray(leaf).weak_type for leaf in jax.tree.leaves(first))
+    assert int(state.step) == 4
+    assert int(state.info.step) == 4
+    chex.assert_trees_all_equal_shapes_and_dtypes(variables, case().variables)
+    assert relative_error(variables.hyperparams, case().variables.hyperparams) > 0
+    assert relative_error(variables.params, case().variables.params) > 0
+
+
+@rows
+def test_scan_equals_a_loop_of_calls(row):
+    tx = transformation(row, every=2)
+    step = stepper(tx)
+    variables, state = case().variables, tx.init(case().variables)
+    for _ in range(4):
+        variables, state = step(variables, state)
+
+    def body(carry, _):
+        variables, state = carry
+        updates, state = tx.update(
+            None, state, variables, inner_batch=case().inner_batch, outer_batch=case().outer_batch
+        )
+        return (optax.apply_updates(variables, updates), state), None
+
+    start = (case().variables, tx.init(case().variables))
+    scanned, scanned_state = jax.jit(lambda s: jax.lax.scan(body, s, None, length=4)[0])(start)
+    assert relative_error(scanned, variables) < 1e-5
+    assert int(scanned_state.step) == 4
+
+
+@rows
+def test_donated_buffers_change_nothing(row):
+    tx = transformation(row)
+    kept, donated = stepper(tx), stepper(tx, donate=True)
+    variables, state = case().variables, tx.init(case().variables)
+    mine, my_state = copied(case().variables), tx.init(case().variables)
+    for _ in range(3):
+        variables, state = kept(variables, state)
+        mine, my_state = donated(mine, my_state)
+    assert relative_error(mine, variables) < 1e-6
+    assert relative_error(tx.init(case().variables), tx.init(case().variables)) == 0.0  # nothing was deleted
+
+
+@rows
+def test_state_shares_no_buffer(row):
+    variables = copied(case().variables)
+    state = transformation(row).init(variables)
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((variables, state)) if leaf.size]
+    assert len(pointers) == len(set(pointers))
+
+
+@rows
+def test_vmap_over_whole_runs(row):
+    """Three runs from different hyperparameters at once equal three runs."""
+    tx = transformation(row, every=2)
+
+    def run(shift):
+        hyper = jax.tree.map(lambda x: x + shift, case().variables.hyperparams)
+        variables = hg.BilevelParams(case().variables.params, hyper)
+        state = tx.init(variables)
+        for _ in range(2):
+            updates, state = tx.update(
+                None, state, variables, inner_batch=case().inner_batch, outer_batch=case().outer_batch
+            )
+            variables = optax.apply_updates(variables, updates)
+        return variables
+
+    shifts = jnp.array([0.0, 0.3])
+    batched, alone = jax.jit(jax.vmap(run))(shifts), jax.jit(run)(shifts[1])
+    assert relative_error(jax.tree.map(lambda x: x[1], batched), alone) < 1e-4
+
+
+@rows
+def test_chains_with_optax_and_ignores_foreign_keywords(row):
+    tx = optax.chain(transformation(row), optax.scale(0.5))
+    state = tx.init(case().variables)
+    batches = {"inner_batch": case().inner_batch, "outer_batch": case().outer_batch}
+    updates, state = jax.jit(tx.update)(None, state, case().variables, **batches, colour=jnp.array(3.0))
+    plain = transformation(row)
+    want, _ = jax.jit(plain.update)(None, plain.init(case().variables), case().variables, **batches)
+    assert relative_error(updates, optax.tree.scale(0.5, want)) < 1e-6
+    assert int(optax.tree.get(state, "info").step) == 1
+
+
+@rows
+def test_same_key_same_run(row):
+    noisy = network(dropout=0.5)
+    results = []
+    for seed in (0, 0, 1):
+        tx = hg.bilevel(
+            row.make(noisy.problem), inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1), key=seed
+        )
+        state = tx.init(noisy.variables)
+        update = jax.jit(tx.update)
+        updates, _ = update(None, state, noisy.variables, inner_batch=noisy.inner_batch, outer_batch=noisy.outer_batch)
+        results.append(updates)
+    assert relative_error(results[0], results[1]) == 0.0
+    assert relative_error(results[0], results[2]) > 0.0
+
+
+@pytest.mark.parametrize("row", [r for r in ESTIMATORS if r.name.startswith("implicit")], ids=lambda r: r.name)
+def test_a_leaf_that_enters_nothing_is_refused(row):
+    base = case().problem
+    problem = hg.BilevelProblem(
+        lambda w, h, b, k: base.inner_loss(w, h["decay"], b, k), lambda w, h, b, k: base.outer_loss(w, h["decay"], b, k)
+    )
+    hyper = {"decay": case().variables.hyperparams, "rate": {"inner": jnp.array(0.1)}}
+    with pytest.raises(ValueError, match=r"\['rate'\]\['inner'\].*enters neither.*unrolled"):
+        hg.hypergrad(row.make(problem))(
+            case().variables.params, hyper, case().inner_batch, case().outer_batch, key=None
+        )
+
+
+def test_rows_have_distinct_names():
+    names = [row.name for row in ESTIMATORS]
+    assert len(names) == len(set(names))
+    assert np.all([callable(row.make) for row in ESTIMATORS])

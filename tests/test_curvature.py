@@ -1,0 +1,94 @@
+"""Hessian and mixed products against dense second derivatives; the trace-time search for zero derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hypergrad import _checks, _curvature, _tree
+from tests.problems import network, relative_error
+
+
+def dense_blocks(fn, params, hyper):
+    """Return the Hessian and the mixed block as matrices, with functions to and from vectors."""
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    flat_h, unravel_h = jax.flatten_util.ravel_pytree(hyper)
+    in_vectors = lambda w, h: fn(unravel(w), unravel_h(h))  # noqa: E731
+    hessian = jax.hessian(in_vectors)(flat, flat_h)
+    mixed = jax.jacobian(jax.grad(in_vectors), argnums=1)(flat, flat_h)
+    return hessian, mixed, unravel, unravel_h
+
+
+def test_products_against_dense_blocks(x64):
+    case = network(dtype=jnp.float64)
+    fn = lambda w, h: case.problem.inner_loss(w, h, case.inner_batch, None)  # noqa: E731
+    hessian, mixed, unravel, unravel_h = dense_blocks(fn, *case.variables)
+    v = jnp.asarray(np.random.default_rng(0).normal(size=hessian.shape[0]))
+    product = _curvature.hvp(lambda w: fn(w, case.variables.hyperparams), case.variables.params)
+    assert relative_error(product(unravel(v)), unravel(hessian @ v)) < 1e-6  # cross-entropy is taken in float32
+    mixed_product = _curvature.mixed_vjp(fn, *case.variables)
+    assert relative_error(mixed_product(unravel(v)), unravel_h(mixed.T @ v)) < 1e-6
+
+
+def test_products_pass_a_model_with_a_custom_vjp(x64):
+    @jax.custom_vjp
+    def cubed(x):
+        return x**3
+
+    cubed.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x**2 * g,))
+    w = jnp.array([1.0, 2.0])
+    product = _curvature.hvp(lambda w: jnp.sum(cubed(w)), w)
+    np.testing.assert_allclose(product(jnp.ones(2)), 6 * w)
+
+
+def test_products_of_low_precision_weights_are_float32():
+    w = {"a": jnp.array([1.0, 2.0], jnp.bfloat16)}
+    product = _curvature.hvp(lambda w: jnp.sum(w["a"].astype(jnp.float32) ** 3), w)
+    out = product({"a": jnp.ones(2, jnp.float32)})
+    assert out["a"].dtype == jnp.float32
+    np.testing.assert_allclose(out["a"], [6.0, 12.0])
+
+
+def test_a_mixed_product_of_a_penalty_does_not_run_the_network():
+    """Only elementwise work on the weights is left: no matrix product in the compiled program."""
+    case = network()
+    fn = lambda w, h: case.problem.inner_loss(w, h, case.inner_batch, None)  # noqa: E731
+    run = jax.jit(lambda variables, q: _curvature.mixed_vjp(fn, *variables)(q))
+    text = run.lower(case.variables, case.variables.params).compile().as_text()
+    assert " dot(" not in text
+    assert "multiply" in text
+
+
+@pytest.mark.parametrize(
+    ("fn", "want"),
+    [
+        (lambda x: {"a": x, "b": 1.0}, [1]),
+        (lambda x: {"a": jnp.zeros(3), "b": x + 1}, [0]),
+        (lambda x: {"a": jax.jit(lambda p, q: (p, q))(x, 1.0)[1], "b": 0.0}, [0, 1]),
+        (lambda x: {"a": jax.lax.fori_loop(0, 3, lambda _, c: c * x, 1.0), "b": x}, []),
+        (lambda x: {"a": jax.checkpoint(jnp.sin)(x), "b": jax.nn.relu(x)}, []),
+        (lambda x: {"a": jax.lax.cond(x > 0, lambda: 1.0, lambda: 2.0), "b": x}, []),
+    ],
+    ids=["constant", "other", "through jit", "loop", "custom", "cond"],
+)
+def test_independent_leaves(fn, want):
+    assert _checks.independent_leaves(fn, jnp.array(0.5)) == want
+
+
+def test_tree_operations(hard_mode):
+    tree = {"a": jnp.array([3.0, 4.0], jnp.bfloat16), "b": jnp.zeros((), jnp.float32)}
+    wide = _tree.promote(tree)
+    assert {x.dtype for x in jax.tree.leaves(wide)} == {jnp.dtype(jnp.float32)}
+    assert float(_tree.norm(wide)) == 5.0
+    assert float(_tree.max_abs(wide)) == 4.0
+    assert float(_tree.vdot({}, {})) == 0.0
+    assert bool(_tree.all_finite({}))
+    assert not bool(_tree.all_finite({"a": jnp.array([1.0, jnp.nan])}))
+    assert _tree.leaf_names({"a": [1, 2]}) == ["['a'][0]", "['a'][1]"]
+    assert _tree.wider(jnp.bfloat16, jnp.float16) == jnp.float32
+    assert not _tree.strip_weak_types({"a": jnp.asarray(1.0)})["a"].weak_type
+    shared = jnp.ones(2)
+    fresh = _tree.unalias({"a": shared, "b": shared}, [])
+    assert fresh["a"].unsafe_buffer_pointer() != fresh["b"].unsafe_buffer_pointer()
+    assert optax.tree.norm(optax.tree.sub(fresh["a"], fresh["b"])) == 0.0
