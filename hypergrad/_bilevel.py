@@ -139,11 +139,12 @@ def bilevel(
             inner=inner_tx.init(variables.params),
             outer=outer_tx.init(variables.hyperparams),
             estimator=estimator.init(variables),
-            key=jax.random.key_data(root),
+            # Copies of what this closure keeps: a donated state must not take it along.
+            key=jnp.copy(jax.random.key_data(root)),
             model_state=jax.tree.map(jnp.copy, first_model_state),
             info=jax.tree.map(jnp.copy, blank_info(estimator.solver_info)),
         )
-        return _tree.unalias(_tree.strip_weak_types(state), variables, root)
+        return _tree.unalias(_tree.strip_weak_types(state), variables)
 
     def update(
         grads: Any,

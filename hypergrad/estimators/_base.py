@@ -86,7 +86,9 @@ class HypergradEstimator(NamedTuple):
 
 def blank_info(solver: Any = ()) -> HypergradInfo:
     """Return the info of before the first estimate: zeros, ``step=-1``."""
-    return HypergradInfo(jnp.zeros((), float), jnp.zeros((), float), solver, (), jnp.array(False), jnp.array(-1, jnp.int32))
+    return HypergradInfo(
+        jnp.zeros((), float), jnp.zeros((), float), solver, (), jnp.array(False), jnp.array(-1, jnp.int32)
+    )
 
 
 def describe_estimate(

@@ -1,0 +1,162 @@
+"""The law: layers without cycles, short files, everything public documented, nothing private of others.
+
+    L0  _types, _tree, _checks          in this order
+    L1  _curvature, penalties, solvers/, bijectors/
+    L2  _problem, _rollout
+    L3  estimators/
+    L4  _bilevel, _functional
+
+A module imports lower layers and its own folder's ``_base``; inside L0 also what stands before it.
+"""
+
+import ast
+import pathlib
+import re
+
+import jax
+import pytest
+
+import hypergrad as hg
+from hypergrad import bijectors, penalties, solvers
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "hypergrad"
+LAYERS = {
+    "_types": 0.0,
+    "_tree": 0.1,
+    "_checks": 0.2,
+    "_curvature": 1,
+    "penalties": 1,
+    "solvers": 1,
+    "bijectors": 1,
+    "_problem": 2,
+    "_rollout": 2,
+    "estimators": 3,
+    "_bilevel": 4,
+    "_functional": 4,
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = [f for f in FILES if f.name != "__init__.py"]
+names = lambda f: str(f.relative_to(ROOT))  # noqa: E731
+
+
+def imports(path):
+    """Return every imported module's dotted name, with imported names appended to package imports."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "hypergrad":
+                found += [f"hypergrad.{alias.name}" for alias in node.names]
+            else:
+                found.append(node.module)
+    return found
+
+
+def place(path):
+    """Return the top-level name under ``hypergrad/`` that a file belongs to."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names)
+def test_imports_go_down(path):
+    own = place(path)
+    for module in imports(path):
+        if not module.startswith("hypergrad"):
+            continue
+        target = module.split(".")[1]
+        if target == own and path.parent != PACKAGE:
+            assert module == f"hypergrad.{own}._base", f"{path}: {module} is sideways"
+        else:
+            assert LAYERS[target] < LAYERS[own], f"{path}: {module} is not below"
+
+
+def test_every_file_has_a_layer():
+    assert {place(f) for f in MODULES} == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=names)
+def test_files_are_short_and_say_what_they_are(path):
+    text = path.read_text()
+    assert text.count("\n") <= 350
+    assert ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("path", FILES, ids=names)
+def test_library_manners(path):
+    """No prints, no configuration, no private modules, core dependencies only."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print"
+        if isinstance(node, ast.Attribute):
+            assert not (node.attr == "config" and isinstance(node.value, ast.Name) and node.value.id == "jax")
+    for module in imports(path):
+        assert "._src" not in module
+        assert module.split(".")[0] in {"hypergrad", "jax", "optax", "flax", "numpy", "collections"} | {
+            "dataclasses",
+            "functools",
+            "types",
+            "typing",
+        }
+        assert module.split(".")[0] != "chex"
+
+
+def public():
+    """Return every public name of the library with its object."""
+    found = {f"hg.{name}": getattr(hg, name) for name in hg.__all__}
+    for module in (bijectors, solvers):
+        found |= {f"{module.__name__}.{name}": getattr(module, name) for name in module.__all__}
+    found |= {f"hg.penalties.{name}": getattr(penalties, name) for name in ("l1", "l2")}
+    return found
+
+
+@pytest.mark.parametrize("name", public())
+def test_public_names_are_documented(name):
+    thing = public()[name]
+    doc = thing.__doc__
+    assert doc
+    assert len(doc.splitlines()[0]) > 10
+    if isinstance(thing, type) and hasattr(thing, "_fields"):
+        assert "Attributes:" in doc
+        for field in thing._fields:
+            assert re.search(rf"^\s*{field}: ", doc, re.M), f"{name}.{field} has no description"
+    elif callable(thing) and not isinstance(thing, type):
+        assert ">>>" in doc, f"{name} has no example"
+        computes = name.split(".")[-1] in {"cg", "dense", "neumann", "l1", "l2", "implicit", "bilevel"}
+        for part in ["Args:", "Returns:", "Reference"] if computes else []:
+            assert part in doc, f"{name} has no {part}"
+        examples = [line for line in doc.splitlines() if line.strip().startswith((">>>", "..."))]
+        assert len(examples) <= 10
+
+
+def test_every_test_of_the_law_would_notice():
+    """The helpers see what they look for."""
+    assert "hypergrad.solvers" in imports(PACKAGE / "__init__.py")
+    assert place(PACKAGE / "solvers" / "_cg.py") == "solvers"
+    assert "hg.bilevel" in public()
+
+
+def test_the_version_is_one():
+    assert hg.__version__ in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_ci_runs_the_readme_command():
+    """The command that the README gives for the tests is taken from the README, not written again."""
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "README.md" in script
+    assert "pytest" not in script.replace("# ", "")
+
+
+def test_examples_and_benchmarks_are_short():
+    for path in (ROOT / "examples").glob("*.py"):
+        assert path.read_text().count("\n") <= 150, path
+
+
+def test_no_private_jax_anywhere():
+    ours = [f for folder in ("hypergrad", "tests", "examples", "benchmarks") for f in (ROOT / folder).rglob("*.py")]
+    offending = [f for f in ours if re.search(r"^\s*(from|import) jax\._src", f.read_text(), re.M)]
+    assert offending == []
+    assert tuple(int(p) for p in jax.__version__.split(".")[:2]) >= (0, 9)

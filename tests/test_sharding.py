@@ -1,0 +1,104 @@
+"""Eight devices, and two processes, give the answer of one; shardings are kept."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import hypergrad as hg
+from tests import two_processes
+from tests.problems import relative_error
+
+SOLVERS = {"neumann": hg.solvers.neumann(10), "cg": hg.solvers.cg(10, damping=1.0, warm_start=True)}
+
+
+def sharded_over(mesh, variables, batch):
+    """Split the first kernel by columns, the second by rows, batches by examples; biases are copied."""
+    specs = {"first": {"kernel": P(None, "d"), "bias": P("d")}, "second": {"kernel": P("d", None), "bias": P()}}
+    put = lambda tree: jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs)  # noqa: E731
+    return hg.BilevelParams(put(variables.params), put(variables.hyperparams)), jax.device_put(
+        batch, NamedSharding(mesh, P("d"))
+    )
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("window", [1, 2])
+def test_eight_devices_give_the_answer_of_one(solver, window):
+    assert jax.device_count() == 8
+    mesh = Mesh(np.array(jax.devices()), ("d",))
+    problem, variables, batch = two_processes.problem()
+    tx = hg.bilevel(
+        hg.implicit(problem, SOLVERS[solver]),
+        inner_optimizer=optax.adam(1e-2),
+        outer_optimizer=optax.adam(1e-1),
+        window=window,
+    )
+
+    def step(variables, state, batch):
+        inner = batch if window == 1 else jax.tree.map(lambda x: jnp.stack([x] * window), batch)
+        updates, state = tx.update(None, state, variables, inner_batch=inner, outer_batch=batch)
+        return optax.apply_updates(variables, updates), state
+
+    results = []
+    for v, b in ((variables, batch), sharded_over(mesh, variables, batch)):
+        state = tx.init(v)
+        first, run = state, jax.jit(step)
+        before = v
+        for _ in range(3):
+            v, state = run(v, state, b)
+        results.append((v, state))
+        same = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), before, v)
+        assert jax.tree.all(same)
+        kept = jax.tree.map(
+            lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), first.estimator, state.estimator
+        )
+        assert jax.tree.all(kept)
+    one, eight = results
+    assert relative_error(eight[0], one[0]) < 1e-5
+    assert float(eight[1].info.hypergrad_norm) == pytest.approx(float(one[1].info.hypergrad_norm), rel=1e-4)
+    kernel = eight[0].params["first"]["kernel"]
+    assert len({shard.device for shard in kernel.addressable_shards}) == 8
+    assert kernel.addressable_shards[0].data.shape == (kernel.shape[0], kernel.shape[1] // 8)
+
+
+def test_init_keeps_shardings_in_the_solver_state():
+    mesh = Mesh(np.array(jax.devices()), ("d",))
+    problem, variables, batch = two_processes.problem()
+    variables, _ = sharded_over(mesh, variables, batch)
+    state = hg.implicit(problem, hg.solvers.neumann(3)).init(variables)
+    same = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), state.direction, variables.params)
+    assert jax.tree.all(same)
+
+
+def test_two_processes_give_the_answer_of_one():
+    """Two processes of two devices each, over ``jax.distributed`` on loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root = pathlib.Path(__file__).parent.parent
+    command = [sys.executable, "-m", "tests.two_processes", str(port)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    workers = [
+        subprocess.Popen([*command, str(i)], cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for i in range(2)
+    ]
+    outputs = [worker.communicate(timeout=240) for worker in workers]
+    for worker, (_, errors) in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, errors.decode()[-3000:]
+    results = [json.loads(out.decode().splitlines()[-1]) for out, _ in outputs]
+    want = two_processes.train(two_processes.problem()[1], two_processes.problem()[2])
+    for result in results:
+        assert result["devices"] == 4
+        assert result["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        assert result["hyperparams"] == pytest.approx(want["hyperparams"], rel=1e-4)
+        assert result["residual"] == pytest.approx(want["residual"], rel=1e-3)
