@@ -10,6 +10,7 @@ from comparison import EQUAL_GRID, FULL_GRID, RIVAL_ON_BOTH, Outcome
 from fixed_decay import Settings
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 Results: TypeAlias = dict[str, dict[str, Any]]
 """By row: ``hyperparams``, ``gradients``; one number a seed: ``valid_loss``, ``test_loss``, ``test_error``."""
@@ -48,38 +49,46 @@ def table(results: Results) -> str:
         error = _mean_spread([100 * e for e in row["test_error"]], 1)
         counts = (f"{row['hyperparams']:,}", f"{row['gradients']:,}")
         lines.append((name, *counts, valid, _mean_spread(row["test_loss"], 3), error))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+    spread = "mean ± standard deviation over seeds; a Hessian or mixed product counts as 2 gradients"
+    return f"{_align(lines)}\n{spread}"
 
 
 def summary(results: Results) -> str:
-    """Say from the numbers alone how the test loss of learned decays stands to that of each rival."""
-    lines = ["mean test loss of learned decays as a ratio to each rival's (seeds on which it is lower):"]
+    """Say from the numbers alone how learned decays stand to every rival, and what retraining costs them."""
+    rivals = [name for name in results if name not in _LEARNED]
+    lines, verdicts = [("", *rivals)], []
     for name in _LEARNED:
-        ours, parts = np.asarray(results[name]["test_loss"]), []
-        for rival in (r for r in results if r not in _LEARNED):
+        ours, cells, beaten = np.asarray(results[name]["test_loss"]), [], []
+        for rival in rivals:
             theirs = np.asarray(results[rival]["test_loss"])
-            parts.append(f"{ours.mean() / theirs.mean():.2f} × {rival} ({(ours < theirs).sum()}/{len(ours)})")
-        lines.append(f"  {name}: " + "; ".join(parts))
+            cells.append(f"{ours.mean() / theirs.mean():.2f} ({(ours < theirs).sum()}/{len(ours)})")
+            beaten += [rival] * bool(ours.mean() < theirs.mean())
+        lines.append((name, *cells))
+        verdicts.append(f"{name}: lower mean test loss than {', '.join(beaten) or 'no rival'}")
     carried, again = results["per weight, carried"], results["per weight, retrained"]
     gap = np.mean(carried["test_loss"]) / np.mean(carried["valid_loss"])
-    lines.append(
-        f"per weight, carried: test loss is {gap:.1f} × validation loss, which {carried['hyperparams']:,} decays fit;"
+    ratio = np.mean(again["test_loss"]) / np.mean(carried["test_loss"])
+    verdicts.append(
+        f"one decay a weight: carried, its test loss is {gap:.1f} times the validation loss it was fitted to;\n"
+        f"  retraining from scratch with its decays multiplies the test loss by {ratio:.2f}"
     )
-    lines.append(f"  retraining from scratch multiplies its test loss by {_ratio(again, carried):.2f}.")
-    return "\n".join(lines)
+    head = "Mean test loss as a ratio to a rival's (seeds on which it is lower):"
+    return "\n".join([head, _align(lines), "", *verdicts])
 
 
 def draw(outcomes: Sequence[dict[str, Outcome]], settings: Settings, title: str, path: Path) -> None:
     """Save the picture: validation loss against gradients spent, and the learned decays by layer."""
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    figure = Figure(figsize=(10.5, 5.0), layout="constrained")
     figure.suptitle(title)
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _draw_curves(left, outcomes)
     _draw_decays(right, outcomes[0], settings)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize="small", frameon=False)
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize="small", frameon=False
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=95, pil_kwargs={"optimize": True})
 
 
 def _draw_curves(axes: Axes, outcomes: Sequence[dict[str, Outcome]]) -> None:
@@ -94,11 +103,15 @@ def _draw_curves(axes: Axes, outcomes: Sequence[dict[str, Outcome]]) -> None:
             spent[-1], np.mean([outcome[name].test_loss for outcome in outcomes]), "x", color=colour, clip_on=False
         )
     rival = float(np.mean([outcome[RIVAL_ON_BOTH].test_loss for outcome in outcomes]))
-    axes.axhline(rival, color="black", linestyle="--", linewidth=1, label="test loss of train + validation")
+    axes.axhline(rival, color="black", linestyle="--", linewidth=1, label="train + validation: test loss")
     axes.plot([], [], "x", color="black", label="test loss at the end")
-    axes.set(yscale="log", xlabel="cost of the run, gradients of the training loss", ylabel="cross-entropy, nats")
+    axes.set(xscale="log", yscale="log")
+    axes.set(xlabel="cost of the run, gradients of the training loss", ylabel="cross-entropy, nats")
     axes.set_title("validation loss: mean and range over seeds", fontsize="medium")
-    axes.legend(fontsize="small", frameon=False)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(which="both", alpha=0.2)
 
 
@@ -117,18 +130,21 @@ def _draw_decays(axes: Axes, outcome: dict[str, Outcome], settings: Settings) ->
     axes.axvline(float(np.sqrt(settings.low * settings.high)), color="0.5", linestyle=":", linewidth=1)
     axes.set_yticks(0.4 - np.arange(len(names)), names)
     axes.tick_params(axis="y", length=0)
-    axes.set(xscale="log", xlim=(settings.low, settings.high), ylim=(0.9 - len(names), 0.95))
-    axes.set(xlabel="weight decay c, in ½ c w²")
+    axes.set(xscale="log", xlim=(settings.low, settings.high), xlabel="weight decay c, in ½ c w²")
     axes.set_title("learned decays by layer (first seed)", fontsize="medium")
     keys = {"one a weight": ("tab:red", "-"), "one a layer": ("tab:green", "-")}
     for key, (colour, style) in (keys | {"best of the grid": ("tab:blue", "--"), "start": ("0.5", ":")}).items():
-        axes.plot([], [], style, color=colour, label=key)
-    axes.legend(fontsize="small", frameon=False, loc="lower left")
+        axes.plot([], [], style, color=colour, label=f"decay: {key}")
+
+
+def _align(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
 def _mean_spread(values: Sequence[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
-
-
-def _ratio(row: dict[str, Any], other: dict[str, Any]) -> float:
-    return float(np.mean(row["test_loss"]) / np.mean(other["test_loss"]))

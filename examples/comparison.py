@@ -89,9 +89,7 @@ def total_cost(settings: Settings, splits: datasets.Splits) -> float:
 
 def grid_steps(budget: float, settings: Settings) -> dict[str, int]:
     """Return the steps that each point of each grid gets."""
-    return {EQUAL_GRID: max(round(budget / GRID_POINTS), 1)} | (
-        {FULL_GRID: round(budget)} if settings.full_grid else {}
-    )
+    return {EQUAL_GRID: max(int(budget / GRID_POINTS), 1)} | ({FULL_GRID: round(budget)} if settings.full_grid else {})
 
 
 def learning_cost(settings: Settings, splits: datasets.Splits, steps: int) -> float:

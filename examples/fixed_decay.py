@@ -20,17 +20,17 @@ import hypergrad as hg
 
 
 class Settings(NamedTuple):
-    """How long and how fast; chosen by validation loss alone."""
+    """How long and how fast."""
 
     hidden: int
     steps: int  # inner steps of a learning run
     batch: int  # examples a gradient; a smaller split is used whole
     outer_rate: float
+    every: int  # inner steps an outer step, after a warm-up of a tenth of all steps
+    num_terms: int  # of the Neumann series
     seeds: int
     full_grid: bool = True  # also a grid of which every point gets the budget of a learning run
     inner_rate: float = 1e-3
-    num_terms: int = 10
-    every: int = 10  # inner steps an outer step, after a warm-up of a tenth of all steps
     look: int = 50  # steps between two looks at the validation loss
     low: float = 1e-5  # bounds of a decay; learning starts at their geometric mean
     high: float = 1.0

@@ -46,10 +46,12 @@ class MLP(nn.Module):
         return nn.Dense(datasets.NUM_CLASSES)(x)
 
 
-# Chosen by validation loss alone.
+# Chosen on other seeds, by the loss on a quarter of the validation split that was kept from the hypergradient.
 DEFAULTS = {
-    "digits": Settings(hidden=64, steps=1000, batch=1000, outer_rate=0.01, seeds=3),
-    "fashion_mnist": Settings(hidden=1024, steps=500, batch=250, outer_rate=0.05, seeds=1, full_grid=False),
+    "digits": Settings(hidden=64, steps=1000, batch=1000, outer_rate=0.01, every=10, num_terms=10, seeds=3),
+    "fashion_mnist": Settings(
+        hidden=1024, steps=500, batch=250, outer_rate=0.05, every=5, num_terms=5, seeds=1, full_grid=False
+    ),
 }
 
 
@@ -128,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> report.Results:
             outcomes.append(comparison.compare(learn, tools, settings, splits, seed=seed))
     results = report.collect(outcomes)
     picture = args.out / "weight_decay.png"
-    title = f"one weight decay a weight, {args.data}: {results['per weight, carried']['hyperparams']:,} hyperparameters"
+    title = f"{results['per weight, carried']['hyperparams']:,} learned weight decays, one a weight ({args.data})"
     report.draw(outcomes, settings, title, picture)
     print(f"\n{report.table(results)}\n\n{report.summary(results)}\n\npicture: {picture}")
     return results
