@@ -49,8 +49,7 @@ def table(results: Results) -> str:
         error = _mean_spread([100 * e for e in row["test_error"]], 1)
         counts = (f"{row['hyperparams']:,}", f"{row['gradients']:,}")
         lines.append((name, *counts, valid, _mean_spread(row["test_loss"], 3), error))
-    spread = "mean ± standard deviation over seeds; a Hessian or mixed product counts as 2 gradients"
-    return f"{_align(lines)}\n{spread}"
+    return f"{_align(lines)}\nmean ± standard deviation over seeds; a Hessian or mixed product counts as 2 gradients"
 
 
 def summary(results: Results) -> str:
@@ -147,4 +146,5 @@ def _align(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _mean_spread(values: Sequence[float], digits: int) -> str:
-    return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+    spread = f" ± {np.std(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
