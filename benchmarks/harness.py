@@ -108,6 +108,10 @@ def write(folder: Path, name: str, record: dict[str, Any], table: str) -> None:
 
 def peak_rss_mib() -> float:
     """Return the largest resident set of this process so far, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # rusage's maximum survives exec: a child would report its parent's
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
