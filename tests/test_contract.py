@@ -138,7 +138,7 @@ def test_donated_buffers_change_nothing(row):
         variables, state = kept(variables, state)
         mine, my_state = donated(mine, my_state)
     assert relative_error(mine, variables) < 1e-6
-    assert relative_error(tx.init(case().variables), tx.init(case().variables)) == 0.0  # nothing was deleted
+    chex.assert_tree_all_finite(tx.init(case().variables))  # nothing that the closure keeps was deleted
 
 
 @rows

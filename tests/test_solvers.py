@@ -236,6 +236,17 @@ def test_neumann_recovers_from_an_eigenvalue_that_jumps():
     assert bool(second.converged)
 
 
+def test_neumann_keeps_its_step_where_negative_curvature_makes_terms_grow():
+    """The residual then is no top eigenvector: taking it for one would lengthen the next step."""
+    solver = hg.solvers.neumann(10)
+    b, state = jnp.ones(3), solver.init(jnp.ones(3))
+    residuals = []
+    for _ in range(4):
+        _, state, info = solver.solve(lambda v: jnp.array([1.0, 0.5, -0.3]) * v, b, state)
+        residuals.append(float(info.residual))
+    assert 1.0 < max(residuals) < 1.01 * min(residuals)
+
+
 # Conjugate gradients
 
 

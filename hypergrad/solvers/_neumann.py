@@ -48,7 +48,7 @@ def neumann(
       step_size: α > 0, in units of 1/A. None: 1/λ̂, λ̂ an estimate of A's largest |eigenvalue| by power
         iterations, 12 products at the first solve and 2 at each later one, which start from the direction
         kept in the solver's state and so follow an A that changes. λ̂ ≤ |λ|max; the series still converges
-        while the estimate is above half of it, and a solve that diverges hands its residual, by then the top
+        while the estimate is above half of it, and a solve that overshoots hands its residual, by then the top
         eigenvector, to the next one.
       damping: δ ≥ 0 adds δI to A. Makes an indefinite A usable if δ exceeds its most negative eigenvalue.
       unroll: True or an int for a scan so unrolled (convolutions on CPU); 1 is a loop that stops early.
@@ -85,8 +85,8 @@ def neumann(
         direction, top = _power(matvec, normalized(b, size), state.direction, unroll)
         alpha = jnp.where(top > 0, 1.0 / jnp.where(top > 0, top, 1.0), 0.0)
         total = _series(matvec, b, size, alpha, num_terms, unroll)
-        grown = jnp.isfinite(total.remainder) & (total.remainder > size)
-        direction = optax.tree.where(grown, normalized(total.term, total.remainder), direction)
+        missed = total.overshot & jnp.isfinite(total.remainder) & (total.remainder > size)
+        direction = optax.tree.where(missed, normalized(total.term, total.remainder), direction)
         return total.solution, NeumannState(direction), total.num_steps, total.remainder
 
     return assemble(init, solve_scaled, damping=damping)
@@ -97,6 +97,7 @@ class _Sum(NamedTuple):
     solution: PyTree
     num_steps: Array
     remainder: Array
+    overshot: Array
     done: Array
 
 
@@ -105,9 +106,11 @@ def _series(matvec: MatVec, b: PyTree, size: Array, alpha: Array, num_terms: int
         solution = _tree.add_scaled(c.solution, alpha, c.term)
         term = _tree.add_scaled(c.term, -alpha, matvec(c.term))
         remainder = _tree.norm(term)
-        return _Sum(term, solution, c.num_steps + 1, remainder, ~(remainder <= _DIVERGED * size))
+        # Past α λ = 2 a term turns round at each step; along negative curvature it grows without turning.
+        overshot = _tree.vdot(term, c.term) < 0
+        return _Sum(term, solution, c.num_steps + 1, remainder, overshot, ~(remainder <= _DIVERGED * size))
 
-    start = _Sum(b, _tree.promoted_zeros_like(b), jnp.zeros((), jnp.int32), size, size == 0)
+    start = _Sum(b, _tree.promoted_zeros_like(b), jnp.zeros((), jnp.int32), size, jnp.array(False), size == 0)
     return iterate(step, start, length=num_terms, unroll=unroll)
 
 
