@@ -21,3 +21,28 @@ def example(monkeypatch):
     yield load
     for name in [n for n, m in sys.modules.items() if str(EXAMPLES) in str(getattr(m, "__file__", ""))]:
         del sys.modules[name]
+
+
+ROWS = {
+    "no decay",
+    "grid of 10, equal total budget",
+    "train + validation, grid's best",
+    *(f"per {what}, {how}" for what in ("layer", "weight") for how in ("carried", "retrained")),
+}
+
+
+def test_weight_decay(example, tmp_path, capsys):
+    results = example("weight_decay.py")(["--steps", "20", "--seeds", "1", "--hidden", "8", "--out", str(tmp_path)])
+    assert set(results) >= ROWS
+    assert all(len(row["test_loss"]) == 1 and row["test_loss"][0] > 0 for row in results.values())
+    assert results["per weight, carried"]["hyperparams"] == 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10
+    grid, learned = results["grid of 10, equal total budget"], results["per weight, carried"]
+    assert grid["gradients"] == pytest.approx(learned["gradients"], rel=0.1)
+    assert (tmp_path / "weight_decay.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in results)
+
+
+def test_weight_decay_says_what_to_set_for_larger_data(example):
+    with pytest.raises(SystemExit, match="environment variable HYPERGRAD_DATA"):
+        example("weight_decay.py")(["--data", "fashion_mnist", "--steps", "1"])
