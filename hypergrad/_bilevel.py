@@ -3,8 +3,8 @@
     each call:       w ← inner optimizer (∇_w L_in), K steps          K = window
     every so often:  λ ← outer optimizer (dL_out/dλ at the new weights and the old λ)
 
-Use it in place of the optimizer of a training loop that works. The hypergradient and everything outer sit
-under ``lax.cond``: a call on which no outer step is due costs a plain step.
+Use it in place of the optimizer of a training loop that works. The hypergradient and everything outer run
+only where they are due: a call on which no outer step is due costs a plain step.
 
 Reference: the alternation of Luketina et al., arXiv 1511.06727, and Lorraine, Vicol & Duvenaud, arXiv 1911.02590.
 """
@@ -18,20 +18,8 @@ import optax
 from jax import lax
 
 from hypergrad import _checks, _tree
-from hypergrad._problem import (
-    BilevelParams,
-    check_model_state,
-    check_variables,
-    inner_gradient,
-)
-from hypergrad._rollout import (
-    Rollout,
-    last_batch,
-    resolve_optimizer,
-    rollout,
-    split_keys,
-    step_key,
-)
+from hypergrad._problem import BilevelParams, check_model_state, check_variables, inner_gradient
+from hypergrad._rollout import Rollout, last_batch, resolve_optimizer, rollout, split_keys, step_key
 from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 from hypergrad.estimators import Estimate, HypergradEstimator, HypergradInfo
 from hypergrad.estimators._base import blank_info, refuse_optimizer_function
@@ -255,83 +243,62 @@ def _plain_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, _Outer]:
     params, hyperparams = call.variables
     optimizer = resolve_optimizer(setup.inner_optimizer, None)
     batch = last_batch(call.batches)
-    inner_key = split_keys(call.key).inner
-    gradient = inner_gradient(setup.estimator.problem, hyperparams)
     if setup.window == 1:
         grads, model_state = call.grads, call.model_state
         if grads is None:
-            grads, model_state = gradient(params, batch, step_key(inner_key, 0), model_state)
+            gradient, key = inner_gradient(setup.estimator.problem, hyperparams), split_keys(call.key).inner
+            grads, model_state = gradient(params, batch, step_key(key, 0), model_state)
         updates, inner_state = optimizer.update(grads, call.state.inner, params, **call.extra)
         reached = Rollout(optax.apply_updates(params, updates), inner_state, model_state)
     else:
-        start = Rollout(params, call.state.inner, call.model_state)
-        reached = rollout(
-            gradient, optimizer, start, call.batches, key=inner_key, length=setup.window, extra=call.extra
-        )
-        updates = jax.tree.map(jnp.subtract, reached.params, params)
+        reached, updates = _window(setup, call, optimizer)
 
-    def estimate() -> _Outer:
-        result = setup.estimator.estimate(
-            BilevelParams(reached.params, hyperparams),
-            reached.inner_state,
-            call.state.estimator,
-            batch,
-            call.outer_batch,
-            key=call.key,
-            model_state=reached.model_state,
-        )
-        return _outer_step(setup, call, result)
+    def estimate(before: _Outer) -> _Outer:
+        at = BilevelParams(reached.params, hyperparams), reached.inner_state, before.estimator
+        data = batch, call.outer_batch
+        result = setup.estimator.estimate(*at, *data, key=call.key, model_state=reached.model_state)
+        return _outer_step(setup, call, before, result)
 
-    return reached, updates, _if_due(setup, call, estimate, lambda: _no_outer_step(call))
+    return reached, updates, _once_if(_is_due(setup, call), estimate, _no_outer_step(call))
 
 
 def _differentiated_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, _Outer]:
     """Let the estimator take the inner steps, or take them without it where no outer step is due."""
+    hyperparams, due = call.variables.hyperparams, _is_due(setup, call)
 
-    def estimate() -> tuple[Rollout, _Outer]:
-        result = setup.estimator.estimate(
-            call.variables,
-            call.state.inner,
-            call.state.estimator,
-            call.batches,
-            call.outer_batch,
-            key=call.key,
-            inner_optimizer=setup.inner_optimizer,
-            model_state=call.model_state,
-        )
-        return Rollout(result.params, result.inner_state, result.model_state), _outer_step(setup, call, result)
+    def estimate() -> tuple[Rollout, Params, _Outer]:
+        at = call.variables, call.state.inner, call.state.estimator
+        options = {"inner_optimizer": setup.inner_optimizer, "model_state": call.model_state}
+        result = setup.estimator.estimate(*at, call.batches, call.outer_batch, key=call.key, **options)
+        reached = Rollout(result.params, result.inner_state, result.model_state)
+        updates = jax.tree.map(jnp.subtract, result.params, call.variables.params)
+        return reached, updates, _outer_step(setup, call, _no_outer_step(call), result)
 
-    def steps() -> tuple[Rollout, _Outer]:
-        params, hyperparams = call.variables
-        problem = setup.estimator.problem
-        optimizer = resolve_optimizer(setup.inner_optimizer, problem.constrain(hyperparams))
-        start = Rollout(params, call.state.inner, call.model_state)
-        gradient = inner_gradient(problem, hyperparams)
-        inner_key = split_keys(call.key).inner
-        reached = rollout(
-            gradient, optimizer, start, call.batches, key=inner_key, length=setup.window, extra=call.extra
-        )
-        return reached, _no_outer_step(call)
+    def steps() -> tuple[Rollout, Params, _Outer]:
+        optimizer = resolve_optimizer(setup.inner_optimizer, setup.estimator.problem.constrain(hyperparams))
+        return *_window(setup, call, optimizer), _no_outer_step(call)
 
-    reached, outer = _if_due(setup, call, estimate, steps)
-    return reached, jax.tree.map(jnp.subtract, reached.params, call.variables.params), outer
+    return estimate() if due is True else lax.cond(due, estimate, steps)
 
 
-def _outer_step(setup: _Setup, call: _Call, result: Estimate) -> _Outer:
+def _window(setup: _Setup, call: _Call, optimizer: Any) -> tuple[Rollout, Params]:
+    start = Rollout(call.variables.params, call.state.inner, call.model_state)
+    gradient, key = inner_gradient(setup.estimator.problem, call.variables.hyperparams), split_keys(call.key).inner
+    reached = rollout(gradient, optimizer, start, call.batches, key=key, length=setup.window, extra=call.extra)
+    return reached, jax.tree.map(jnp.subtract, reached.params, start.params)
+
+
+def _outer_step(setup: _Setup, call: _Call, before: _Outer, result: Estimate) -> _Outer:
     hyperparams = call.variables.hyperparams
 
-    def take() -> tuple[Hyperparams, PyTree]:
-        updates, state = setup.outer_tx.update(result.hypergrad, call.state.outer, hyperparams, value=result.value)
+    def take(start: tuple[Hyperparams, PyTree]) -> tuple[Hyperparams, PyTree]:
+        updates, state = setup.outer_tx.update(result.hypergrad, start[1], hyperparams, value=result.value)
         return _tree.match_dtypes(updates, hyperparams), state
 
-    def leave() -> tuple[Hyperparams, PyTree]:
-        none = _no_outer_step(call)
-        return none.updates, none.state
-
-    updates, state = lax.cond(result.info.skipped, leave, take)
+    updates, state = _once_if(~result.info.skipped, take, (before.updates, before.state))
     info = result.info._replace(step=call.number, aux=())
-    _checks.same_structure("the estimator's info", info, "its blank info (solver_info)", call.state.info)
-    return _Outer(updates, state, result.estimator_state, _tree.match_dtypes(info, call.state.info))
+    _checks.same_structure("the estimator's info", info, "its blank info (solver_info)", before.info)
+    return _Outer(updates, state, result.estimator_state, _tree.match_dtypes(info, before.info))
 
 
 def _no_outer_step(call: _Call) -> _Outer:
@@ -339,11 +306,23 @@ def _no_outer_step(call: _Call) -> _Outer:
     return _Outer(zeros, call.state.outer, call.state.estimator, call.state.info)
 
 
-def _if_due(setup: _Setup, call: _Call, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+def _is_due(setup: _Setup, call: _Call) -> Any:
+    """Return whether an outer step is due: True where it always is, else a traced scalar bool."""
     if not callable(setup.every):
-        return then() if setup.every == 1 else lax.cond(call.number % setup.every == 0, then, otherwise)
+        return True if setup.every == 1 else call.number % setup.every == 0
     due = jnp.asarray(setup.every(call.number))
     if due.shape != () or due.dtype != jnp.bool_:
         fix = "Return a scalar bool, e.g. (n > 1000) & (n % 10 == 0)."
         raise TypeError(_checks.message("every(n) to return a scalar bool", _checks.describe(due), fix))
-    return lax.cond(due, then, otherwise)
+    return due
+
+
+def _once_if(due: Any, step: Callable[[Any], Any], start: Any) -> Any:
+    """Return ``step(start)`` where ``due``, else ``start``.
+
+    A loop of at most one round where ``lax.cond`` would do: XLA updates what a loop carries in place, and copies
+    what a branch passes through, so that a call on which nothing is due would pay for the optimizer's state.
+    """
+    if due is True:
+        return step(start)
+    return lax.while_loop(lambda c: c[0], lambda c: (jnp.array(False), step(c[1])), (due, start))[1]

@@ -95,9 +95,8 @@ def describe_estimate(
     value: Array, hypergrad: Hyperparams, *, solver: Any = (), standard_error: Any = (), aux: Any = ()
 ) -> HypergradInfo:
     """Return the info of an estimate that belongs to no ``update`` call yet."""
-    wide = _tree.promote(hypergrad)
-    size = _tree.norm(wide)
-    finite = jnp.isfinite(value) & _tree.all_finite(wide)
+    size = _tree.norm(_tree.promote(hypergrad))
+    finite = jnp.isfinite(value) & jnp.isfinite(size)  # a norm that overflows counts as not finite: one pass, not two
     return HypergradInfo(value, size, solver, standard_error, ~finite, jnp.array(-1, jnp.int32), aux)
 
 

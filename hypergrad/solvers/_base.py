@@ -68,7 +68,7 @@ def assemble(
 
     Args:
       init: makes the state from a tree like b.
-      solve_scaled: solves for a b whose largest entry is between ½ and 1, or b = 0. Its x is finite, its
+      solve_scaled: solves for a b whose largest entry is about 1, or b = 0. Its x is finite (0 for b = 0), its
         residual may be anything.
       damping: δ ≥ 0; the system solved is (A + δI) x = b.
       rtol: the residual up to which a solve counts as converged; None: any residual below 1.
@@ -81,18 +81,28 @@ def assemble(
         b = _tree.promote(b)
         top = _tree.max_abs(b)
         finite, present = jnp.isfinite(top), top >= jnp.finfo(top.dtype).tiny
-        _, exponent = jnp.frexp(jnp.where(finite & present, top, 0.5))
-        b = jax.tree.map(lambda x: jnp.where(finite & present, jnp.ldexp(x, -exponent), 0.0), b)
+        power = _power_of_two(jnp.where(finite & present, top, 1.0))
+        # A quotient of scalars: XLA computes it once, where it would repeat a select inside every leaf's kernel.
+        shrink = jnp.where(finite & present, 1.0, 0.0).astype(power.dtype) / power
+        b = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x * shrink.astype(x.dtype), 0.0), b)
         size = _tree.norm(b)
 
         x, state, num_steps, remainder = solve_scaled(_damped(matvec, b, damping), b, size, state)
-        x = jax.tree.map(lambda leaf: jnp.where(size > 0, jnp.ldexp(leaf, exponent), 0.0), x)
+        x = _tree.scale(x, power)
         residual = jnp.where(size > 0, remainder / jnp.where(size > 0, size, 1.0), 0.0)
         residual = jnp.where(finite & ~jnp.isnan(residual), residual, jnp.inf)
         converged = residual < 1.0 if rtol is None else residual <= rtol
         return x, state, SolveInfo(num_steps.astype(jnp.int32), residual, converged)
 
     return LinearSolver(init, solve)
+
+
+def _power_of_two(x: Array) -> Array:
+    """Return the power of two nearest to x > 0, kept where it and its reciprocal are normal numbers."""
+    info = jnp.finfo(x.dtype)
+    power = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=0)
+    largest = 2.0 ** (info.maxexp - 28)
+    return jnp.clip(power, 1.0 / largest, largest)
 
 
 def normalized(x: PyTree, size: Array) -> PyTree:
