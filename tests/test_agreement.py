@@ -79,9 +79,12 @@ def test_neumann_equals_its_truncated_sum_in_the_hypergradient(name, num_terms):
     def outer(w, h):
         return case.problem.outer_loss(unravel(w), unravel_h(h), case.outer_batch, None)
 
-    hessian = jax.hessian(inner)(flat, flat_h)
-    mixed = jax.jacobian(jax.grad(inner), argnums=1)(flat, flat_h)
-    slope, direct = jax.grad(outer, argnums=(0, 1))(flat, flat_h)
+    @jax.jit
+    def blocks(w, h):
+        mixed = jax.jacobian(jax.grad(inner), argnums=1)(w, h)
+        return jax.hessian(inner)(w, h), mixed, *jax.grad(outer, argnums=(0, 1))(w, h)
+
+    hessian, mixed, slope, direct = blocks(flat, flat_h)
     solution, term = jnp.zeros_like(slope), slope
     for _ in range(num_terms):
         solution, term = solution + alpha * term, term - alpha * hessian @ term
@@ -97,7 +100,8 @@ def test_neumann_equals_its_truncated_sum_in_the_hypergradient(name, num_terms):
 def test_k_neumann_terms_equal_k_unrolled_steps_at_the_optimum(name, steps):
     case, alpha = example(name), 0.3
     unrolled = hg.hypergrad(autodiff_steps(case.problem), inner_optimizer=optax.sgd(alpha))
-    want = unrolled(*case.variables, window_of(case.inner_batch, steps), case.outer_batch, key=None)
+    unrolled = jax.jit(functools.partial(unrolled, key=None))
+    want = unrolled(*case.variables, window_of(case.inner_batch, steps), case.outer_batch)
     grad, _ = estimate(case, hg.solvers.neumann(steps, alpha))
     assert relative_error(grad, want) < 1e-10
 
@@ -106,7 +110,8 @@ def test_identity_is_the_hypergradient_with_h_replaced_by_one():
     case = example("ridge")
     grad, _ = estimate(case, hg.solvers.identity())
     one_step = hg.hypergrad(autodiff_steps(case.problem), inner_optimizer=optax.sgd(1.0))
-    want = one_step(*case.variables, window_of(case.inner_batch, 1), case.outer_batch, key=None)
+    one_step = jax.jit(functools.partial(one_step, key=None))
+    want = one_step(*case.variables, window_of(case.inner_batch, 1), case.outer_batch)
     assert relative_error(grad, want) < 1e-10
 
 

@@ -45,16 +45,16 @@ def test_the_steps_written_out_by_hand():
     tx = make(
         estimator=hg.implicit(case().problem, solver), inner_optimizer=inner_tx, outer_optimizer=outer_tx, every=2
     )
-    step, loss = runner(tx), case().problem.inner_loss
+    step, gradient = runner(tx), jax.jit(jax.grad(case().problem.inner_loss))
     variables, state = case().variables, tx.init(case().variables)
     w, h = case().variables
     s, o = inner_tx.init(w), outer_tx.init(h)
     hypergrad_fn = jax.jit(hg.value_and_hypergrad(hg.implicit(case().problem, solver)))
     for call in range(1, 5):
-        grads = jax.grad(loss)(*variables, case().inner_batch, None)
+        grads = gradient(*variables, case().inner_batch, None)
         variables, state = step(grads, variables, state, case().inner_batch, case().outer_batch)
 
-        updates, s = inner_tx.update(jax.grad(loss)(w, h, case().inner_batch, None), s, w)
+        updates, s = inner_tx.update(gradient(w, h, case().inner_batch, None), s, w)
         w = optax.apply_updates(w, updates)
         if call % 2 == 0:
             (value, grad), _ = hypergrad_fn(w, h, case().inner_batch, case().outer_batch, key=None)
@@ -85,16 +85,17 @@ def test_a_fused_window_is_as_many_single_calls():
     variables, state = runner(fused)(None, noisy.variables, fused.init(noisy.variables), batches, noisy.outer_batch)
 
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 3)
+    noisy_gradient = jax.jit(jax.grad(noisy.problem.inner_loss))
     inner_tx = optax.adam(1e-2)
     params, s = noisy.variables.params, inner_tx.init(noisy.variables.params)
     for i in range(4):
         batch = jax.tree.map(lambda x, i=i: x[i], batches)
         key = jax.random.fold_in(keys[0], i)
-        grads = jax.grad(noisy.problem.inner_loss)(params, noisy.variables.hyperparams, batch, key)
+        grads = noisy_gradient(params, noisy.variables.hyperparams, batch, key)
         updates, s = inner_tx.update(grads, s, params)
         params = optax.apply_updates(params, updates)
     assert relative_error(variables.params, params) < 1e-5
-    hypergrad_fn = hg.hypergrad(hg.implicit(noisy.problem, hg.solvers.neumann(5, 0.1)))
+    hypergrad_fn = jax.jit(hg.hypergrad(hg.implicit(noisy.problem, hg.solvers.neumann(5, 0.1))))
     grad = hypergrad_fn(
         params, noisy.variables.hyperparams, batch, noisy.outer_batch, key=jax.random.fold_in(jax.random.key(0), 0)
     )

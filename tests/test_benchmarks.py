@@ -1,0 +1,23 @@
+"""The benchmark scripts run on tiny settings and write what their documents promise."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", ["step_cost", "hessian_modes"])
+def test_quick_run(name, tmp_path):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert {"cpu", "cores", "python", "jax", "jaxlib", "optax", "numpy"} <= set(record["machine"])
+    assert str(ROOT) not in json.dumps(record)
+    assert "|" in (tmp_path / f"{name}.md").read_text()
