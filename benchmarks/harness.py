@@ -5,6 +5,7 @@ median over rounds of the ratio inside a round, so that what disturbs a whole ro
 every thread of the process; wall time stands beside it.
 """
 
+import argparse
 import datetime
 import gc
 import importlib.metadata
@@ -14,7 +15,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,6 +98,38 @@ def machine() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         **{name: os.environ.get(name, "") for name in settings},
     }
+
+
+def circumstances(rounds: int) -> dict[str, Any]:
+    """Return what is recorded with every network: the parts of a file may come from several runs."""
+    return {"machine": machine(), "rounds": rounds, "load": [round(x, 2) for x in os.getloadavg()]}
+
+
+def arguments(document: str, names: Sequence[str], results: Path) -> argparse.ArgumentParser:
+    """Return the command line that the benchmarks share."""
+    parser = argparse.ArgumentParser(description=document.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one tiny network, 3 rounds: does it run?")
+    parser.add_argument("--only", default=",".join(names), help="comma-separated networks")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=results)
+    parser.add_argument("--merge", action="store_true", help="keep the other networks that the file has")
+    return parser
+
+
+def merged(folder: Path, name: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Return ``record`` with what the file already holds, if it was taken with the same settings.
+
+    Raises:
+      ValueError: a setting (an entry that is not a dict of results) differs.
+    """
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return record
+    before = json.loads(path.read_text())
+    for key, value in record.items():
+        if not isinstance(value, dict) and before.get(key) != value:
+            raise ValueError(f"--merge: {key} is {before.get(key)!r} in {path.name}, {value!r} in this run")
+    return {**before, **{k: {**before.get(k, {}), **v} if isinstance(v, dict) else v for k, v in record.items()}}
 
 
 def write(folder: Path, name: str, record: dict[str, Any], table: str) -> None:

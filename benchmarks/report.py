@@ -1,4 +1,7 @@
-"""Turn a benchmark's JSON into Markdown: ``python benchmarks/report.py step_cost.json``."""
+"""Turn a benchmark's JSON into Markdown: ``python benchmarks/report.py step_cost.json``.
+
+The file's name without its ending is the report's: ``step_cost`` or ``hessian_modes``.
+"""
 
 import json
 import sys
@@ -13,24 +16,74 @@ FLOOR = {"mlp64": 12.8, "mlp256": 14.9, "mlp1024": 18.3}
 
 def step_cost(record: dict[str, Any]) -> str:
     """Return targets, then all figures, as Markdown."""
-    parts = ["# Cost of a hypergradient and of a joint step", _machine(record["machine"]), _how(record)]
+    parts = ["# Cost of a hypergradient and of a joint step", _how(record), _circumstances(record)]
     parts += ["## Targets", _table(("what", "network", "target", "measured", ""), _targets(record))]
     for name, found in record["networks"].items():
         parts += [f"## {name}: {found['weights']:,} weights, as many hyperparameters", *_network(found)]
-    if "peak_rss_mib" in record:
-        rows = [(which, f"{value:.0f}") for which, value in record["peak_rss_mib"].items()]
-        parts += ["## Peak resident memory, mlp1024, 20 calls", _table(("process", "MiB"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def _machine(machine: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in machine.items() if value not in ("", None)) + "."
+def hessian_modes(record: dict[str, Any]) -> str:
+    """Return the choices side by side over all networks, then all figures, as Markdown."""
+    parts = ["# Forms of the Hessian product and of the loop around it", _how(record), _circumstances(record)]
+    rows = {
+        name: [v for v in found["candidates"].values() if "solver" in v] for name, found in record["networks"].items()
+    }
+    steps = record["steps"]
+    for title, loop in (("in the library's loop", "while_loop"), ("unrolled", "unrolled scan")):
+        chosen = {
+            n: {v["mode"]: v for v in all_ if (v["solver"], v["loop"]) == ("neumann", loop)} for n, all_ in rows.items()
+        }
+        chosen = {n: modes for n, modes in chosen.items() if len(modes) > 1}
+        if chosen:
+            parts += [f"## Product, in Neumann {steps} {title}: CPU time and scratch memory over those of vjp(grad)"]
+            parts += [_beside(chosen, "vjp(grad)")]
+    for solver in ("neumann", "cg"):
+        loops = {
+            n: {v["loop"]: v for v in all_ if (v["solver"], v["mode"]) == (solver, "vjp(grad)")}
+            for n, all_ in rows.items()
+        }
+        parts += [f"## Loop, in {solver} {steps} with vjp(grad): CPU time and scratch memory over those of while_loop"]
+        parts += [_beside(loops, "while_loop")]
+    for name, found in record["networks"].items():
+        head = ("", "CPU ms", "wall ms", "in gradients", "scratch MiB", "steps", "differs by")
+        table = [_solve(which, v) for which, v in found["candidates"].items()]
+        parts += [f"## {name}: {found['weights']:,} weights, Neumann step {found['step_size']:g}", _table(head, table)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _beside(chosen: dict[str, dict[str, Any]], unit: str) -> str:
+    def cell(form: dict[str, Any], of: dict[str, Any]) -> str:
+        return f"{form['over_chosen']:.2f} / {form['scratch_mib'] / of['scratch_mib']:.2f}"
+
+    forms = next(iter(chosen.values()))
+    rows = [(form, *(cell(found[form], found[unit]) for found in chosen.values())) for form in forms]
+    return _table(("", *chosen), rows)
+
+
+def _solve(which: str, v: dict[str, Any]) -> Sequence[str]:
+    steps, difference = (str(v["solver_steps"]), f"{v['difference']:.0e}") if "solver" in v else ("", "")
+    numbers = f"{v['cpu_ms']:.2f}", f"{v['wall_ms']:.2f}", f"{v['in_units']:.2f}", f"{v['scratch_mib']:.1f}"
+    return (which, *numbers, steps, difference)
+
+
+def _circumstances(record: dict[str, Any]) -> str:
+    """Return a line for each machine (and day) on which networks were measured."""
+    lines: dict[str, list[str]] = {}
+    for name, found in record["networks"].items():
+        machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if value not in ("", None))
+        lines.setdefault(f"{machine}; {found['rounds']} rounds", []).append(f"{name} (load {found['load'][0]:g})")
+    return "\n".join(f" - {', '.join(names)}: {line}." for line, names in lines.items())
 
 
 def _how(record: dict[str, Any]) -> str:
-    quick = " A quick run on a tiny network: the figures say only that the script works." if record["quick"] else ""
+    quick = (
+        " A quick run on a tiny network, compiled without most optimizations: the figures say only that the script works."
+        if record["quick"]
+        else ""
+    )
     return (
-        f"CPU time (all threads), median of {record['rounds']} rounds in which the candidates take turns; ratios are "
+        f"CPU time (all threads), median of rounds in which the candidates take turns; ratios are "
         f"medians of the ratio inside a round; wall time beside it.{quick}"
     )
 
@@ -52,7 +105,8 @@ def _targets(record: dict[str, Any]) -> list[Sequence[str]]:
             add("Neumann 10 with a given step, in gradients", name, 1.15 * FLOOR[name], measured)
         calls = found["steps"]["candidates"]
         add("joint step, over hand-written", name, OVER_HAND, calls["joint step library"]["over_hand"])
-        add("fused window, over hand-written", name, OVER_HAND, calls["window library"]["over_hand"])
+        if "window library" in calls:
+            add("fused window, over hand-written", name, OVER_HAND, calls["window library"]["over_hand"])
         large = found["weights"] > 300_000
         if not large:
             add("call with nothing due, over a plain step", name, IDLE_SMALL, calls["idle step library"]["in_units"])
@@ -73,6 +127,9 @@ def _network(found: dict[str, Any]) -> Iterable[str]:
         yield _timings(found["steps_keeping_memory"], "in plain steps")
     seconds = {k: v for k, v in found["compile_s"].items() if k != "over_hand"}
     yield "Compile time: " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()) + "."
+    if "peak_rss_mib" in found:
+        peaks = ", ".join(f"{which} {value:.0f} MiB" for which, value in found["peak_rss_mib"].items())
+        yield f"Peak resident memory of a process that makes 20 calls: {peaks}."
 
 
 def _timings(part: dict[str, Any], unit: str) -> str:
@@ -92,4 +149,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    print(step_cost(json.loads(Path(sys.argv[1]).read_text())))
+    path = Path(sys.argv[1])
+    print({"step_cost": step_cost, "hessian_modes": hessian_modes}[path.stem](json.loads(path.read_text())))

@@ -1,6 +1,6 @@
 """What a hypergradient and a joint step cost, beside the same thing written by hand in plain JAX.
 
-    python benchmarks/step_cost.py [--quick] [--only mlp64,cnn] [--rounds 9] [--out DIR]
+    python benchmarks/step_cost.py [--quick] [--only mlp64,cnn] [--rounds 9] [--out DIR] [--merge]
 
 In one run, candidates taking turns (``harness.py``):
 
@@ -92,8 +92,8 @@ def library_problem(network: Network) -> hg.BilevelProblem:
     return hg.reparameterize(hg.BilevelProblem(train_loss, valid_loss), hg.bijectors.exp())
 
 
-def hypergradients(network: Network, step_size: float) -> dict[str, Candidate]:
-    """Return the gradient and every way to a hypergradient, the library's and the hand-written."""
+def hypergradients(network: Network, step_size: float, everything: bool) -> dict[str, Candidate]:
+    """Return the gradient and ways to a hypergradient, the library's and the hand-written."""
     problem = library_problem(network)
     unroll = network.unroll
     at = network.params, network.log_decays, network.inner_batch, network.outer_batch
@@ -106,11 +106,11 @@ def hypergradients(network: Network, step_size: float) -> dict[str, Candidate]:
         )
         found[f"{name} hand"] = compile_candidate(by_hand, *at)
 
-    for terms in (10, 20):
+    for number in (10, 20) if everything else (10,):
         both(
-            f"neumann {terms}",
-            hg.solvers.neumann(terms, step_size=step_size, unroll=unroll),
-            handwritten.neumann(network, terms, step_size, unroll),
+            f"neumann {number}",
+            hg.solvers.neumann(number, step_size=step_size, unroll=unroll),
+            handwritten.neumann(network, number, step_size, unroll),
         )
     if unroll is True:
         both(
@@ -120,6 +120,8 @@ def hypergradients(network: Network, step_size: float) -> dict[str, Candidate]:
         )
     both("cg 10", hg.solvers.cg(10, rtol=0.0, unroll=unroll), handwritten.cg(network, 10, unroll))
 
+    if not everything:
+        return found
     estimator = hg.implicit(problem, hg.solvers.neumann(10, unroll=unroll))
 
     def warm(solver_state: Tree, params: Tree, log_decays: Tree, inner_batch: Tree, outer_batch: Tree) -> Any:
@@ -192,20 +194,40 @@ NEVER = 10**9
 CYCLES = {"joint step library": EVERY, "joint step hand": EVERY}
 
 
-def time_hypergradients(network: Network, step_size: float, rounds: int) -> dict[str, Any]:
+class Effort(NamedTuple):
+    """How much to measure.
+
+    Attributes:
+      rounds: samples of every candidate.
+      compile_rounds: times that each joint step is compiled.
+      everything: False to leave out 20 Neumann terms, Neumann's own step and fused windows.
+      min_ms: length of a sample.
+    """
+
+    rounds: int
+    compile_rounds: int = 3
+    everything: bool = True
+    min_ms: float = 60.0
+
+
+QUICK = Effort(rounds=3, compile_rounds=1, everything=False, min_ms=5.0)
+
+
+def time_hypergradients(network: Network, step_size: float, effort: Effort) -> dict[str, Any]:
     """Time item 1 for one network."""
-    return _timed(hypergradients(network, step_size), "gradient", rounds)
+    return _timed(hypergradients(network, step_size, effort.everything), "gradient", effort)
 
 
-def time_steps(network: Network, step_size: float, rounds: int) -> dict[str, Any]:
+def time_steps(network: Network, step_size: float, effort: Effort) -> dict[str, Any]:
     """Time items 2 and 3 for one network."""
-    compiled = {n: compile_candidate(f, *a, carried=c) for n, (f, a, c) in steps(network, step_size).items()}
-    return _timed(compiled, "plain step", rounds)
+    wanted = {n: v for n, v in steps(network, step_size).items() if effort.everything or not n.startswith("window")}
+    compiled = {n: compile_candidate(f, *a, carried=c) for n, (f, a, c) in wanted.items()}
+    return _timed(compiled, "plain step", effort)
 
 
-def _timed(candidates: dict[str, Candidate], unit: str, rounds: int) -> dict[str, Any]:
+def _timed(candidates: dict[str, Candidate], unit: str, effort: Effort) -> dict[str, Any]:
     thunks = {name: candidate.thunk() for name, candidate in candidates.items()}
-    timings = harness.interleave(thunks, rounds=rounds, multiple=CYCLES)
+    timings = harness.interleave(thunks, rounds=effort.rounds, min_ms=effort.min_ms, multiple=CYCLES)
     records = {}
     for name, timing in timings.items():
         records[name] = {
@@ -259,55 +281,51 @@ def peak_memory(name: str, which: str, scale: networks.Scale) -> float:
     return harness.peak_rss_mib()
 
 
-def measure(name: str, scale: networks.Scale, rounds: int) -> dict[str, Any]:
+def measure(name: str, scale: networks.Scale, effort: Effort) -> dict[str, Any]:
     """Measure one network: everything but what needs a process of its own."""
     network = networks.build(name, scale)
     step_size = round(0.5 / handwritten.stiffness(network), 5)
     record: dict[str, Any] = {"weights": network.num_weights, "step_size": step_size, "unroll": network.unroll}
-    record["hypergradient"] = time_hypergradients(network, step_size, rounds)
-    record["steps"] = time_steps(network, step_size, rounds)
-    record["compile_s"] = compile_times(network, step_size, max(1, min(3, rounds // 3)))
+    record["hypergradient"] = time_hypergradients(network, step_size, effort)
+    record["steps"] = time_steps(network, step_size, effort)
+    record["compile_s"] = compile_times(network, step_size, effort.compile_rounds)
     return record
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark and write its results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one tiny network, 3 rounds: does it run?")
-    parser.add_argument("--only", default=",".join(NAMES), help="comma-separated networks")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser = harness.arguments(__doc__ or "", NAMES, Path(__file__).parent / "results")
     parser.add_argument("--part", choices=("all", "steps", "peak"), default="all", help=argparse.SUPPRESS)
     parser.add_argument("--which", default="plain step", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     names = ["mlp64"] if args.quick else args.only.split(",")
-    rounds = 3 if args.quick else args.rounds
+    effort = QUICK if args.quick else Effort(args.rounds)
     scale = networks.Scale(inputs=32, batch=16) if args.quick else networks.Scale()
+    jax.config.update("jax_disable_most_optimizations", args.quick)  # most of a quick run is compilation
     if args.part == "peak":
         print(json.dumps(peak_memory(names[0], args.which, scale)))
         return {}
     if args.part == "steps":
         network = networks.build(names[0], scale)
-        print(json.dumps(time_steps(network, round(0.5 / handwritten.stiffness(network), 5), rounds)))
+        print(json.dumps(time_steps(network, round(0.5 / handwritten.stiffness(network), 5), effort)))
         return {}
 
-    record: dict[str, Any] = {"machine": harness.machine(), "rounds": rounds, "every": EVERY, "quick": args.quick}
-    record["allocator"] = KEEPING
-    record["networks"] = {}
+    record: dict[str, Any] = {"every": EVERY, "quick": args.quick, "allocator": KEEPING, "networks": {}}
+    if args.merge:
+        record = harness.merged(args.out, "step_cost", record)
     for name in names:
         print(f"{name} ...", flush=True)
-        found = measure(name, scale, rounds)
+        found = {**harness.circumstances(effort.rounds), **measure(name, scale, effort)}
         if not args.quick:
-            child = ["--only", name, "--rounds", str(rounds)]
+            child = ["--only", name, "--rounds", str(effort.rounds)]
             found["steps_keeping_memory"] = _in_a_process([*child, "--part", "steps"], KEEPING)
+        if name == "mlp1024":
+            found["peak_rss_mib"] = {
+                which: round(_in_a_process(["--only", name, "--part", "peak", "--which", which], {}), 1)
+                for which in ("plain step", "joint step library", "joint step hand")
+            }
         record["networks"][name] = found
         _save(args.out, record)
-    if "mlp1024" in names:
-        record["peak_rss_mib"] = {
-            which: round(_in_a_process(["--only", "mlp1024", "--part", "peak", "--which", which], {}), 1)
-            for which in ("plain step", "joint step library", "joint step hand")
-        }
-    _save(args.out, record)
     print(report.step_cost(record))
     return record
 
