@@ -78,7 +78,7 @@ def _circumstances(record: dict[str, Any]) -> str:
 
 def _how(record: dict[str, Any]) -> str:
     quick = (
-        " A quick run on a tiny network, compiled without most optimizations: the figures say only that the script works."
+        " A quick run on a tiny network, compiled without most optimizations: the figures say only that it works."
         if record["quick"]
         else ""
     )
