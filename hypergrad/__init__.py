@@ -5,7 +5,7 @@ from hypergrad._bilevel import BilevelState, bilevel
 from hypergrad._functional import hypergrad, value_and_hypergrad
 from hypergrad._problem import BilevelParams, BilevelProblem, reparameterize
 from hypergrad.bijectors import Bijector, constrain, unconstrain
-from hypergrad.estimators import Estimate, HypergradEstimator, HypergradInfo, implicit
+from hypergrad.estimators import Estimate, EvaluationInfo, HypergradEstimator, HypergradInfo, implicit
 from hypergrad.solvers import LinearSolver, SolveInfo
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __all__ = [
     "unconstrain",
     # estimators and their linear solvers
     "Estimate",
+    "EvaluationInfo",
     "HypergradEstimator",
     "HypergradInfo",
     "LinearSolver",

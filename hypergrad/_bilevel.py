@@ -172,7 +172,7 @@ class _Call(NamedTuple):
     grads: Params | None
     state: BilevelState
     variables: BilevelParams
-    batches: Batch  # window axis first, also where window = 1
+    batches: Batch  # as given: with the window axis first where window > 1
     outer_batch: Batch
     model_state: ModelState
     extra: dict[str, Any]
@@ -208,12 +208,8 @@ def _read_call(
         if batch is None:
             fix = f"Pass {name}=... on every call, also where no outer step is due; () for a loss without data."
             raise ValueError(_checks.message(f"{name} for update", "None", fix))
-    if setup.window > 1:
-        if jax.tree.leaves(inner_batch):
-            _checks.window_length(inner_batch, setup.window)
-        batches = inner_batch
-    else:
-        batches = jax.tree.map(lambda x: jnp.asarray(x)[None], inner_batch)
+    if setup.window > 1 and jax.tree.leaves(inner_batch):
+        _checks.window_length(inner_batch, setup.window)
 
     problem = setup.estimator.problem
     if grads is not None:
@@ -233,16 +229,17 @@ def _read_call(
     else:
         check_model_state(problem, model_state)
         _checks.same_structure("model_state", model_state, "the state's", state.model_state)
+        model_state = _tree.match_dtypes(model_state, state.model_state)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=setup.key_impl), state.step)
     number = state.step + 1
-    return _Call(number, key, grads, state, variables, batches, outer_batch, model_state, extra)
+    return _Call(number, key, grads, state, variables, inner_batch, outer_batch, model_state, extra)
 
 
 def _plain_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, _Outer]:
     """Take the inner steps, then estimate at the weights that they reached."""
     params, hyperparams = call.variables
     optimizer = resolve_optimizer(setup.inner_optimizer, None)
-    batch = last_batch(call.batches)
+    batch = call.batches if setup.window == 1 else last_batch(call.batches)
     if setup.window == 1:
         grads, model_state = call.grads, call.model_state
         if grads is None:
@@ -265,6 +262,8 @@ def _plain_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, _Outer]:
 def _differentiated_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, _Outer]:
     """Let the estimator take the inner steps, or take them without it where no outer step is due."""
     hyperparams, due = call.variables.hyperparams, _is_due(setup, call)
+    if setup.window == 1:
+        call = call._replace(batches=jax.tree.map(lambda x: jnp.asarray(x)[None], call.batches))
 
     def estimate() -> tuple[Rollout, Params, _Outer]:
         at = call.variables, call.state.inner, call.state.estimator
@@ -296,7 +295,7 @@ def _outer_step(setup: _Setup, call: _Call, before: _Outer, result: Estimate) ->
         return _tree.match_dtypes(updates, hyperparams), state
 
     updates, state = _once_if(~result.info.skipped, take, (before.updates, before.state))
-    info = result.info._replace(step=call.number, aux=())
+    info = HypergradInfo(*result.info[: len(HypergradInfo._fields)])._replace(step=call.number)
     _checks.same_structure("the estimator's info", info, "its blank info (solver_info)", before.info)
     return _Outer(updates, state, result.estimator_state, _tree.match_dtypes(info, before.info))
 

@@ -124,7 +124,10 @@ def as_key(key: Key) -> Array | None:
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         return jax.random.key(int(key))
     if isinstance(key, jax.Array | np.ndarray):
-        if key.dtype == jnp.uint32 and key.ndim == 1:
+        if (
+            key.dtype == jnp.uint32
+            and key.shape == jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+        ):
             return jax.random.wrap_key_data(jnp.asarray(key))
         if jnp.issubdtype(key.dtype, jnp.integer) and key.ndim == 0:
             return jax.random.key(key)

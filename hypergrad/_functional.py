@@ -13,12 +13,12 @@ from hypergrad import _checks
 from hypergrad._problem import BilevelParams, check_model_state, check_variables
 from hypergrad._rollout import resolve_optimizer
 from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params
-from hypergrad.estimators import Estimate, HypergradEstimator, HypergradInfo
+from hypergrad.estimators import Estimate, EvaluationInfo, HypergradEstimator
 
 
 def value_and_hypergrad(
     estimator: HypergradEstimator, inner_optimizer: Any = None
-) -> Callable[..., tuple[tuple[Array, Hyperparams], HypergradInfo]]:
+) -> Callable[..., tuple[tuple[Array, Hyperparams], EvaluationInfo]]:
     """Return a function that gives outer loss, hypergradient and info.
 
     ``fn(params, hyperparams, inner_batch, outer_batch, *, key, model_state=None) -> ((value, hypergrad), info)``
@@ -29,8 +29,8 @@ def value_and_hypergrad(
         ``inner_batch`` carry a window axis K, and K steps from a fresh optimizer state are taken first.
 
     Returns:
-      The function. ``info.aux`` is the outer loss's aux, ``info.skipped`` says that value or hypergradient is
-      not finite.
+      The function. ``info`` is an ``EvaluationInfo``: ``info.aux`` is the outer loss's aux, ``info.skipped`` says
+      that value or hypergradient is not finite.
 
     Raises:
       TypeError: ``estimator`` is not a ``HypergradEstimator``.
@@ -57,7 +57,7 @@ def value_and_hypergrad(
         *,
         key: Key,
         model_state: ModelState = None,
-    ) -> tuple[tuple[Array, Hyperparams], HypergradInfo]:
+    ) -> tuple[tuple[Array, Hyperparams], EvaluationInfo]:
         result = estimate(BilevelParams(params, hyperparams), inner_batch, outer_batch, key, model_state)
         return (result.value, result.hypergrad), result.info
 

@@ -13,9 +13,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from hypergrad import _checks
+from hypergrad import _checks, _tree
 from hypergrad._types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
 from hypergrad.bijectors import Bijector, constrain
 
@@ -62,8 +61,8 @@ class BilevelProblem:
 
     inner_loss: Loss
     outer_loss: Loss
-    has_aux: bool = dataclasses.field(default=False, kw_only=True)
-    stateful: bool = dataclasses.field(default=False, kw_only=True)
+    has_aux: bool = False
+    stateful: bool = False
     constrain: Callable[[Hyperparams], Hyperparams] = dataclasses.field(default=_unchanged, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -185,7 +184,7 @@ def check_model_state(problem: BilevelProblem, model_state: ModelState) -> Model
     if problem.stateful and model_state is None:
         fix = "Pass model_state=..., e.g. the batch_stats collection."
         raise ValueError(_checks.message("model_state for a stateful problem", "None", fix))
-    if not problem.stateful and not (model_state is None or model_state == ()):
+    if not problem.stateful and not (model_state is None or (isinstance(model_state, tuple) and not model_state)):
         fix = "Declare BilevelProblem(..., stateful=True), or drop model_state."
         raise ValueError(_checks.message("no model_state for a stateless problem", _checks.describe(model_state), fix))
     return () if model_state is None else model_state
@@ -216,4 +215,4 @@ def _evaluate(
             _checks.same_structure(f"the model_state that {name} returned", new_state, "the given one", model_state)
     fix = "Return the scalar alone, or declare has_aux=True / stateful=True."
     value = _checks.scalar_loss(name, value, fix)
-    return LossValue(value, jax.tree.map(jnp.asarray, new_state), aux)
+    return LossValue(value, _tree.match_dtypes(new_state, model_state) if problem.stateful else (), aux)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from hypergrad._types import Array, PyTree
@@ -82,8 +81,12 @@ def unalias(tree: PyTree, *others: PyTree) -> PyTree:
 
 
 def match_dtypes(tree: PyTree, like: PyTree) -> PyTree:
-    """Cast ``tree`` leaf by leaf to the dtypes of ``like``, strongly typed, so that branches agree."""
-    return strip_weak_types(optax.tree.cast_like(tree, like))
+    """Cast ``tree`` leaf by leaf to the dtypes of ``like``, strongly typed, so that branches agree; keys stay."""
+
+    def cast(x: Any, y: Any) -> Any:
+        return x if _is_key(x) else lax.convert_element_type(x, jnp.asarray(y).dtype)
+
+    return jax.tree.map(cast, tree, like)
 
 
 def leaf_names(tree: PyTree) -> list[str]:

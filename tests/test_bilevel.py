@@ -274,7 +274,7 @@ def test_batch_statistics_flow(window, has_aux):
     assert relative_error(after.params, params) < 1e-5
     outer = problem.outer_loss(params, variables.hyperparams, batch, None, want)[0]
     assert float(state.info.outer_loss) == pytest.approx(float(outer), rel=1e-5)
-    assert state.info.aux == ()
+    assert state.info._fields == ("outer_loss", "hypergrad_norm", "solver", "standard_error", "skipped", "step")
 
 
 def test_handed_in_gradients_of_a_stateful_problem_bring_their_model_state():
@@ -348,3 +348,75 @@ def test_an_inner_optimizer_may_depend_on_the_hyperparameters(x64):
     moved = float(rate - after.hyperparams["rate"])
     assert moved == pytest.approx(float(slope), rel=1e-3)  # the losses themselves are reduced in float32
     assert int(state.info.step) == 1
+
+
+def test_a_hessian_that_is_not_finite_skips_the_outer_step():
+    """|w|^1.5 has an infinite curvature at 0: the solve hands back x = 0, which must not pass as a hypergradient."""
+    problem = hg.BilevelProblem(
+        lambda w, h, b, k: 0.5 * ((w - h) ** 2).sum() + (jnp.abs(w) ** 1.5).sum(),
+        lambda w, h, b, k: (w - 1.0).sum() ** 2,
+    )
+    for solver in (hg.solvers.cg(5), hg.solvers.neumann(5), hg.solvers.dense()):
+        (_, grad), info = hg.value_and_hypergrad(hg.implicit(problem, solver))(
+            jnp.zeros(2), jnp.ones(2), (), (), key=None
+        )
+        assert not bool(info.solver.converged)
+        assert bool(info.skipped)
+        assert not bool(jnp.isfinite(grad).any())
+        tx = hg.bilevel(
+            hg.implicit(problem, solver), inner_optimizer=optax.set_to_zero(), outer_optimizer=optax.sgd(0.1)
+        )
+        variables = hg.BilevelParams(jnp.zeros(2), jnp.ones(2))
+        updates, state = jax.jit(tx.update)(None, tx.init(variables), variables, inner_batch=(), outer_batch=())
+        assert bool(state.info.skipped)
+        assert float(optax.tree.norm(updates)) == 0.0
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_model_state_keeps_its_dtypes(window):
+    """A loss that returns its statistics in another precision, or as Python numbers, does not change the state."""
+
+    def inner(w, h, batch, key, state):
+        loss = 0.5 * ((w - h) ** 2).sum()
+        return loss, {"low": state["low"].astype(jnp.float32) + 1.0, "weak": 1.0}
+
+    problem = hg.BilevelProblem(inner, lambda w, h, b, k, state: ((w**2).sum(), state), stateful=True)
+    start = {"low": jnp.zeros((), jnp.bfloat16), "weak": jnp.zeros(())}
+    tx = make(problem, window=window, model_state=start)
+    variables = hg.BilevelParams(jnp.ones(2), jnp.zeros(2))
+    step, state = runner(tx), tx.init(variables)
+    batch = jnp.zeros(window) if window > 1 else jnp.zeros(())
+    for _ in range(2):
+        variables, state = step(None, variables, state, batch, ())
+    assert state.model_state["low"].dtype == jnp.bfloat16
+    assert float(state.model_state["low"]) == 2.0 * window
+    assert step._cache_size() == 1
+
+
+def test_a_single_batch_may_hold_what_is_no_array():
+    """Outside ``jit``, with window=1: the batch reaches the losses as it is."""
+    problem = hg.BilevelProblem(
+        lambda w, h, b, k: b["scale"] * 0.5 * ((w - h) ** 2).sum() * (1.0 if b["mode"] == "train" else jnp.nan),
+        lambda w, h, b, k: (w**2).sum(),
+    )
+    tx = make(problem)
+    variables = hg.BilevelParams(jnp.ones(2), jnp.zeros(2))
+    batch = {"scale": jnp.array(2.0), "mode": "train"}
+    _, state = tx.update(None, tx.init(variables), variables, inner_batch=batch, outer_batch=())
+    assert not bool(state.info.skipped)
+
+
+def test_inside_optax_wrappers_that_need_full_gradients():
+    """``MultiSteps`` and ``apply_if_finite`` around the whole: they want a BilevelParams of gradients."""
+    grads = hg.BilevelParams(
+        jax.grad(case().problem.inner_loss)(*case().variables, case().inner_batch, None),
+        optax.tree.zeros_like(case().variables.hyperparams),
+    )
+    batches = {"inner_batch": case().inner_batch, "outer_batch": case().outer_batch}
+    for wrapped in (optax.apply_if_finite(make(), 3), optax.MultiSteps(make(), 2)):
+        state = wrapped.init(case().variables)
+        update = jax.jit(wrapped.update)
+        for _ in range(2):
+            updates, state = update(grads, state, case().variables, **batches)
+        assert float(optax.tree.norm(updates)) > 0.0
+        assert int(optax.tree.get(state, "info").step) >= 1

@@ -84,6 +84,7 @@ CONSTRUCTION = {
     "key": (lambda: make(key="seed"), TypeError, "key to be an int or a jax.random.key"),
     "key none": (lambda: make(key=None), TypeError, "key to be an int or a jax.random.key"),
     "model_state": (lambda: make(model_state={"mean": 0.0}), ValueError, "no model_state for a stateless problem"),
+    "model_state array": (lambda: make(model_state=jnp.zeros(2)), ValueError, "no model_state for a stateless problem"),
     "no model_state": (
         lambda: make(estimator=hg.implicit(batch_norm()[0], hg.solvers.cg(3))),
         ValueError,
@@ -207,6 +208,8 @@ def test_keys_are_checked():
     args = (*case().variables, case().inner_batch, case().outer_batch)
     with pytest.raises(TypeError, match=r"key to be an int or a jax.random.key; got float"):
         fn(*args, key=0.5)
+    with pytest.raises(TypeError, match=r"key to be an int or a jax.random.key; got ArrayImpl of dtype uint32"):
+        fn(*args, key=jax.random.key_data(jax.random.key(1, impl="rbg")))
     with pytest.raises(ValueError, match=r"one random key; got keys of shape \(2,\)"):
         fn(*args, key=jax.random.split(jax.random.key(0)))
 
@@ -244,6 +247,16 @@ def test_a_hyperparameter_of_the_outer_loss_alone_passes():
     )
     grad = evaluate(problem, hyperparams={"decay": case().variables.hyperparams, "offset": jnp.array(0.5)})
     assert float(grad["offset"]) == pytest.approx(1.0)
+
+
+def test_a_leaf_without_entries_passes():
+    base = case().problem
+    problem = hg.BilevelProblem(
+        lambda w, h, b, k: base.inner_loss(w, h["decay"], b, k) + h["none"].sum(),
+        lambda w, h, b, k: base.outer_loss(w, h["decay"], b, k),
+    )
+    grad = evaluate(problem, hyperparams={"decay": case().variables.hyperparams, "none": jnp.zeros((0,))})
+    assert grad["none"].shape == (0,)
 
 
 def test_bijector_values_outside_their_range():

@@ -96,6 +96,34 @@ def test_scaling_matrix_and_right_hand_side_together_changes_nothing(make):
         assert bool(info.converged)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda: hg.solvers.cg(20), lambda: hg.solvers.neumann(200), hg.solvers.dense],
+    ids=["cg", "neumann_auto", "dense"],
+)
+@pytest.mark.parametrize("factor", [1e-25, 1e-20, 1e20, 1e25])
+def test_a_matrix_of_any_scale(make, factor):
+    """Products whose squares under- or overflow in float32 are no obstacle."""
+    solver, b = make(), jnp.array([1.0, 2.0, -1.0])
+    values = jnp.array([1.0, 2.0, 4.0])
+    x, _, info = solver.solve(lambda v: factor * (values * v), b, solver.init(b))
+    np.testing.assert_allclose(factor * x, b / values, rtol=1e-4)
+    assert bool(info.converged)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: hg.solvers.cg(20), lambda: hg.solvers.neumann(20), hg.solvers.dense],
+    ids=["cg", "neumann_auto", "dense"],
+)
+def test_a_solution_that_overflows_is_reported(make):
+    solver, b = make(), jnp.array([1e30, 2e30])
+    x, _, info = solver.solve(lambda v: 1e-15 * v, b, solver.init(b))
+    assert bool(jnp.isfinite(x).all())
+    assert not bool(info.converged)
+    assert float(info.residual) == jnp.inf
+
+
 @rows
 def test_scalar_unknown(row):
     solver = row.make()
@@ -271,6 +299,30 @@ def test_cg_that_converges_in_three_steps_costs_three_products():
     assert int(info.num_steps) == 3
     assert len(calls) == 3
     np.testing.assert_allclose(x, b / values, rtol=1e-5)
+
+
+def test_cg_unrolled_pays_for_all_its_steps_and_can_be_differentiated():
+    """What ``unroll`` trades: products after convergence are computed, and reverse mode passes."""
+    solver = hg.solvers.cg(8, 1e-5, unroll=2)
+    product, calls = counted(lambda v: jnp.array([1.0, 2.0, 4.0]) * v)
+    _, _, info = jax.jit(lambda b: solver.solve(product, b, ()))(jnp.ones(3))
+    jax.effects_barrier()
+    assert int(info.num_steps) == 3
+    assert len(calls) == 8
+    slope = jax.grad(lambda a: solver.solve(lambda v: a * v, jnp.ones(2), ())[0].sum())(2.0)
+    assert float(slope) == pytest.approx(-0.5, rel=1e-5)
+
+
+def test_neumann_counts_twelve_products_at_first_and_two_later_for_its_step():
+    solver = hg.solvers.neumann(5)
+    product, calls = counted(lambda v: jnp.array([1.0, 2.0, 4.0]) * v)
+    solve = jax.jit(lambda b, state: solver.solve(product, b, state))
+    _, state, _ = solve(jnp.ones(3), solver.init(jnp.ones(3)))
+    jax.effects_barrier()
+    assert len(calls) == 5 + 12
+    solve(jnp.ones(3), state)
+    jax.effects_barrier()
+    assert len(calls) == 5 + 12 + 5 + 2
 
 
 def test_cg_solves_a_multiple_of_the_identity_in_one_step():

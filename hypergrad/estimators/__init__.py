@@ -1,6 +1,6 @@
 """Hypergradient estimators: one method a file."""
 
-from hypergrad.estimators._base import Estimate, HypergradEstimator, HypergradInfo
+from hypergrad.estimators._base import Estimate, EvaluationInfo, HypergradEstimator, HypergradInfo
 from hypergrad.estimators._implicit import implicit
 
-__all__ = ["Estimate", "HypergradEstimator", "HypergradInfo", "implicit"]
+__all__ = ["Estimate", "EvaluationInfo", "HypergradEstimator", "HypergradInfo", "implicit"]

@@ -29,7 +29,6 @@ class HypergradInfo(NamedTuple):
       skipped: bool scalar, the hypergradient or the outer loss was not finite; ``bilevel`` then takes no
         outer step.
       step: int32 scalar, the number (from 1) of the ``update`` call that made it; −1 for none.
-      aux: what the outer loss returned as aux; () in ``bilevel``'s state and without ``has_aux``.
     """
 
     outer_loss: Array
@@ -38,7 +37,28 @@ class HypergradInfo(NamedTuple):
     standard_error: Any
     skipped: Array
     step: Array
-    aux: Any = ()
+
+
+class EvaluationInfo(NamedTuple):
+    """``HypergradInfo`` with the outer loss's aux: what an estimate itself returns.
+
+    Attributes:
+      outer_loss: as in ``HypergradInfo``.
+      hypergrad_norm: as in ``HypergradInfo``.
+      solver: as in ``HypergradInfo``.
+      standard_error: as in ``HypergradInfo``.
+      skipped: as in ``HypergradInfo``.
+      step: as in ``HypergradInfo``; −1, an estimate belongs to no call.
+      aux: what the outer loss returned as aux; () without ``has_aux``.
+    """
+
+    outer_loss: Array
+    hypergrad_norm: Array
+    solver: Any
+    standard_error: Any
+    skipped: Array
+    step: Array
+    aux: Any
 
 
 class Estimate(NamedTuple):
@@ -51,7 +71,7 @@ class Estimate(NamedTuple):
       inner_state: the inner optimizer's state there, as given without an optimizer.
       estimator_state: for the next estimate.
       model_state: the model's state there, () for a stateless problem.
-      info: ``HypergradInfo``.
+      info: ``EvaluationInfo``: the fields of ``HypergradInfo``, and ``aux``.
     """
 
     value: Array
@@ -60,7 +80,7 @@ class Estimate(NamedTuple):
     inner_state: PyTree
     estimator_state: PyTree
     model_state: ModelState
-    info: HypergradInfo
+    info: EvaluationInfo
 
 
 class HypergradEstimator(NamedTuple):
@@ -93,11 +113,11 @@ def blank_info(solver: Any = ()) -> HypergradInfo:
 
 def describe_estimate(
     value: Array, hypergrad: Hyperparams, *, solver: Any = (), standard_error: Any = (), aux: Any = ()
-) -> HypergradInfo:
+) -> EvaluationInfo:
     """Return the info of an estimate that belongs to no ``update`` call yet."""
     size = _tree.norm(_tree.promote(hypergrad))
     finite = jnp.isfinite(value) & jnp.isfinite(size)  # a norm that overflows counts as not finite: one pass, not two
-    return HypergradInfo(value, size, solver, standard_error, ~finite, jnp.array(-1, jnp.int32), aux)
+    return EvaluationInfo(value, size, solver, standard_error, ~finite, jnp.array(-1, jnp.int32), aux)
 
 
 def refuse_optimizer_function(inner_optimizer: Any) -> None:
@@ -110,7 +130,8 @@ def refuse_optimizer_function(inner_optimizer: Any) -> None:
 
 def refuse_zeros(name: str, hyperparams: Hyperparams, *zero_leaves: list[int]) -> None:
     """Refuse hyperparameter leaves that are in every given list of leaves with a zero derivative."""
-    zero = set(range(len(jax.tree.leaves(hyperparams)))).intersection(*map(set, zero_leaves))
+    filled = {i for i, leaf in enumerate(jax.tree.leaves(hyperparams)) if jnp.size(leaf)}
+    zero = filled.intersection(*map(set, zero_leaves))
     if not zero:
         return
     names = ", ".join(_tree.leaf_names(hyperparams)[i] for i in sorted(zero))

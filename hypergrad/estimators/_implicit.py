@@ -59,7 +59,9 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
         so would get zero: a learning rate, for instance.
 
     Right where ∇_w L_in = 0 and H is invertible; with ``info.solver.residual`` small. Away from the optimum it
-    is the derivative that the optimum would have if H and the mixed product were as they are here.
+    is the derivative that the optimum would have if H and the mixed product were as they are here. A zero by
+    construction is found by following data, not values: a leaf multiplied by 0 passes. Where the solve's
+    residual is not finite (a slope or Hessian with NaN) the hypergradient is NaN and ``info.skipped`` is True.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: jnp.sum(0.5 * jnp.exp(h) * w ** 2 - w)      # w* = exp(-h)
@@ -115,9 +117,9 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
         solution, estimator_state, solve_info = solver.solve(product, slope, estimator_state)
         indirect = _curvature.mixed_vjp(inner, *variables)(solution)
         hypergrad = jax.tree.map(lambda d, i: d - i, direct, indirect)
-        # A slope that is not finite is solved by x = 0: what would look like a zero must not pass as one.
-        # The solver takes the same maximum, so this costs no further pass over the weights.
-        sound = jnp.isfinite(_tree.max_abs(_tree.promote(slope)))
+        # Where slope or Hessian is not finite the solver hands back a finite x, often 0, with residual inf: what
+        # would look like a zero must not pass as one.
+        sound = jnp.isfinite(solve_info.residual)
         hypergrad = jax.tree.map(lambda g: jnp.where(sound, g, jnp.nan), hypergrad)
         info = describe_estimate(value, hypergrad, solver=solve_info, aux=aux)
         return Estimate(value, hypergrad, variables.params, inner_state, estimator_state, model_state, info)

@@ -32,7 +32,7 @@ class CGState(NamedTuple):
 
 
 def cg(
-    max_steps: int, rtol: float = 1e-5, *, damping: float = 0.0, warm_start: bool = False, unroll: int | bool = 1
+    max_steps: int, rtol: float = 1e-5, damping: float = 0.0, *, warm_start: bool = False, unroll: int | bool = 1
 ) -> LinearSolver:
     """Solve A x = b by conjugate gradients, until ‖b − A x‖ ≤ rtol·‖b‖.
 
@@ -108,7 +108,7 @@ def _step(matvec: MatVec, c: _Krylov, tolerance: Array) -> _Krylov:
     curvature = _tree.vdot(c.direction, image)
     length = c.remainder_sq / jnp.where(curvature > 0, curvature, 1.0)
     # At a breakdown the step has length 0: x stays, and what is NaN in the remainder is never used.
-    sound = (curvature > 0) & jnp.isfinite(length * length * c.direction_sq)
+    sound = (curvature > 0) & jnp.isfinite(length * jnp.sqrt(c.direction_sq))
     length = jnp.where(sound, length, 0.0)
     solution = _tree.add_scaled(c.solution, length, c.direction)
     remainder = _tree.add_scaled(c.remainder, -length, image)

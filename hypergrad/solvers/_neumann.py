@@ -130,9 +130,12 @@ def _power(matvec: MatVec, unit: PyTree, direction: PyTree, unroll: int | bool) 
 
     def step(c: _Power) -> _Power:
         image = matvec(c.direction)
-        top = _tree.norm(image)
+        peak = _tree.max_abs(image)
+        image = normalized(image, peak)  # so that its square does not underflow
+        length = _tree.norm(image)
+        top = peak * length
         usable = jnp.isfinite(top) & (top > 0)
-        moved = optax.tree.where(usable, normalized(image, top), c.direction)
+        moved = optax.tree.where(usable, normalized(image, length), c.direction)
         return _Power(moved, jnp.where(usable, top, 0.0), c.num_steps + 1, ~usable | (c.num_steps + 1 >= steps))
 
     start = _Power(
