@@ -132,6 +132,11 @@ def merged(folder: Path, name: str, record: dict[str, Any]) -> dict[str, Any]:
     return {**before, **{k: {**before.get(k, {}), **v} if isinstance(v, dict) else v for k, v in record.items()}}
 
 
+def in_order(found: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return ``found`` with its entries in the order of ``names``, whatever the order they were measured in."""
+    return {name: found[name] for name in names if name in found}
+
+
 def write(folder: Path, name: str, record: dict[str, Any], table: str) -> None:
     """Write ``name.json`` and ``name.md``."""
     folder.mkdir(parents=True, exist_ok=True)

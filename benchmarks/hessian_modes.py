@@ -182,8 +182,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         record = harness.merged(args.out, "hessian_modes", record)
     for name in names:
         print(f"{name} ...", flush=True)
-        circumstances = harness.circumstances(rounds)
-        record["networks"][name] = {**circumstances, **measure(name, scale, rounds, min_ms)}
+        found = {**harness.circumstances(rounds), **measure(name, scale, rounds, min_ms)}
+        record["networks"] = harness.in_order({**record["networks"], name: found}, NAMES)
         harness.write(args.out, "hessian_modes", record, report.hessian_modes(record))
     print(report.hessian_modes(record))
     return record

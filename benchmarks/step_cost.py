@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 which: round(_in_a_process(["--only", name, "--part", "peak", "--which", which], {}), 1)
                 for which in ("plain step", "joint step library", "joint step hand")
             }
-        record["networks"][name] = found
+        record["networks"] = harness.in_order({**record["networks"], name: found}, NAMES)
         _save(args.out, record)
     print(report.step_cost(record))
     return record
