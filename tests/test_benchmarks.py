@@ -18,6 +18,8 @@ def test_quick_run(name, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / f"{name}.json").read_text())
-    assert {"cpu", "cores", "python", "jax", "jaxlib", "optax", "numpy"} <= set(record["machine"])
+    assert record["networks"]
+    for measured in record["networks"].values():
+        assert {"cpu", "cores", "python", "jax", "jaxlib", "optax", "numpy"} <= set(measured["machine"])
     assert str(ROOT) not in json.dumps(record)
     assert "|" in (tmp_path / f"{name}.md").read_text()

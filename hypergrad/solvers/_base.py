@@ -132,11 +132,11 @@ def iterate(step: Callable[[LoopVars], LoopVars], start: LoopVars, *, length: in
     """Apply ``step`` until ``done`` or ``length`` times; ``step`` counts ``num_steps`` itself.
 
     With ``unroll=1`` a ``while_loop``: steps that are not needed cost nothing, under ``vmap`` too, and the
-    loop variables are updated in place (a scan whose body is a ``cond`` copies them: 12–20 % dearer and half
-    as much memory again at 1.9 million weights, measured by ``benchmarks/hessian_modes.py``). With any other
-    value a scan so unrolled, whose steps after ``done`` are computed and discarded: for convolutions on CPU,
-    which XLA runs several times slower inside a loop than outside, also inside an unrolled ``cond``. A
-    ``while_loop`` has no reverse-mode derivative; the scan has.
+    loop variables are updated in place, where a scan whose body is a ``cond`` copies them (dearer by up to a
+    fifth in time and 1.4 times in scratch memory: ``benchmarks/results/hessian_modes.md``). It has no
+    reverse-mode derivative. With any other value a scan so unrolled, which has one, and whose steps after
+    ``done`` are computed and discarded: for convolutions on CPU, which XLA runs several times slower inside a
+    loop (or a ``cond``) than outside.
     """
     if unroll is not True and unroll == 1:
         return lax.while_loop(lambda c: ~c.done & (c.num_steps < length), step, start)
