@@ -54,7 +54,8 @@ def hessian_modes(record: dict[str, Any]) -> str:
 
 def _beside(chosen: dict[str, dict[str, Any]], unit: str) -> str:
     def cell(form: dict[str, Any], of: dict[str, Any]) -> str:
-        return f"{form['over_chosen']:.2f} / {form['scratch_mib'] / of['scratch_mib']:.2f}"
+        over = 1.0 if form is of else form["over_chosen"]
+        return f"{over:.2f} / {form['scratch_mib'] / of['scratch_mib']:.2f}"
 
     forms = next(iter(chosen.values()))
     rows = [(form, *(cell(found[form], found[unit]) for found in chosen.values())) for form in forms]
