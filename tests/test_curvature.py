@@ -31,15 +31,31 @@ def test_products_against_dense_blocks(x64):
     assert relative_error(jax.jit(mixed_product)(unravel(v)), unravel_h(mixed.T @ v)) < 1e-6
 
 
-def test_products_pass_a_model_with_a_custom_vjp(x64):
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda f: f,
+        jax.jit,
+        jax.checkpoint,
+        jax.vmap,
+        lambda f: lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=1)[0],
+        lambda f: lambda x: jax.lax.cond(x.sum() > 0, f, lambda y: y, x),
+    ],
+    ids=["plain", "jit", "checkpoint", "vmap", "scan", "cond"],
+)
+def test_products_pass_a_model_with_a_custom_vjp(wrap, x64):
+    """Forward mode cannot: the products of such a model take another route to the same number."""
+
     @jax.custom_vjp
     def cubed(x):
         return x**3
 
     cubed.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x**2 * g,))
-    w = jnp.array([1.0, 2.0])
-    product = _curvature.hvp(lambda w: jnp.sum(cubed(w)), w)
-    np.testing.assert_allclose(product(jnp.ones(2)), 6 * w)
+    w, h = jnp.array([1.0, 2.0]), jnp.array(0.5)
+    product = _curvature.hvp(lambda w: h * jnp.sum(wrap(cubed)(w)), w)
+    np.testing.assert_allclose(product(jnp.ones(2)), 3 * w)
+    mixed = _curvature.mixed_vjp(lambda w, h: h * jnp.sum(wrap(cubed)(w)), w, h)
+    np.testing.assert_allclose(mixed(jnp.ones(2)), 3 * jnp.sum(w**2))
 
 
 def test_products_of_low_precision_weights_are_float32():
