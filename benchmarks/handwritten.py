@@ -2,7 +2,7 @@
 
     v = ∂L_out/∂w;   q ≈ H⁻¹ v;   dL_out/dλ = −(∂²L_in/∂w∂λ)ᵀ q
 
-``jax.jit``, ``lax.scan`` and ``vjp(grad)`` (the fastest product on these problems, ``hessian_modes.py``), a
+``jax.jit``, ``lax.scan`` and products by reverse over forward (``hessian_modes.py`` compares the ways), a
 fixed number of products, and nothing else: no residual, no check for divergence, no refusal, no scaling.
 """
 
@@ -185,10 +185,13 @@ def _implicit(
     outer_batch: Tree,
 ) -> tuple[jax.Array, Tree]:
     value, slope = jax.value_and_grad(network.cross_entropy)(params, outer_batch)
-    _, pull_back = jax.vjp(lambda w: jax.grad(loss)(w, log_decays, inner_batch), params)
-    solution = solve(lambda v: pull_back(v)[0], slope)
-    _, mixed = jax.vjp(lambda d: jax.grad(loss)(params, d, inner_batch), log_decays)
-    return value, jax.tree.map(jnp.negative, mixed(solution)[0])
+
+    def along(w: Tree, d: Tree, v: Tree) -> jax.Array:
+        return jax.jvp(lambda w: loss(w, d, inner_batch), (w,), (v,))[1]
+
+    solution = solve(lambda v: jax.grad(along)(params, log_decays, v), slope)
+    mixed = jax.grad(along, argnums=1)(params, log_decays, solution)
+    return value, jax.tree.map(jnp.negative, mixed)
 
 
 def _series(product: Step, b: Tree, step_size: Any, num_terms: int, unroll: int | bool) -> Tree:

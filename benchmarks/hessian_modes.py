@@ -6,7 +6,7 @@ In one run, candidates taking turns (``harness.py``), in gradients of the inner 
 
  1. a solve by 10 Neumann terms with the library's loop and each way to write v ↦ Hv (``MODES``); where the
     benchmark unrolls the loop (convolutions) both in the loop and unrolled;
- 2. a solve by 10 Neumann terms and by 10 conjugate gradient steps with the library's product and each way to
+ 2. a solve by 10 Neumann terms and by 10 conjugate gradient steps with vjp(grad) and each way to
     write the loop (``LOOPS``).
 
 The solvers are the library's own: ``hypergrad.solvers._base.iterate`` is what 2 replaces. ``hypergrad._curvature``
@@ -50,13 +50,13 @@ def jvp_of_grad(loss: Loss, params: Tree) -> Product:
 
 
 def vjp_of_grad(loss: Loss, params: Tree) -> Product:
-    """Reverse over reverse, linearized before the loop: the library's choice."""
+    """Reverse over reverse, linearized before the loop: what the others are measured against."""
     _, pull_back = jax.vjp(jax.grad(loss), params)
     return lambda v: pull_back(v)[0]
 
 
 def reverse_over_forward(loss: Loss, params: Tree) -> Product:
-    """The gradient of a directional derivative, at every product."""
+    """The gradient of a directional derivative, at every product: the library's choice."""
     return lambda v: jax.grad(lambda w: jax.jvp(loss, (w,), (v,))[1])(params)
 
 
@@ -93,7 +93,7 @@ def unrolled(step: Any, start: Any, *, length: int, unroll: int | bool) -> Any:
 
 
 LOOPS = {"while_loop": while_loop, "scan": scan, "scan of cond": scan_of_cond, "unrolled scan": unrolled}
-CHOSEN_MODE, CHOSEN_LOOP = "vjp(grad)", "while_loop"
+REFERENCE_MODE, CHOSEN_LOOP = "vjp(grad)", "while_loop"
 
 
 def candidate_name(solver: str, mode: str, loop: str) -> str:
@@ -120,7 +120,7 @@ def candidates(network: Network, step_size: float) -> dict[str, Any]:
 
     mode_loops = [CHOSEN_LOOP, *(["unrolled scan"] if network.unroll is True else [])]
     wanted = [("neumann", mode, loop) for loop in mode_loops for mode in MODES]
-    wanted += [(solver, CHOSEN_MODE, loop) for solver in solvers for loop in LOOPS]
+    wanted += [(solver, REFERENCE_MODE, loop) for solver in solvers for loop in LOOPS]
     found = {candidate_name(*which): compiled(*which) for which in dict.fromkeys(wanted)}
 
     def gradient(params: Tree, log_decays: Tree, batch: Tree, b: Tree) -> Tree:
@@ -155,8 +155,8 @@ def measure(name: str, scale: networks.Scale, rounds: int, min_ms: float) -> dic
         }
         if which != "gradient":
             solver, mode, loop = which.split(", ")
-            chosen_loop = loop if mode != CHOSEN_MODE else CHOSEN_LOOP
-            chosen = candidate_name(solver, CHOSEN_MODE, chosen_loop)
+            chosen_loop = loop if mode != REFERENCE_MODE else CHOSEN_LOOP
+            chosen = candidate_name(solver, REFERENCE_MODE, chosen_loop)
             (x, info), (expected, _) = solutions[which], solutions[chosen]
             difference = optax.tree.norm(optax.tree.sub(x, expected)) / optax.tree.norm(expected)
             records[which] |= {

@@ -11,7 +11,7 @@ import optax
 
 import hypergrad as hg
 from hypergrad._problem import inner_gradient
-from hypergrad._rollout import Rollout, last_batch, resolve_optimizer, rollout, split_keys
+from hypergrad._rollout import Rollout, resolve_optimizer, rollout, split_keys
 from hypergrad.estimators._base import Estimate, HypergradEstimator, describe_estimate
 
 
@@ -213,11 +213,6 @@ def relative_error(got, want) -> float:
 def window_of(batch, length):
     """Repeat a batch along a new leading axis."""
     return jax.tree.map(lambda x: jnp.stack([x] * length), batch)
-
-
-def last_of(batches):
-    """Return the last batch of a window."""
-    return last_batch(batches)
 
 
 class _Network(nn.Module):
