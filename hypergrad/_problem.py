@@ -16,7 +16,8 @@ import jax
 
 from hypergrad import _checks, _tree
 from hypergrad._types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
-from hypergrad.bijectors import Bijector, constrain
+from hypergrad.bijectors import constrain
+from hypergrad.bijectors._base import check_bijectors
 
 
 class BilevelParams(NamedTuple):
@@ -113,10 +114,7 @@ def reparameterize(problem: BilevelProblem, bijectors: PyTree) -> BilevelProblem
     9.0
     """
     check_problem(problem)
-    for bijector in jax.tree.leaves(bijectors, is_leaf=lambda b: isinstance(b, Bijector)):
-        if not isinstance(bijector, Bijector):
-            got, fix = _checks.describe(bijector), "Call it: hg.bijectors.exp() with parentheses."
-            raise TypeError(_checks.message("bijectors to be Bijector values", got, fix))
+    check_bijectors("reparameterize", bijectors)
 
     def over_unconstrained(loss: Loss) -> Loss:
         @functools.wraps(loss)

@@ -82,28 +82,25 @@ def unconstrain(bijectors: PyTree, tree: PyTree) -> PyTree:
     return _spread("unconstrain", bijectors, tree, inverse)
 
 
-def is_bijector(value: Any) -> bool:
-    """Return whether ``value`` is a ``Bijector``: a leaf, though a NamedTuple is a pytree to JAX."""
-    return isinstance(value, Bijector)
+def check_bijectors(name: str, bijectors: PyTree) -> None:
+    """Refuse a tree that holds something else than ``Bijector`` values."""
+    for bijector in jax.tree.leaves(bijectors, is_leaf=_is_bijector):
+        if not _is_bijector(bijector):
+            got, fix = _checks.describe(bijector), "Call it: hg.bijectors.exp() with parentheses."
+            raise TypeError(f"{name}: " + _checks.message("bijectors to be Bijector values", got, fix))
+
+
+def _is_bijector(value: Any) -> bool:
+    return isinstance(value, Bijector)  # a leaf here, though a NamedTuple is a pytree to JAX
 
 
 def _spread(name: str, bijectors: PyTree, tree: PyTree, apply: Callable[[Bijector, str, Any], Array]) -> PyTree:
-    for bijector in jax.tree.leaves(bijectors, is_leaf=is_bijector):
-        if not is_bijector(bijector):
-            got, fix = _checks.describe(bijector), "Call it: hg.bijectors.exp() with parentheses."
-            raise TypeError(f"{name}: " + _checks.message("bijectors to be Bijector values", got, fix))
+    check_bijectors(name, bijectors)
     names = jax.tree.unflatten(jax.tree.structure(tree), _tree.leaf_names(tree))
     try:
-        return jax.tree.map(
-            lambda b, n, sub: jax.tree.map(lambda leaf_name, x: apply(b, leaf_name, x), n, sub),
-            bijectors,
-            names,
-            tree,
-            is_leaf=is_bijector,
-        )
+        one_a_leaf = jax.tree.map(lambda b, sub: jax.tree.map(lambda _: b, sub), bijectors, names, is_leaf=_is_bijector)
     except ValueError as error:
-        if "inside the bijector's range" in str(error):
-            raise
-        structure = jax.tree.structure(jax.tree.map(lambda _: 0, bijectors, is_leaf=is_bijector))
+        structure = jax.tree.structure(jax.tree.map(lambda _: 0, bijectors, is_leaf=_is_bijector))
         wanted, got = "bijectors to be a tree prefix of the hyperparameters", f"{structure} for {names}"
         raise ValueError(f"{name}: " + _checks.message(wanted, got, "Pass one bijector or a prefix.")) from error
+    return jax.tree.map(apply, one_a_leaf, names, tree, is_leaf=_is_bijector)
