@@ -1,11 +1,22 @@
 """hypergrad: gradient-based hyperparameter optimization for JAX, behind one optax interface."""
 
-from hypergrad import bijectors, penalties, solvers
+from hypergrad import bijectors, optimizers, penalties, solvers
 from hypergrad._bilevel import BilevelState, bilevel
-from hypergrad._functional import hypergrad, value_and_hypergrad
+from hypergrad._functional import best_response, hypergrad, value_and_hypergrad
 from hypergrad._problem import BilevelParams, BilevelProblem, reparameterize
+from hypergrad._types import IndexedBatch
 from hypergrad.bijectors import Bijector, constrain, unconstrain
-from hypergrad.estimators import Estimate, EvaluationInfo, HypergradEstimator, HypergradInfo, implicit
+from hypergrad.estimators import (
+    Estimate,
+    EvaluationInfo,
+    HypergradEstimator,
+    HypergradInfo,
+    UnrollMode,
+    forward,
+    implicit,
+    reverse,
+    unrolled,
+)
 from hypergrad.solvers import LinearSolver, SolveInfo
 
 __version__ = "0.1.0"
@@ -14,6 +25,7 @@ __all__ = [
     # the problem
     "BilevelParams",
     "BilevelProblem",
+    "IndexedBatch",
     "reparameterize",
     # constrained hyperparameters
     "Bijector",
@@ -21,17 +33,23 @@ __all__ = [
     "constrain",
     "penalties",
     "unconstrain",
-    # estimators and their linear solvers
+    # estimators, linear solvers, ways through an unroll, pieces of inner optimizers
     "Estimate",
     "EvaluationInfo",
     "HypergradEstimator",
     "HypergradInfo",
     "LinearSolver",
     "SolveInfo",
+    "UnrollMode",
+    "forward",
     "implicit",
+    "optimizers",
+    "reverse",
     "solvers",
+    "unrolled",
     # how to use one
     "BilevelState",
+    "best_response",
     "bilevel",
     "hypergrad",
     "value_and_hypergrad",

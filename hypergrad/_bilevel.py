@@ -19,7 +19,17 @@ from jax import lax
 
 from hypergrad import _checks, _tree
 from hypergrad._problem import BilevelParams, check_model_state, check_variables, inner_gradient
-from hypergrad._rollout import Rollout, last_batch, resolve_optimizer, rollout, split_keys, step_key
+from hypergrad._rollout import (
+    Rollout,
+    last_batch,
+    make_window,
+    one_step,
+    resolve_optimizer,
+    rollout,
+    split_keys,
+    step_key,
+    with_keywords,
+)
 from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 from hypergrad.estimators import Estimate, HypergradEstimator, HypergradInfo
 from hypergrad.estimators._base import blank_info, refuse_optimizer_function
@@ -248,7 +258,7 @@ def _plain_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, _Outer]:
         updates, inner_state = optimizer.update(grads, call.state.inner, params, **call.extra)
         reached = Rollout(optax.apply_updates(params, updates), inner_state, model_state)
     else:
-        reached, updates = _window(setup, call, optimizer)
+        reached, updates = _window(setup, call, resolve_optimizer(with_keywords(optimizer, call.extra), None))
 
     def estimate(before: _Outer) -> _Outer:
         at = BilevelParams(reached.params, hyperparams), reached.inner_state, before.estimator
@@ -263,18 +273,19 @@ def _differentiated_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, 
     """Let the estimator take the inner steps, or take them without it where no outer step is due."""
     hyperparams, due = call.variables.hyperparams, _is_due(setup, call)
     if setup.window == 1:
-        call = call._replace(batches=jax.tree.map(lambda x: jnp.asarray(x)[None], call.batches))
+        call = call._replace(batches=one_step(call.batches))
+    inner_optimizer = with_keywords(setup.inner_optimizer, call.extra)
 
     def estimate() -> tuple[Rollout, Params, _Outer]:
         at = call.variables, call.state.inner, call.state.estimator
-        options = {"inner_optimizer": setup.inner_optimizer, "model_state": call.model_state}
+        options = {"inner_optimizer": inner_optimizer, "model_state": call.model_state}
         result = setup.estimator.estimate(*at, call.batches, call.outer_batch, key=call.key, **options)
         reached = Rollout(result.params, result.inner_state, result.model_state)
         updates = jax.tree.map(jnp.subtract, result.params, call.variables.params)
         return reached, updates, _outer_step(setup, call, _no_outer_step(call), result)
 
     def steps() -> tuple[Rollout, Params, _Outer]:
-        optimizer = resolve_optimizer(setup.inner_optimizer, setup.estimator.problem.constrain(hyperparams))
+        optimizer = resolve_optimizer(inner_optimizer, setup.estimator.problem.constrain(hyperparams))
         return *_window(setup, call, optimizer), _no_outer_step(call)
 
     return estimate() if due is True else lax.cond(due, estimate, steps)
@@ -283,7 +294,7 @@ def _differentiated_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, 
 def _window(setup: _Setup, call: _Call, optimizer: Any) -> tuple[Rollout, Params]:
     start = Rollout(call.variables.params, call.state.inner, call.model_state)
     gradient, key = inner_gradient(setup.estimator.problem, call.variables.hyperparams), split_keys(call.key).inner
-    reached = rollout(gradient, optimizer, start, call.batches, key=key, length=setup.window, extra=call.extra)
+    reached = rollout(gradient, optimizer, start, make_window(call.batches, key, setup.window))
     return reached, jax.tree.map(jnp.subtract, reached.params, start.params)
 
 

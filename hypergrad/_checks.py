@@ -39,6 +39,18 @@ def positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
+def unroll(value: Any) -> None:
+    """Refuse anything but True or an integer of at least 1 as ``unroll`` of a scan."""
+    if value is not True:
+        positive_int("unroll", value)
+
+
+def flag(name: str, value: Any) -> None:
+    """Refuse anything but True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(message(f"{name} to be a bool", describe(value), "Pass True or False."))
+
+
 def number(name: str, value: Any, *, low: float, strict: bool = False) -> None:
     """Refuse a concrete number below ``low`` (or at it, if ``strict``) or not finite; a traced one passes."""
     if isinstance(value, jax.core.Tracer):
@@ -87,7 +99,8 @@ def window_length(inner_batch: PyTree, window: int | None = None) -> int:
     """Return the common leading axis K of the batch's leaves; refuse a missing, unequal or unexpected one."""
     fix = "Stack K batches, e.g. jax.tree.map(lambda *b: jnp.stack(b), *batches)."
     wanted = f"a leading window axis of length {window}" if window else "a common leading window axis"
-    leaves, names = jax.tree.leaves(inner_batch), _tree.leaf_names(inner_batch)
+    parts = _tree.windowed(inner_batch)
+    leaves, names = jax.tree.leaves(parts), _tree.leaf_names(parts)
     length = window
     for leaf, name in zip(leaves, names, strict=True):
         shape = jnp.shape(leaf)
@@ -96,8 +109,33 @@ def window_length(inner_batch: PyTree, window: int | None = None) -> int:
             raise ValueError(message(f"inner_batch leaf {name} with {wanted_here}", f"shape {shape}", fix))
         length = shape[0]
     if length is None:
+        fix = "Where the loss takes no data, pass the numbers of the steps, jnp.arange(K), as a batch."
         raise ValueError(message(f"inner_batch with {wanted}", "a batch without leaves", fix))
     return int(length)
+
+
+def by_prefix(name: str, what: str, params: PyTree, coefficients: PyTree) -> list[tuple[str, Any, Any]]:
+    """Return (path, weight, coefficient) for every weight, each coefficient spread over the subtree below it.
+
+    Refuses coefficients that are no tree prefix of ``params``, or that do not broadcast to their weight's shape.
+    """
+    try:
+        spread = jax.tree.map(lambda c, sub: jax.tree.map(lambda _: c, sub), coefficients, params)
+    except (ValueError, TypeError) as error:
+        wanted = f"{what} to be a tree prefix of params"
+        fix = "Use one number, or params' own structure with numbers or arrays in place of subtrees."
+        got = f"{jax.tree.structure(coefficients)} for {jax.tree.structure(params)}"
+        raise ValueError(f"{name}: " + message(wanted, got, fix)) from error
+    leaves = jax.tree.leaves(params)
+    found = list(zip(_tree.leaf_names(params), leaves, jax.tree.leaves(spread), strict=True))
+    for path, weight, coefficient in found:
+        shape, own = jnp.shape(weight), jnp.shape(coefficient)
+        if len(own) > len(shape) or any(a not in (1, b) for a, b in zip(own[::-1], shape[::-1], strict=False)):
+            fix = "Pass one number, or an array of the weight's shape."
+            raise ValueError(
+                f"{name}: " + message(f"{what} for {path} that broadcast to its shape {shape}", f"shape {own}", fix)
+            )
+    return found
 
 
 def scalar_loss(name: str, value: Any, fix: str) -> Array:
@@ -145,15 +183,21 @@ def transformation(name: str, value: Any) -> optax.GradientTransformationExtraAr
 
 
 def independent_leaves(fn: Callable[[PyTree], PyTree], argument: PyTree) -> list[int]:
-    """Return the indices of output leaves of ``fn(argument)`` that cannot depend on ``argument``.
+    """Return the indices of output leaves of ``fn(argument)`` that cannot depend on ``argument``."""
+    depends = dependence(fn, argument)([True] * len(jax.tree.leaves(argument)))
+    return [i for i, d in enumerate(depends) if not d]
+
+
+def dependence(fn: Callable[[PyTree], PyTree], argument: PyTree) -> Callable[[Sequence[bool]], list[bool]]:
+    """Return a map from marks on the leaves of ``argument`` to marks on those leaves of ``fn(argument)`` that depend
+    on a marked one.
 
     Data is followed forward through the jaxpr, into nested jaxprs whose inputs and outputs match those of
     their equation one to one (jit, custom derivatives, remat); through any other equation each output counts
-    as dependent on each input. So a listed leaf is constant for certain, and an unlisted one may be too.
+    as dependent on each input. So an unmarked leaf is independent for certain, and a marked one may be too.
     """
-    closed = jax.make_jaxpr(fn)(argument)
-    depends = _follow(closed.jaxpr, [True] * len(closed.jaxpr.invars))
-    return [i for i, d in enumerate(depends) if not d]
+    jaxpr = jax.make_jaxpr(fn)(argument).jaxpr
+    return lambda marked: _follow(jaxpr, marked)
 
 
 def _follow(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:

@@ -1,6 +1,7 @@
 """Hypergradients without a training loop: the functional form of an estimator.
 
     hypergrad(estimator)(w, λ, inner_batch, outer_batch, key=key)  =  dL_out/dλ
+    best_response(estimator)(w, λ, inner_batch, key=key)           =  w*, with dw*/dλ by the estimator
 
 Use it in a notebook, in a test, or in an outer loop of one's own. Nothing is compiled here: wrap the result
 in ``jax.jit``, as one does with ``jax.value_and_grad``.
@@ -108,7 +109,59 @@ def hypergrad(estimator: HypergradEstimator, inner_optimizer: Any = None) -> Cal
     return fn
 
 
-def _estimator_function(estimator: HypergradEstimator, inner_optimizer: Any) -> Callable[..., Estimate]:
+def best_response(estimator: HypergradEstimator, inner_optimizer: Any = None) -> Callable[..., Params]:
+    """Return the inner solution as a differentiable function of the hyperparameters: what stages and levels nest by.
+
+    ``fn(params, hyperparams, inner_batch, *, key, model_state=None) -> params``
+
+    ``implicit`` returns ``params`` as they are, with derivative −H⁻¹ ∂²L_in/∂w∂λ in the hyperparameters and zero in
+    ``params``. ``unrolled`` runs the window from a fresh optimizer state and returns the weights that it reaches,
+    differentiable in both. Call it inside the loss of another problem: two stages are an outer loss that fine-tunes,
+    three levels an inner loss that holds a response. ``jax.grad``, ``jax.jvp``, their compositions and ``hg`` calls
+    go through.
+
+    Args:
+      estimator: ``hg.implicit(...)`` or ``hg.unrolled(...)``.
+      inner_optimizer: as for ``value_and_hypergrad``; with ``implicit`` steps are taken first, undifferentiated.
+
+    Returns:
+      The function. It carries no status; where a solve gives nothing finite, derivatives are NaN.
+
+    Raises:
+      TypeError: ``estimator`` is not a ``HypergradEstimator``, or has no response of its own.
+      ValueError: as for ``value_and_hypergrad``.
+
+    Right under the estimator's assumption: for ``implicit`` that ∇_w L_in = 0 at ``params`` and that the solver has
+    converged; second derivatives take its solution as exact. A stateful problem's reached model state is not returned.
+
+    >>> import hypergrad as hg, jax, jax.numpy as jnp
+    >>> inner = lambda w, a, batch, key: 0.5 * a * w**2 - w                                # w*(a) = 1/a
+    >>> fn = best_response(hg.implicit(hg.BilevelProblem(inner, inner), hg.solvers.cg(3)))
+    >>> response = lambda a: fn(jnp.array(0.5), a, (), key=None)
+    >>> [float(f(jnp.array(2.0))) for f in (response, jax.grad(response), jax.grad(jax.grad(response)))]
+    [0.5, -0.25, 0.25]
+
+    Reference: Raghu et al., arXiv 2111.01754 (two stages); Blondel et al., arXiv 2105.15183.
+    """
+    _check_estimator(estimator, inner_optimizer)
+    respond = estimator.respond
+    if respond is None:
+        fix = (
+            "Use hg.implicit or hg.unrolled: a method that only estimates a gradient has no response to differentiate."
+        )
+        raise TypeError(_checks.message("an estimator with a differentiable response", "one without", fix))
+
+    def fn(
+        params: Params, hyperparams: Hyperparams, inner_batch: Batch, *, key: Key, model_state: ModelState = None
+    ) -> Params:
+        check_variables(BilevelParams(params, hyperparams))
+        options = {"inner_optimizer": inner_optimizer, "model_state": model_state}
+        return respond(params, hyperparams, inner_batch, key=_checks.as_key(key), **options)
+
+    return fn
+
+
+def _check_estimator(estimator: Any, inner_optimizer: Any) -> None:
     if not isinstance(estimator, HypergradEstimator):
         fix = "Pass e.g. hg.implicit(problem, hg.solvers.cg(50))."
         raise TypeError(_checks.message("a HypergradEstimator", _checks.describe(estimator), fix))
@@ -117,6 +170,10 @@ def _estimator_function(estimator: HypergradEstimator, inner_optimizer: Any) -> 
         raise ValueError(
             _checks.message("an inner_optimizer for an estimator that differentiates inner steps", "None", fix)
         )
+
+
+def _estimator_function(estimator: HypergradEstimator, inner_optimizer: Any) -> Callable[..., Estimate]:
+    _check_estimator(estimator, inner_optimizer)
     problem = estimator.problem
 
     def estimate(variables: BilevelParams, inner_batch: Batch, outer_batch: Batch, key: Any, state: Any) -> Estimate:

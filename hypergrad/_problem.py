@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hypergrad import _checks, _tree
+from hypergrad import _checks, _curvature, _tree
 from hypergrad._types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
 from hypergrad.bijectors import constrain
 from hypergrad.bijectors._base import check_bijectors
@@ -73,9 +73,7 @@ class BilevelProblem:
                 got = _checks.describe(getattr(self, name))
                 raise TypeError(_checks.message(f"BilevelProblem's {name} to be callable", got, fix))
         for name in ("has_aux", "stateful"):
-            if not isinstance(getattr(self, name), bool):
-                got, fix = _checks.describe(getattr(self, name)), "Pass True or False."
-                raise TypeError(_checks.message(f"BilevelProblem's {name} to be a bool", got, fix))
+            _checks.flag(f"BilevelProblem's {name}", getattr(self, name))
 
 
 class LossValue(NamedTuple):
@@ -135,29 +133,34 @@ def evaluate_inner(
     problem: BilevelProblem, variables: BilevelParams, batch: Batch, key: Array | None, model_state: ModelState
 ) -> LossValue:
     """Return the inner loss's value, model state and aux, checked."""
-    return _evaluate(problem, "inner_loss", problem.inner_loss, (*variables, batch, key), model_state)
+    arguments = (*variables, _tree.gathered(batch), key)
+    return _evaluate(problem, "inner_loss", problem.inner_loss, arguments, model_state)
 
 
 def inner_gradient(
-    problem: BilevelProblem, hyperparams: Hyperparams
+    problem: BilevelProblem, hyperparams: Hyperparams, *, mixed: bool = False
 ) -> Callable[[Params, Batch, Array | None, ModelState], tuple[Params, ModelState]]:
-    """Return ``(params, batch, key, model_state) -> (∇_w L_in, model_state after the forward pass)``."""
+    """Return ``(params, batch, key, model_state) -> (∇_w L_in, model_state after the forward pass)``.
 
-    def gradient(params: Params, batch: Batch, key: Array | None, model_state: ModelState) -> tuple[Params, ModelState]:
-        def loss(w: Params) -> tuple[Array, ModelState]:
-            result = evaluate_inner(problem, BilevelParams(w, hyperparams), batch, key, model_state)
-            return result.value, result.model_state
+    With ``mixed``, its reverse-mode derivative is taken by ``_curvature.mixed_mode_gradient``.
+    """
 
-        return jax.grad(loss, has_aux=True)(params)
+    def loss(
+        params: Params, hyperparams: Hyperparams, model_state: ModelState, data: tuple[Batch, Array | None]
+    ) -> tuple[Array, ModelState]:
+        result = evaluate_inner(problem, BilevelParams(params, hyperparams), *data, model_state)
+        return result.value, result.model_state
 
-    return gradient
+    gradient = _curvature.mixed_mode_gradient(loss) if mixed else jax.grad(loss, has_aux=True)
+    return lambda params, batch, key, model_state: gradient(params, hyperparams, model_state, (batch, key))
 
 
 def evaluate_outer(
     problem: BilevelProblem, variables: BilevelParams, batch: Batch, key: Array | None, model_state: ModelState
 ) -> LossValue:
     """Return the outer loss's value, model state and aux, checked."""
-    return _evaluate(problem, "outer_loss", problem.outer_loss, (*variables, batch, key), model_state)
+    arguments = (*variables, _tree.gathered(batch), key)
+    return _evaluate(problem, "outer_loss", problem.outer_loss, arguments, model_state)
 
 
 def check_problem(problem: Any) -> None:

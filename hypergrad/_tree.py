@@ -1,16 +1,17 @@
-"""Pytree operations that ``optax.tree`` lacks: precision, weak types, aliasing, names.
+"""Pytree operations that ``optax.tree`` lacks: precision, weak types, aliasing, names, batches by index.
 
 Vectors of a linear solve live in ``promote_types(leaf dtype, float32)``: bfloat16 becomes float32,
 float64 stays. No function here ravels a tree, so shardings survive.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hypergrad._types import Array, PyTree
+from hypergrad._types import Array, Batch, IndexedBatch, PyTree
 
 
 def promote(tree: PyTree) -> PyTree:
@@ -89,6 +90,41 @@ def match_dtypes(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(cast, tree, like)
 
 
+def gathered(batch: Batch) -> Batch:
+    """Return the batch with every ``IndexedBatch`` in it replaced by the examples that it points at."""
+
+    def gather(part: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.asarray(x)[part.indices], part.data) if _is_indexed(part) else part
+
+    return jax.tree.map(gather, batch, is_leaf=_is_indexed)
+
+
+def windowed(batches: Batch) -> PyTree:
+    """Return what of the batches carries the window axis: an ``IndexedBatch``'s indices in its place."""
+    return jax.tree.map(lambda part: part.indices if _is_indexed(part) else part, batches, is_leaf=_is_indexed)
+
+
+def with_windowed(batches: Batch, parts: PyTree) -> Batch:
+    """Return the batches with ``parts``, shaped like ``windowed(batches)``, in place of what it returns."""
+    return jax.tree.map(
+        lambda old, new: IndexedBatch(old.data, new) if _is_indexed(old) else new, batches, parts, is_leaf=_is_indexed
+    )
+
+
+def split_floating(tree: PyTree) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
+    """Return the floating-point leaves, and a function that puts others in their place."""
+    leaves, structure = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)]
+
+    def restore(floats: list[Array]) -> PyTree:
+        filled = list(leaves)
+        for place, leaf in zip(places, floats, strict=True):
+            filled[place] = leaf
+        return jax.tree.unflatten(structure, filled)
+
+    return [jnp.asarray(leaves[i]) for i in places], restore
+
+
 def leaf_names(tree: PyTree) -> list[str]:
     """Return the path of every leaf, as messages print it: ``['dense']['kernel']``."""
     paths, _ = jax.tree.flatten_with_path(tree)
@@ -116,3 +152,7 @@ def _wide(x: Any) -> Any:
 
 def _is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _is_indexed(x: Any) -> bool:
+    return isinstance(x, IndexedBatch)

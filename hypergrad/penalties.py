@@ -9,9 +9,7 @@ Put the penalty into the *inner* loss: implicit differentiation sees no decay th
 """
 
 from collections.abc import Callable
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from hypergrad import _checks, _tree
@@ -69,31 +67,10 @@ def l1(params: Params, coefficients: PyTree, *, smoothing: float = 1e-3) -> Arra
 
 def _weighted_sum(name: str, elementwise: Callable[[Array], Array], params: Params, coefficients: PyTree) -> Array:
     terms = []
-    for path, weight, coefficient in _pairs(name, params, coefficients):
-        try:
-            fits = jnp.broadcast_shapes(jnp.shape(coefficient), jnp.shape(weight)) == jnp.shape(weight)
-        except ValueError:
-            fits = False
-        if not fits:
-            wanted = f"coefficients for {path} that broadcast to its shape {jnp.shape(weight)}"
-            got, fix = f"shape {jnp.shape(coefficient)}", "Pass one number, or an array of the weight's shape."
-            raise ValueError(f"{name}: " + _checks.message(wanted, got, fix))
+    for _, weight, coefficient in _checks.by_prefix(name, "coefficients", params, coefficients):
         values = elementwise(_tree.promote(weight))
         # A Python number leaves the weight's dtype; an array may widen it.
         dtype = values.dtype if isinstance(coefficient, int | float) else _tree.wider(values.dtype, coefficient.dtype)
         values, c = values.astype(dtype), jnp.asarray(coefficient, dtype)
         terms.append(c * jnp.sum(values) if c.ndim == 0 else jnp.sum(c * values))
     return _tree.total(terms)
-
-
-def _pairs(name: str, params: Params, coefficients: PyTree) -> list[tuple[str, Any, Any]]:
-    """Return (path, weight, coefficient) for every weight, spreading each coefficient over its subtree."""
-    try:
-        spread = jax.tree.map(lambda c, sub: jax.tree.map(lambda _: c, sub), coefficients, params)
-    except (ValueError, TypeError) as error:
-        wanted = "coefficients to be a tree prefix of params"
-        fix = "Use one number, or params' own structure with numbers or arrays in place of subtrees."
-        got = f"{jax.tree.structure(coefficients)} for {jax.tree.structure(params)}"
-        raise ValueError(f"{name}: " + _checks.message(wanted, got, fix)) from error
-    weights = jax.tree.leaves(params)
-    return list(zip(_tree.leaf_names(params), weights, jax.tree.leaves(spread), strict=True))

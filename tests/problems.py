@@ -11,7 +11,7 @@ import optax
 
 import hypergrad as hg
 from hypergrad._problem import inner_gradient
-from hypergrad._rollout import Rollout, resolve_optimizer, rollout, split_keys
+from hypergrad._rollout import Rollout, make_window, resolve_optimizer, rollout, split_keys
 from hypergrad.estimators._base import Estimate, HypergradEstimator, describe_estimate
 
 
@@ -189,7 +189,8 @@ def autodiff_steps(problem) -> HypergradEstimator:
         def outer(h):
             optimizer = resolve_optimizer(inner_optimizer, problem.constrain(h))
             start = Rollout(variables.params, inner_state, () if model_state is None else model_state)
-            reached = rollout(inner_gradient(problem, h), optimizer, start, inner_batch, key=keys.inner)
+            window = make_window(inner_batch, keys.inner)
+            reached = rollout(inner_gradient(problem, h), optimizer, start, window)
             return problem.outer_loss(reached.params, h, outer_batch, keys.outer), reached
 
         (value, reached), grad = jax.value_and_grad(outer, has_aux=True)(variables.hyperparams)

@@ -1,7 +1,7 @@
 """The law: layers without cycles, short files, everything public documented, nothing private of others.
 
     L0  _types, _tree, _checks          in this order
-    L1  _curvature, penalties, solvers/, bijectors/
+    L1  _curvature, _probe, penalties, optimizers, solvers/, bijectors/
     L2  _problem, _rollout
     L3  estimators/
     L4  _bilevel, _functional
@@ -17,7 +17,7 @@ import jax
 import pytest
 
 import hypergrad as hg
-from hypergrad import bijectors, penalties, solvers
+from hypergrad import bijectors, optimizers, penalties, solvers
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "hypergrad"
@@ -26,6 +26,8 @@ LAYERS = {
     "_tree": 0.1,
     "_checks": 0.2,
     "_curvature": 1,
+    "_probe": 1,
+    "optimizers": 1,
     "penalties": 1,
     "solvers": 1,
     "bijectors": 1,
@@ -34,6 +36,10 @@ LAYERS = {
     "estimators": 3,
     "_bilevel": 4,
     "_functional": 4,
+}
+COMPUTES = {
+    *("cg", "dense", "neumann", "l1", "l2", "implicit", "unrolled", "reverse", "forward", "best_response", "bilevel"),
+    *("add_decayed_weights", "scale_by_learning_rate", "schedule"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [f for f in FILES if f.name != "__init__.py"]
@@ -98,6 +104,7 @@ def test_library_manners(path):
         assert module.split(".")[0] in {"hypergrad", "jax", "optax", "flax", "numpy", "collections"} | {
             "dataclasses",
             "functools",
+            "math",
             "types",
             "typing",
         }
@@ -110,6 +117,8 @@ def public():
     for module in (bijectors, solvers):
         found |= {f"{module.__name__}.{name}": getattr(module, name) for name in module.__all__}
     found |= {f"hg.penalties.{name}": getattr(penalties, name) for name in ("l1", "l2")}
+    pieces = ("add_decayed_weights", "scale_by_learning_rate", "schedule")
+    found |= {f"hg.optimizers.{name}": getattr(optimizers, name) for name in pieces}
     return found
 
 
@@ -125,7 +134,7 @@ def test_public_names_are_documented(name):
             assert re.search(rf"^\s*{field}: ", doc, re.M), f"{name}.{field} has no description"
     elif callable(thing) and not isinstance(thing, type):
         assert ">>>" in doc, f"{name} has no example"
-        computes = name.split(".")[-1] in {"cg", "dense", "neumann", "l1", "l2", "implicit", "bilevel"}
+        computes = name.split(".")[-1] in COMPUTES
         for part in ["Args:", "Returns:", "Reference"] if computes else []:
             assert part in doc, f"{name} has no {part}"
         examples = [line for line in doc.splitlines() if line.strip().startswith((">>>", "..."))]

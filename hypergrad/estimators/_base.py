@@ -95,6 +95,8 @@ class HypergradEstimator(NamedTuple):
         evaluated at ``variables.params``.
       needs_rollout: the method differentiates the inner steps themselves and so cannot do without.
       solver_info: what ``info.solver`` holds before the first estimate; () for methods without a solve.
+      respond: ``respond(params, hyperparams, inner_batch, *, key, inner_optimizer=None, model_state=None) ->
+        params``, differentiable, for ``hg.best_response``; None for methods that have no derivative of their own.
     """
 
     problem: BilevelProblem
@@ -102,6 +104,7 @@ class HypergradEstimator(NamedTuple):
     estimate: Callable[..., Estimate]
     needs_rollout: bool
     solver_info: Any = ()
+    respond: Callable[..., Params] | None = None
 
 
 def blank_info(solver: Any = ()) -> HypergradInfo:
@@ -135,10 +138,21 @@ def refuse_zeros(name: str, hyperparams: Hyperparams, *zero_leaves: list[int]) -
     if not zero:
         return
     names = ", ".join(_tree.leaf_names(hyperparams)[i] for i in sorted(zero))
-    wanted = "every hyperparameter leaf to enter the inner loss's gradient in the weights, or the outer loss"
-    fix = (
-        f"Its {name} hypergradient would be zero by construction. A learning rate, momentum or decoupled decay acts "
-        "through the optimizer: use unrolled differentiation (hg.unrolled) for it, or put a decay into the inner "
-        "loss (hg.penalties.l2). Remove a leaf that nothing uses."
-    )
+    way, advice = _WAYS[name]
+    wanted = f"every hyperparameter leaf to enter {way}, or the outer loss"
+    fix = f"Its {name} hypergradient would be zero by construction. {advice} Remove a leaf that nothing uses."
     raise ValueError(_checks.message(wanted, f"hyperparams leaf {names}, which enters neither", fix))
+
+
+_WAYS = {
+    "implicit": (
+        "the inner loss's gradient in the weights",
+        "A learning rate, momentum or decoupled decay acts through the optimizer: use unrolled differentiation "
+        "(hg.unrolled) for it, or put a decay into the inner loss (hg.penalties.l2).",
+    ),
+    "unrolled": (
+        "the inner steps, differentiably",
+        "Make inner_optimizer a function that builds the optimizer from the constrained hyperparameters. An optimizer "
+        "that takes signs (optax.lion, sign_sgd) passes no derivative of the loss: only its rate and decay have one.",
+    ),
+}

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax import lax
 
 from hypergrad import _checks, _curvature, _tree
 from hypergrad._problem import (
@@ -26,8 +28,8 @@ from hypergrad._problem import (
     evaluate_outer,
     inner_gradient,
 )
-from hypergrad._rollout import Rollout, last_batch, resolve_optimizer, rollout, split_keys
-from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
+from hypergrad._rollout import Rollout, last_batch, make_window, resolve_optimizer, rollout, split_keys
+from hypergrad._types import Array, Batch, Hyperparams, Key, MatVec, ModelState, Params, PyTree
 from hypergrad.estimators._base import (
     Estimate,
     HypergradEstimator,
@@ -99,7 +101,8 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
             optimizer = resolve_optimizer(inner_optimizer, problem.constrain(variables.hyperparams))
             start = Rollout(variables.params, inner_state, model_state)
             gradient = inner_gradient(problem, variables.hyperparams)
-            params, inner_state, model_state = rollout(gradient, optimizer, start, inner_batch, key=keys.inner)
+            window = make_window(inner_batch, keys.inner)
+            params, inner_state, model_state = rollout(gradient, optimizer, start, window)
             variables, inner_batch = BilevelParams(params, variables.hyperparams), last_batch(inner_batch)
 
         def inner(params: Params, hyperparams: Hyperparams) -> Array:
@@ -124,8 +127,42 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
         info = describe_estimate(value, hypergrad, solver=solve_info, aux=aux)
         return Estimate(value, hypergrad, variables.params, inner_state, estimator_state, model_state, info)
 
+    def respond(
+        params: Params,
+        hyperparams: Hyperparams,
+        inner_batch: Batch,
+        *,
+        key: Array | None,
+        inner_optimizer: Any = None,
+        model_state: ModelState = None,
+    ) -> Params:
+        model_state = check_model_state(problem, model_state)
+        keys, params = split_keys(key), lax.stop_gradient(params)
+        if inner_optimizer is not None:
+            refuse_optimizer_function(inner_optimizer)
+            optimizer = resolve_optimizer(inner_optimizer, None)
+            gradient = inner_gradient(problem, lax.stop_gradient(hyperparams))
+            start = Rollout(params, optimizer.init(params), model_state)
+            params, _, model_state = rollout(gradient, optimizer, start, make_window(inner_batch, keys.inner))
+            inner_batch = last_batch(inner_batch)
+
+        def slope(params: Params) -> Params:
+            return inner_gradient(problem, hyperparams)(params, inner_batch, keys.solve, model_state)[0]
+
+        def solve(matvec: MatVec, b: PyTree) -> PyTree:
+            wide = _tree.promote(b)
+            product = lambda v: _tree.promote(matvec(optax.tree.cast_like(v, b)))  # noqa: E731
+            x, _, info = solver.solve(product, wide, solver.init(wide))
+            sound = jnp.isfinite(info.residual)
+            return optax.tree.cast_like(jax.tree.map(lambda leaf: jnp.where(sound, leaf, jnp.nan), x), b)
+
+        def tangent_solve(product: MatVec, b: PyTree) -> PyTree:
+            return lax.custom_linear_solve(product, b, solve, symmetric=True)
+
+        return lax.custom_root(slope, params, lambda _slope, params: params, tangent_solve)
+
     blank = SolveInfo(jnp.zeros((), jnp.int32), jnp.zeros((), float), jnp.array(False))
-    return HypergradEstimator(problem, init, estimate, needs_rollout=False, solver_info=blank)
+    return HypergradEstimator(problem, init, estimate, needs_rollout=False, solver_info=blank, respond=respond)
 
 
 def _refuse_unseen(inner: Any, outer: Any, variables: BilevelParams) -> None:

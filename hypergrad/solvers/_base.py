@@ -149,12 +149,6 @@ def no_state(_: PyTree) -> PyTree:
     return ()
 
 
-def check_unroll(unroll: int | bool) -> None:
-    """Refuse anything but True or an integer of at least 1."""
-    if unroll is not True:
-        _checks.positive_int("unroll", unroll)
-
-
 def _damped(matvec: MatVec, b: PyTree, damping: float) -> MatVec:
     def product(vector: PyTree) -> PyTree:
         result = matvec(vector)

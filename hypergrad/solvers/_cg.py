@@ -18,7 +18,7 @@ from jax import lax
 
 from hypergrad import _checks, _tree
 from hypergrad._types import Array, MatVec, PyTree
-from hypergrad.solvers._base import LinearSolver, assemble, check_unroll, iterate, normalized
+from hypergrad.solvers._base import LinearSolver, assemble, iterate, normalized
 
 
 class CGState(NamedTuple):
@@ -65,7 +65,7 @@ def cg(
     Reference: Pedregosa, arXiv 1602.02355.
     """
     _checks.positive_int("max_steps", max_steps)
-    check_unroll(unroll)
+    _checks.unroll(unroll)
 
     def init(b_like: PyTree) -> PyTree:
         return CGState(_tree.promoted_zeros_like(b_like)) if warm_start else ()

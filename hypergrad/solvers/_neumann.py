@@ -19,7 +19,7 @@ import optax
 
 from hypergrad import _checks, _tree
 from hypergrad._types import Array, MatVec, PyTree
-from hypergrad.solvers._base import LinearSolver, assemble, check_unroll, iterate, normalized
+from hypergrad.solvers._base import LinearSolver, assemble, iterate, normalized
 
 _FIRST_POWER_STEPS, _WARM_POWER_STEPS = 12, 2
 _EXPLORE = 0.1  # how much of b is mixed into the warm direction, so that a new top eigenvector is found
@@ -71,7 +71,7 @@ def neumann(
     Reference: Lorraine, Vicol & Duvenaud, arXiv 1911.02590.
     """
     _checks.positive_int("num_terms", num_terms)
-    check_unroll(unroll)
+    _checks.unroll(unroll)
     if step_size is not None:
         _checks.number("step_size", step_size, low=0.0, strict=True)
 
