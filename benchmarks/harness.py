@@ -14,6 +14,8 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -142,6 +144,13 @@ def write(folder: Path, name: str, record: dict[str, Any], table: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / f"{name}.md").write_text(table)
+
+
+def in_a_process(script: str, arguments: Sequence[str], environment: dict[str, str] | None = None) -> Any:
+    """Return what ``script`` prints as JSON on its last line, run in a process of its own."""
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak_rss_mib() -> float:

@@ -60,11 +60,11 @@ class Scale(NamedTuple):
 
 
 def build(name: str, scale: Scale | None = None) -> Network:
-    """Return the network called ``name``: ``mlp64``, ``mlp256``, ``mlp1024``, ``cnn`` or ``transformer``."""
+    """Return the network called ``name``: ``mlp64``, ``mlp256``, ``mlp1024``, ``cnn``, ``transformer`` or ``deep``."""
     scale = scale or Scale()
     if name.startswith("mlp"):
         return _mlp(int(name.removeprefix("mlp")), scale)
-    return {"cnn": _cnn, "transformer": _transformer}[name]()
+    return {"cnn": _cnn, "transformer": _transformer, "deep": _deep}[name]()
 
 
 def _mlp(width: int, scale: Scale) -> Network:
@@ -119,30 +119,49 @@ class _Block(nn.Module):
         return x + nn.Dense(x.shape[-1])(nn.gelu(nn.Dense(4 * x.shape[-1])(y)))
 
 
+class _Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return _Block()(x), None
+
+
 class _LanguageModel(nn.Module):
     vocabulary: int
     width: int
+    layers: int = 2
+    scanned: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = nn.Embed(self.vocabulary, self.width)(tokens)
         x = x + self.param("positions", nn.initializers.normal(0.02), (tokens.shape[-1], self.width))
-        for _ in range(2):
-            x = _Block()(x)
+        if self.scanned:
+            axes: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+            x, _ = nn.scan(nn.remat(_Layer, prevent_cse=False), length=self.layers, **axes)()(x, None)
+        else:
+            for _ in range(self.layers):
+                x = _Block()(x)
         return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
 
 
 def _transformer() -> Network:
+    return _language("transformer", _LanguageModel(64, 64), (16, 32))
+
+
+def _deep() -> Network:
+    """A scan over layers that are computed again in the backward pass, with long sequences: few weights, much else."""
+    return _language("deep", _LanguageModel(64, 64, layers=8, scanned=True), (16, 64))
+
+
+def _language(name: str, module: _LanguageModel, shape: tuple[int, int]) -> Network:
     rng = np.random.default_rng(0)
-    vocabulary, shape = 64, (16, 32)
-    module = _LanguageModel(vocabulary, 64)
 
     def draw(*lead: int) -> Tree:
-        return _labels(rng, vocabulary, *lead, *shape), _labels(rng, vocabulary, *lead, *shape)
+        return tuple(_labels(rng, module.vocabulary, *lead, *shape) for _ in range(2))
 
     batches = draw(10), draw()
     params = module.init(jax.random.key(0), batches[1][0])
-    return _network("transformer", module.apply, params, batches, decay=15.0, unroll=1)
+    return _network(name, module.apply, params, batches, decay=15.0, unroll=1)
 
 
 def _network(

@@ -1,6 +1,6 @@
 """Turn a benchmark's JSON into Markdown: ``python benchmarks/report.py step_cost.json``.
 
-The file's name without its ending is the report's: ``step_cost`` or ``hessian_modes``.
+The file's name without its ending is the report's: ``step_cost``, ``hessian_modes`` or ``unroll_memory``.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 OVER_HAND, IDLE_SMALL, IDLE_LARGE, COMPILE = 1.15, 1.15, 1.25, 1.5
+UNROLL_SCRATCH, LONG_MIB = 25.0, 4096.0
 FLOOR = {"mlp64": 12.8, "mlp256": 14.9, "mlp1024": 18.3}
 """Gradients that the floating-point operations of Neumann 10 amount to, for the 784-H-H-10 networks."""
 
@@ -68,6 +69,81 @@ def _solve(which: str, v: dict[str, Any]) -> Sequence[str]:
     return (which, *numbers, steps, difference)
 
 
+def unroll_memory(record: dict[str, Any]) -> str:
+    """Return targets, what the mixed mode gains, then all figures, as Markdown."""
+    parts = ["# Memory and time of a hypergradient through K training steps", _how(record), _circumstances(record)]
+    parts += [
+        "Scratch memory is what the compiled function allocates besides arguments and results. *differs by*: from the "
+        "hypergradient of the hand-written loop without checkpoints.",
+        "## Targets",
+        _table(("what", "network", "target", "measured", ""), _unroll_targets(record)),
+        "## Mixed mode over plain autodiff, in the library, with the same checkpoints: CPU time and scratch memory",
+        _table(("network", "", "checkpoints", "time", "memory", "MiB"), _mixed(record)),
+    ]
+    for name, found in record["networks"].items():
+        parts += [f"## {name}: {found['weights']:,} weights, {found['params_mib']:.2f} MiB"]
+        for title, group in found["groups"].items():
+            parts += [f"{title}. Library's default: *{group['default']}*. jaxopt: {group['jaxopt']}."]
+            parts += [_unrolls(group, found["params_mib"])]
+    if record["long"]:
+        parts += [f"## {record['long']['steps']:,} steps", _long(record["long"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _unroll_targets(record: dict[str, Any]) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
+
+    def add(what: str, name: str, limit: float, measured: float) -> None:
+        verdict = "" if record["quick"] else ("met" if measured <= limit else "**missed**")
+        rows.append((what, name, f"≤ {limit:g}", f"{measured:.2f}", verdict))
+
+    for name, found in record["networks"].items():
+        for title, group in found["groups"].items():
+            default = group["candidates"][group["default"]]
+            add(f"{title}: default over hand-written, time", name, OVER_HAND, default["over_hand"])
+            if group["steps"] == 50 and group["optimizer"] == "sgd":
+                copies = default["scratch_mib"] / found["params_mib"]
+                add(f"{title}: default, scratch in copies of the weights", name, UNROLL_SCRATCH, copies)
+    if long := record["long"]:
+        what = f"{long['steps']:,} steps: peak resident memory, MiB"
+        add(what, long["network"], LONG_MIB, long["peak_rss_mib"])
+    return rows
+
+
+def _mixed(record: dict[str, Any]) -> Iterable[Sequence[str]]:
+    for name, found in record["networks"].items():
+        for title, group in found["groups"].items():
+            for which, values in group["candidates"].items():
+                if "over_not_mixed" in values:
+                    plain = group["candidates"][f"{which}, not mixed"]
+                    memory = values["scratch_mib"], plain["scratch_mib"]
+                    checkpoints = which.removesuffix(", library") + (" (default)" if which == group["default"] else "")
+                    ratios = f"{values['over_not_mixed']:.2f}", f"{memory[0] / memory[1]:.2f}"
+                    yield name, title, checkpoints, *ratios, f"{memory[0]:.1f} / {memory[1]:.1f}"
+
+
+def _unrolls(group: dict[str, Any], params_mib: float) -> str:
+    rows = []
+    for name, v in group["candidates"].items():
+        numbers = f"{v['cpu_ms']:.1f}", f"{v['wall_ms']:.1f}", f"{v['in_units']:.2f}"
+        over = f"{v['over_hand']:.2f}" if "over_hand" in v else ""
+        memory = f"{v['scratch_mib']:.1f}", f"{v['scratch_mib'] / params_mib:.1f}"
+        differs = f"{v['difference']:.0e}" if "difference" in v else ""
+        rows.append((name, *numbers, over, *memory, f"{v['compile_s']:.1f}", differs))
+    head = ("", "CPU ms", "wall ms", f"in {group['unit']}s", "over hand", "scratch MiB", "in weights")
+    return _table((*head, "compile s", "differs by"), rows)
+
+
+def _long(found: dict[str, Any]) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if value not in ("", None))
+    return (
+        f"One hypergradient, {found['weights']:,} weights, batches of {found['batch']} by index: "
+        f"{found['wall_s']:.1f} s ({found['cpu_s']:.1f} s of CPU time), compiled in {found['compile_s']:.1f} s; "
+        f"scratch {found['scratch_mib']:.0f} MiB, peak resident memory {found['peak_rss_mib']:.0f} MiB, of which "
+        f"{found['peak_rss_before_mib']:.0f} MiB before the call. {machine}; load {found['load'][0]:g}."
+    )
+
+
 def _circumstances(record: dict[str, Any]) -> str:
     """Return a line for each machine (and day) on which networks were measured."""
     lines: dict[str, list[str]] = {}
@@ -115,6 +191,22 @@ def _targets(record: dict[str, Any]) -> list[Sequence[str]]:
             kept = found["steps_keeping_memory"]["candidates"]["idle step library"]["in_units"]
             what = "call with nothing due, over a plain step, freed memory kept"
             add(what, name, IDLE_LARGE if large else IDLE_SMALL, kept)
+        for method, values in found.get("unroll_steps", {"candidates": {}})["candidates"].items():
+            if method.startswith(("unroll", "joint")) and "over_hand" in values:
+                what = "hypergradient" if method.startswith("unroll") else "window, outer step each time"
+                add(
+                    f"{what}, {method.removesuffix(' library')} steps, over hand-written",
+                    name,
+                    OVER_HAND,
+                    values["over_hand"],
+                )
+            elif method == "idle unroll 10 library":
+                add(
+                    "window with nothing due, unrolled estimator, over 10 plain steps",
+                    name,
+                    IDLE_SMALL,
+                    values["in_units"],
+                )
         add("compile time of the joint step, over hand-written", name, COMPILE, found["compile_s"]["over_hand"])
     return rows
 
@@ -126,6 +218,9 @@ def _network(found: dict[str, Any]) -> Iterable[str]:
     if "steps_keeping_memory" in found:
         yield "The same with an allocator that keeps freed memory:"
         yield _timings(found["steps_keeping_memory"], "in plain steps")
+    if "unroll_steps" in found:
+        yield "Unrolled differentiation, with steps of descent:"
+        yield _timings(found["unroll_steps"], "in windows of 10 plain steps")
     seconds = {k: v for k, v in found["compile_s"].items() if k != "over_hand"}
     yield "Compile time: " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()) + "."
     if "peak_rss_mib" in found:
@@ -151,4 +246,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    print({"step_cost": step_cost, "hessian_modes": hessian_modes}[path.stem](json.loads(path.read_text())))
+    reports = {"step_cost": step_cost, "hessian_modes": hessian_modes, "unroll_memory": unroll_memory}
+    print(reports[path.stem](json.loads(path.read_text())))

@@ -7,8 +7,10 @@ In one run, candidates taking turns (``harness.py``):
  1. a hypergradient (Neumann 10 and 20, Neumann 10 with its own step, CG 10), in gradients of the inner loss;
  2. a joint step, an outer step every 10: ``hg.bilevel`` by the step and by the window, over a plain Adam step;
  3. a call of ``update`` on which nothing outer is due, over a plain Adam step;
- 4. compile time of the joint step;
- 5. scratch memory of every compiled function, and the process's peak resident memory.
+ 4. a hypergradient through 10 and 50 steps of descent (``unroll_steps.py``), in windows of 10 plain ones;
+ 5. ``hg.bilevel`` through windows of 10 steps, on a call with an outer step and on one without, likewise;
+ 6. compile time of the joint step;
+ 7. scratch memory of every compiled function, and the process's peak resident memory.
 
 Writes ``step_cost.json`` and, by ``report.py``, ``step_cost.md``. The calls of 2 and 3 are timed a second time in
 a process whose allocator keeps freed memory (``KEEPING`` below): glibc otherwise hands the scratch memory of each
@@ -18,12 +20,9 @@ call back to the kernel and pays for its pages again on the next.
 import argparse
 import functools
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +33,8 @@ import jax.numpy as jnp
 import networks
 import optax
 import report
+import unroll_steps
+from candidates import Candidate, compile_candidate, library_problem
 from networks import Network, Tree
 
 import hypergrad as hg
@@ -49,47 +50,6 @@ KEEPING = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 """glibc settings under which freed memory stays with the process."""
-
-
-class Candidate(NamedTuple):
-    """A compiled function with its arguments: the first ``carried`` of them are replaced by its results."""
-
-    compiled: Any
-    arguments: tuple[Any, ...]
-    carried: int = 0
-
-    def thunk(self) -> harness.Thunk:
-        """Return a function of no argument that calls it; carried arguments are fresh copies, for donation."""
-        held = list(jax.tree.map(jnp.copy, self.arguments[: self.carried]))
-        rest = self.arguments[self.carried :]
-
-        def call() -> Any:
-            result = self.compiled(*held, *rest)
-            if self.carried:
-                held[:] = result[: self.carried]
-            return result
-
-        call.held = held  # type: ignore[attr-defined]
-        return call
-
-
-def compile_candidate(fn: Callable[..., Any], *arguments: Any, carried: int = 0) -> Candidate:
-    """Compile ``fn`` with its first ``carried`` arguments donated."""
-    compiled = jax.jit(fn, donate_argnums=tuple(range(carried))).lower(*arguments).compile()
-    return Candidate(compiled, arguments, carried)
-
-
-def library_problem(network: Network) -> hg.BilevelProblem:
-    """Return the problem as the library's user writes it: decays, reparameterized to their logarithms."""
-
-    def train_loss(params: Tree, decays: Tree, batch: Tree, _: Any) -> jax.Array:
-        return network.cross_entropy(params, batch) + hg.penalties.l2(params, decays)
-
-    def valid_loss(params: Tree, decays: Tree, batch: Tree, _: Any) -> jax.Array:
-        del decays
-        return network.cross_entropy(params, batch)
-
-    return hg.reparameterize(hg.BilevelProblem(train_loss, valid_loss), hg.bijectors.exp())
 
 
 def hypergradients(network: Network, step_size: float, everything: bool) -> dict[str, Candidate]:
@@ -200,7 +160,7 @@ class Effort(NamedTuple):
     Attributes:
       rounds: samples of every candidate.
       compile_rounds: times that each joint step is compiled.
-      everything: False to leave out 20 Neumann terms, Neumann's own step and fused windows.
+      everything: False to leave out 20 Neumann terms, Neumann's own step, fused windows and unrolls of 50 steps.
       min_ms: length of a sample.
     """
 
@@ -225,6 +185,14 @@ def time_steps(network: Network, step_size: float, effort: Effort) -> dict[str, 
     return _timed(compiled, "plain step", effort)
 
 
+def time_unrolls(network: Network, step_size: float, effort: Effort) -> dict[str, Any]:
+    """Time items 4 and 5 for one network."""
+    long = effort.everything and network.unroll is not True  # convolutions want no loop, and 50 steps want one
+    checkpoints = {10: 1, 50: 5} if long else {10: 1}
+    candidates = unroll_steps.candidates(network, optax.sgd(step_size), OUTER, checkpoints)
+    return _timed(candidates, unroll_steps.UNIT, effort)
+
+
 def _timed(candidates: dict[str, Candidate], unit: str, effort: Effort) -> dict[str, Any]:
     thunks = {name: candidate.thunk() for name, candidate in candidates.items()}
     timings = harness.interleave(thunks, rounds=effort.rounds, min_ms=effort.min_ms, multiple=CYCLES)
@@ -238,15 +206,15 @@ def _timed(candidates: dict[str, Candidate], unit: str, effort: Effort) -> dict[
         if name.endswith(" library"):
             hand = name.removesuffix("library") + "hand"
             records[name]["over_hand"] = round(harness.ratio(timings, name, hand), 3)
-            records[name]["solver_steps"] = _solver_steps(thunks[name])
+            records[name] |= _solver_steps(thunks[name])
     return {"unit": unit, "candidates": records}
 
 
-def _solver_steps(thunk: harness.Thunk) -> int:
+def _solver_steps(thunk: harness.Thunk) -> dict[str, int]:
     """Return how many products the library says its last solve took: a solve that broke off would look cheap."""
-    infos = [x for x in jax.tree.leaves(thunk(), is_leaf=_is_solve_info) if _is_solve_info(x)]
-    infos += [x for x in jax.tree.leaves(getattr(thunk, "held", []), is_leaf=_is_solve_info) if _is_solve_info(x)]
-    return int(infos[0].num_steps)
+    results = thunk(), getattr(thunk, "held", [])
+    infos = [x for x in jax.tree.leaves(results, is_leaf=_is_solve_info) if _is_solve_info(x)]
+    return {"solver_steps": int(infos[0].num_steps)} if infos else {}
 
 
 def _is_solve_info(x: Any) -> bool:
@@ -288,6 +256,7 @@ def measure(name: str, scale: networks.Scale, effort: Effort) -> dict[str, Any]:
     record: dict[str, Any] = {"weights": network.num_weights, "step_size": step_size, "unroll": network.unroll}
     record["hypergradient"] = time_hypergradients(network, step_size, effort)
     record["steps"] = time_steps(network, step_size, effort)
+    record["unroll_steps"] = time_unrolls(network, step_size, effort)
     record["compile_s"] = compile_times(network, step_size, effort.compile_rounds)
     return record
 
@@ -318,10 +287,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         found = {**harness.circumstances(effort.rounds), **measure(name, scale, effort)}
         if not args.quick:
             child = ["--only", name, "--rounds", str(effort.rounds)]
-            found["steps_keeping_memory"] = _in_a_process([*child, "--part", "steps"], KEEPING)
+            found["steps_keeping_memory"] = harness.in_a_process(__file__, [*child, "--part", "steps"], KEEPING)
         if name == "mlp1024":
+            child = ["--only", name, "--part", "peak", "--which"]
             found["peak_rss_mib"] = {
-                which: round(_in_a_process(["--only", name, "--part", "peak", "--which", which], {}), 1)
+                which: round(harness.in_a_process(__file__, [*child, which]), 1)
                 for which in ("plain step", "joint step library", "joint step hand")
             }
         record["networks"] = harness.in_order({**record["networks"], name: found}, NAMES)
@@ -332,12 +302,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _save(folder: Path, record: dict[str, Any]) -> None:
     harness.write(folder, "step_cost", record, report.step_cost(record))
-
-
-def _in_a_process(arguments: Sequence[str], environment: dict[str, str]) -> Any:
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
