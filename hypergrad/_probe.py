@@ -108,5 +108,5 @@ def _gradient(leaf: Any, *, dead: bool) -> Any:
     ones = jnp.ones(jnp.shape(leaf), jnp.result_type(leaf))
     if not dead:
         return ones
-    zero = jnp.arange(ones.size).reshape(ones.shape) < max(ones.size / 2, 1)
-    return jnp.where(zero, 0, ones) if ones.size > 4 else jnp.zeros_like(ones)
+    zero = jnp.arange(ones.size).reshape(ones.shape) < ones.size // 2
+    return jnp.where(zero, jnp.zeros_like(ones), ones) if ones.size > 4 else jnp.zeros_like(ones)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 
 import hypergrad as hg
-from tests.problems import autodiff_steps
 
 
 class EstimatorRow(NamedTuple):
@@ -51,5 +50,8 @@ ESTIMATORS = [
     EstimatorRow("implicit_neumann", lambda problem: hg.implicit(problem, hg.solvers.neumann(10))),
     EstimatorRow("implicit_cg", lambda problem: hg.implicit(problem, hg.solvers.cg(10, damping=0.1, warm_start=True))),
     EstimatorRow("implicit_dense", lambda problem: hg.implicit(problem, hg.solvers.dense(damping=0.1))),
-    EstimatorRow("autodiff_steps", autodiff_steps),
+    EstimatorRow("unrolled", hg.unrolled),
+    EstimatorRow("unrolled_two_levels", lambda problem: hg.unrolled(problem, hg.reverse(2))),
+    EstimatorRow("unrolled_truncated", lambda problem: hg.unrolled(problem, hg.reverse(truncate=2, mixed=False))),
+    EstimatorRow("unrolled_forward", lambda problem: hg.unrolled(problem, hg.forward())),
 ]

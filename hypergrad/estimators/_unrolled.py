@@ -12,7 +12,7 @@ al., arXiv 1810.10667 (truncation); Kemaev et al., arXiv 2505.00793 (mixed mode)
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,9 @@ from hypergrad._rollout import (
 from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 from hypergrad.estimators._base import Estimate, HypergradEstimator, describe_estimate, refuse_zeros
 
+Respond: TypeAlias = Callable[[Hyperparams], Rollout]
+Judge: TypeAlias = Callable[[Hyperparams, Rollout], tuple[Array, Any]]
+
 _MOST_FORWARD = 1_000
 
 
@@ -48,7 +51,8 @@ class UnrollMode(NamedTuple):
     """How an unroll is differentiated: made by ``hg.reverse`` or ``hg.forward``.
 
     Attributes:
-      value_and_grad: ``(λ -> (value, aux)) -> (λ -> ((value, aux), gradient))``.
+      value_and_grad: ``(respond, judge, λ) -> ((value, aux), reached, gradient)`` of λ ↦ judge(λ, respond(λ)), where
+        ``respond`` gives what the window reached and ``judge`` the outer loss ``(value, aux)`` there.
       is_reverse: whether it differentiates in reverse, so that checkpoints and the mixed mode apply.
       checkpoint_every: steps between checkpoints; None for the default of the window's length, infinite for none.
       truncate: differentiate the window's last steps only, this many; None for all.
@@ -56,7 +60,7 @@ class UnrollMode(NamedTuple):
       unroll: of the scan over steps.
     """
 
-    value_and_grad: Callable[..., Callable[[Hyperparams], Any]]
+    value_and_grad: Callable[[Respond, Judge, Hyperparams], tuple[tuple[Array, Any], Rollout, Hyperparams]]
     is_reverse: bool
     checkpoint_every: float | None
     truncate: int | None
@@ -101,8 +105,7 @@ def reverse(
         _checks.positive_int("truncate", truncate)
     _checks.flag("mixed", mixed)
     _checks.unroll(unroll)
-    differentiate = lambda fn: jax.value_and_grad(fn, has_aux=True)  # noqa: E731
-    return UnrollMode(differentiate, True, checkpoint_every, truncate, mixed, unroll)
+    return UnrollMode(_reverse_value_and_grad, True, checkpoint_every, truncate, mixed, unroll)
 
 
 def forward(*, unroll: int | bool = 1) -> UnrollMode:
@@ -114,8 +117,7 @@ def forward(*, unroll: int | bool = 1) -> UnrollMode:
       unroll: of the scan over steps.
 
     Returns:
-      An ``UnrollMode``, for ``hg.unrolled(problem, mode=...)``; it refuses more than 1,000 hyperparameters, and does
-      not pass models with ``custom_vjp`` operations.
+      An ``UnrollMode``, for ``hg.unrolled(problem, mode=...)``; it refuses more than 1,000 hyperparameters.
 
     >>> forward().is_reverse
     False
@@ -180,18 +182,16 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Hypergr
         start = Rollout(params, inner_state, check_model_state(problem, model_state))
         window = make_window(inner_batch, keys.inner)
 
-        def outer(hyperparams: Hyperparams, reached: Rollout) -> tuple[Array, Any]:
+        def respond(hyperparams: Hyperparams) -> Rollout:
+            return _passage(problem, mode, inner_optimizer, start, window, hyperparams)
+
+        def judge(hyperparams: Hyperparams, reached: Rollout) -> tuple[Array, Any]:
             at = BilevelParams(reached.params, hyperparams)
             result = evaluate_outer(problem, at, outer_batch, keys.outer, reached.model_state)
             return result.value, result.aux
 
-        def outcome(hyperparams: Hyperparams) -> tuple[Array, tuple[Rollout, Any]]:
-            reached = _passage(problem, mode, inner_optimizer, start, window, hyperparams)
-            value, aux = outer(hyperparams, reached)
-            return value, (reached, aux)
-
-        _refuse_unseen(problem, mode, inner_optimizer, start, window, hyperparams, outer)
-        (value, (reached, aux)), gradient = mode.value_and_grad(outcome)(hyperparams)
+        _refuse_unseen(problem, mode, inner_optimizer, start, window, hyperparams, judge)
+        (value, aux), reached, gradient = mode.value_and_grad(respond, judge, hyperparams)
         info = describe_estimate(value, gradient, aux=aux)
         return Estimate(
             value, gradient, reached.params, reached.inner_state, estimator_state, reached.model_state, info
@@ -242,27 +242,45 @@ def _passage(
     return steps(hyperparams, jax.lax.stop_gradient(steps(fixed, jax.lax.stop_gradient(start), head)), tail)
 
 
-def _forward_value_and_grad(fn: Callable[[Hyperparams], tuple[Array, Any]]) -> Callable[[Hyperparams], Any]:
-    def value_and_grad(hyperparams: Hyperparams) -> Any:
-        leaves, structure = jax.tree.flatten(hyperparams)
-        count = sum(leaf.size for leaf in leaves)
-        if count > _MOST_FORWARD:
-            fix = "Each costs a forward unroll here: use mode=hg.reverse()."
-            raise ValueError(
-                _checks.message(f"at most {_MOST_FORWARD:,} hyperparameters in forward mode", f"{count:,}", fix)
-            )
-        ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-        rows = jnp.split(jnp.eye(count), ends, axis=1)
-        basis = [row.reshape(count, *x.shape).astype(x.dtype) for row, x in zip(rows, leaves, strict=True)]
+def _reverse_value_and_grad(respond: Respond, judge: Judge, hyperparams: Hyperparams) -> Any:
+    def outcome(hyperparams: Hyperparams) -> tuple[Array, tuple[Rollout, Any]]:
+        reached = respond(hyperparams)
+        value, aux = judge(hyperparams, reached)
+        return value, (reached, aux)
 
-        def along(direction: list[Array]) -> Any:
-            return jax.jvp(fn, (hyperparams,), (jax.tree.unflatten(structure, direction),), has_aux=True)
+    (value, (reached, aux)), gradient = jax.value_and_grad(outcome, has_aux=True)(hyperparams)
+    return (value, aux), reached, gradient
 
-        value, slopes, aux = jax.vmap(along, out_axes=(None, 0, None))(basis)
-        parts = zip(jnp.split(slopes, ends), leaves, strict=True)
-        return (value, aux), jax.tree.unflatten(structure, [p.reshape(x.shape).astype(x.dtype) for p, x in parts])
 
-    return value_and_grad
+def _forward_value_and_grad(respond: Respond, judge: Judge, hyperparams: Hyperparams) -> Any:
+    """Carry one tangent a hyperparameter through the window; then pair them all with the outer loss's slope."""
+    leaves, structure = jax.tree.flatten(hyperparams)
+    count = sum(leaf.size for leaf in leaves)
+    if count > _MOST_FORWARD:
+        fix = "Each costs a forward unroll here: use mode=hg.reverse()."
+        raise ValueError(
+            _checks.message(f"at most {_MOST_FORWARD:,} hyperparameters in forward mode", f"{count:,}", fix)
+        )
+    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+    rows = jnp.split(jnp.eye(count), ends, axis=1)
+    basis = [row.reshape(count, *x.shape).astype(x.dtype) for row, x in zip(rows, leaves, strict=True)]
+
+    def along(direction: list[Array]) -> tuple[list[Array], Rollout]:
+        def floating(hyperparams: Hyperparams) -> tuple[list[Array], Rollout]:
+            reached = respond(hyperparams)
+            return _tree.split_floating(reached)[0], reached
+
+        tangent = jax.tree.unflatten(structure, direction)
+        _, tangents, reached = jax.jvp(floating, (hyperparams,), (tangent,), has_aux=True)
+        return tangents, reached
+
+    tangents, reached = jax.vmap(along, out_axes=(0, None))(basis)
+    floats, restore = _tree.split_floating(reached)
+    judged = jax.value_and_grad(lambda h, floats: judge(h, restore(floats)), argnums=(0, 1), has_aux=True)
+    (value, aux), (direct, slopes) = judged(hyperparams, floats)
+    indirect = jax.vmap(lambda tangents: _tree.vdot(tangents, slopes))(tangents)
+    parts = [part.reshape(x.shape).astype(x.dtype) for part, x in zip(jnp.split(indirect, ends), leaves, strict=True)]
+    return (value, aux), reached, jax.tree.map(jnp.add, direct, jax.tree.unflatten(structure, parts))
 
 
 def _check_optimizer(problem: BilevelProblem, mode: UnrollMode, inner_optimizer: Any, at: BilevelParams) -> None:
@@ -281,7 +299,7 @@ def _refuse_unseen(
     start: Rollout,
     window: Window,
     hyperparams: Hyperparams,
-    outer: Any,
+    judge: Judge,
 ) -> None:
     """Refuse leaves with no way into the steps that are differentiated, and none into the outer loss directly.
 
@@ -308,8 +326,8 @@ def _refuse_unseen(
             break
     unseen = [i for i, mark in enumerate(seen) if not mark]
     if unseen:
-        value = jax.eval_shape(lambda h: outer(h, start)[0], hyperparams)
+        value = jax.eval_shape(lambda h: judge(h, start)[0], hyperparams)
         direct = _checks.independent_leaves(
-            lambda ct: jax.vjp(lambda h: outer(h, start)[0], hyperparams)[1](ct)[0], value
+            lambda ct: jax.vjp(lambda h: judge(h, start)[0], hyperparams)[1](ct)[0], value
         )
         refuse_zeros("unrolled", hyperparams, unseen, direct)
