@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from tests.problems import autodiff_steps, batch_norm, network, relative_error, window_of
+from tests.problems import batch_norm, network, relative_error, window_of
 
 
 @functools.cache
@@ -304,7 +304,7 @@ def test_value_and_hypergrad_hands_back_aux():
 
 @pytest.mark.parametrize("window", [1, 3])
 def test_a_rollout_estimator_takes_the_inner_steps_itself(window):
-    tx = make(estimator=autodiff_steps(case().problem), inner_optimizer=optax.sgd(0.1), window=window, every=2)
+    tx = make(estimator=hg.unrolled(case().problem), inner_optimizer=optax.sgd(0.1), window=window, every=2)
     plain = make(inner_optimizer=optax.sgd(0.1), window=window, every=100)
     batch = case().inner_batch if window == 1 else window_of(case().inner_batch, window)
     step, plain_step = runner(tx), runner(plain)
@@ -315,6 +315,45 @@ def test_a_rollout_estimator_takes_the_inner_steps_itself(window):
         other, other_state = plain_step(None, other, other_state, batch, case().outer_batch)
         assert relative_error(variables.params, other.params) < 1e-6
         assert (relative_error(variables.hyperparams, case().variables.hyperparams) > 0) == (call == 2)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_keywords_reach_the_steps_that_are_differentiated(window):
+    """The same update with and without an outer step."""
+    inner = optax.GradientTransformationExtraArgs(
+        lambda p: (), lambda g, s, p, *, boost=1.0, **_: (optax.tree.scale(-boost, g), s)
+    )
+    tx = make(estimator=hg.unrolled(case().problem), inner_optimizer=lambda _: inner, window=window, every=2)
+    batch = case().inner_batch if window == 1 else window_of(case().inner_batch, window)
+    step, state = runner(tx), tx.init(case().variables)
+    args = case().variables, batch, case().outer_batch, {"boost": jnp.array(0.3)}
+    idle, state = step(None, args[0], state, *args[1:])
+    due, state = step(None, args[0], state, *args[1:])
+    assert int(state.info.step) == 2
+    assert relative_error(due.params, idle.params) < 1e-6
+    plain, _ = step(None, args[0], state, *args[1:3])
+    assert relative_error(plain.params, idle.params) > 0.0
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_schedule_of_a_window_starts_anew_with_every_window(window):
+    """Rates by the step's number modulo the window's length, over several calls."""
+    rates = jnp.array([0.1, 0.2, 0.4, 0.8])
+    base = case().problem
+    problem = hg.BilevelProblem(
+        lambda w, h, b, k: base.inner_loss(w, h["decay"], b, k), lambda w, h, b, k: base.outer_loss(w, h["decay"], b, k)
+    )
+    variables = case().variables._replace(hyperparams={"decay": case().variables.hyperparams, "rates": rates})
+    optimizer = lambda h: optax.sgd(hg.optimizers.schedule(h["rates"]))  # noqa: E731
+    tx = make(problem, estimator=hg.unrolled(problem), inner_optimizer=optimizer, window=window, every=10**6)
+    batch = case().inner_batch if window == 1 else window_of(case().inner_batch, window)
+    step, state, params = runner(tx), tx.init(variables), variables.params
+    for _ in range(8 // window):
+        variables, state = step(None, variables, state, batch, case().outer_batch)
+    for i in range(8):
+        grads = jax.grad(base.inner_loss)(params, case().variables.hyperparams, case().inner_batch, None)
+        params = optax.tree.add_scale(params, -rates[i % 4], grads)
+    assert relative_error(variables.params, params) < 1e-5
 
 
 def test_an_inner_optimizer_may_depend_on_the_hyperparameters(x64):
@@ -332,7 +371,7 @@ def test_an_inner_optimizer_may_depend_on_the_hyperparameters(x64):
     rate = jnp.log(jnp.array(0.1))
     variables = hg.BilevelParams(double.variables.params, {"decay": double.variables.hyperparams, "rate": rate})
     tx = make(
-        estimator=autodiff_steps(problem),
+        estimator=hg.unrolled(problem),
         inner_optimizer=lambda h: optax.sgd(h["rate"]),
         outer_optimizer=optax.sgd(1.0),
     )

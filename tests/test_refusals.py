@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from tests.problems import autodiff_steps, batch_norm, network, window_of
+from tests.problems import batch_norm, network, window_of
 
 
 @functools.cache
@@ -32,6 +32,12 @@ def update(tx, grads=None, variables=None, **kwargs):
     """Call ``update`` with valid arguments but for what a test replaces."""
     batches = {"inner_batch": case().inner_batch, "outer_batch": case().outer_batch, **kwargs}
     return tx.update(grads, tx.init(case().variables), variables or case().variables, **batches)
+
+
+def unroll(problem, hyperparams, inner_optimizer=None, mode=None, steps=2):
+    """Take one hypergradient through a few steps."""
+    fn = hg.hypergrad(hg.unrolled(problem, mode), inner_optimizer or optax.sgd(0.1))
+    return fn(case().variables.params, hyperparams, window_of(case().inner_batch, steps), case().outer_batch, key=None)
 
 
 def evaluate(problem, params=None, hyperparams=None):
@@ -69,7 +75,21 @@ CONSTRUCTION = {
     ),
     "estimator": (lambda: make(estimator=case().problem), TypeError, "a HypergradEstimator; got BilevelProblem"),
     "functional": (lambda: hg.hypergrad(case().problem), TypeError, "a HypergradEstimator"),
-    "no optimizer": (lambda: hg.hypergrad(autodiff_steps(case().problem)), ValueError, "an inner_optimizer"),
+    "no optimizer": (lambda: hg.hypergrad(hg.unrolled(case().problem)), ValueError, "an inner_optimizer"),
+    "unrolled": (lambda: hg.unrolled(print), TypeError, "a BilevelProblem; got builtin"),
+    "mode": (lambda: hg.unrolled(case().problem, hg.reverse), TypeError, "mode to be an UnrollMode; got function"),
+    "checkpoint_every 0": (lambda: hg.reverse(0), ValueError, "checkpoint_every to be at least 1; got 0"),
+    "checkpoint_every 2.5": (lambda: hg.reverse(2.5), TypeError, "checkpoint_every to be a Python int"),
+    "truncate 0": (lambda: hg.reverse(truncate=0), ValueError, "truncate to be at least 1; got 0"),
+    "mixed": (lambda: hg.reverse(mixed="yes"), TypeError, "mixed to be a bool"),
+    "unroll of reverse": (lambda: hg.reverse(unroll=0), ValueError, "unroll to be at least 1"),
+    "unroll of forward": (lambda: hg.forward(unroll=2.0), TypeError, "unroll to be a Python int"),
+    "schedule": (lambda: hg.optimizers.schedule(jnp.array(0.1)), ValueError, "schedule: .* leading axis K"),
+    "schedules": (
+        lambda: hg.optimizers.schedule([jnp.ones(2), jnp.ones(3)]),
+        ValueError,
+        r"schedule: .* leading axis K; got leading axes \[\(2,\), \(3,\)\]",
+    ),
     "window 0": (lambda: make(window=0), ValueError, "window to be at least 1; got 0"),
     "window float": (lambda: make(window=2.0), TypeError, "window to be a Python int"),
     "every 0": (lambda: make(every=0), ValueError, "every to be at least 1; got 0"),
@@ -155,7 +175,7 @@ def test_windows_are_checked():
     with pytest.raises(ValueError, match="grads=None with window=3"):
         update(tx, grads=case().variables.params, inner_batch=window_of((x, y), 3))
     with pytest.raises(ValueError, match=r"grads=None with window=1 and needs_rollout=True"):
-        update(make(estimator=autodiff_steps(case().problem)), grads=case().variables.params)
+        update(make(estimator=hg.unrolled(case().problem)), grads=case().variables.params)
     with pytest.raises(ValueError, match="inner_batch with a common leading window axis; got a batch without leaves"):
         estimator().estimate(case().variables, (), (), (), case().outer_batch, key=None, inner_optimizer=optax.sgd(0.1))
     with pytest.raises(TypeError, match=r"got a function of the hyperparameters.*hg.unrolled"):
@@ -237,6 +257,8 @@ def test_a_hyperparameter_that_enters_nothing(name):
     hyper = {"decay": case().variables.hyperparams, "odd": jnp.array(0.3)}
     with pytest.raises(ValueError, match=r"leaf \['odd'\], which enters neither.*learning rate.*hg.unrolled"):
         evaluate(hg.BilevelProblem(*zero_by_construction()[name]), hyperparams=hyper)
+    with pytest.raises(ValueError, match=r"leaf \['odd'\], which enters neither.*Make inner_optimizer a function"):
+        unroll(hg.BilevelProblem(*zero_by_construction()[name]), hyper)
 
 
 def test_a_hyperparameter_of_the_outer_loss_alone_passes():
@@ -247,6 +269,66 @@ def test_a_hyperparameter_of_the_outer_loss_alone_passes():
     )
     grad = evaluate(problem, hyperparams={"decay": case().variables.hyperparams, "offset": jnp.array(0.5)})
     assert float(grad["offset"]) == pytest.approx(1.0)
+
+
+def rated():
+    """Return the shared problem with a rate among the hyperparameters, and their values."""
+    base = case().problem
+    problem = hg.BilevelProblem(
+        lambda w, h, b, k: base.inner_loss(w, h["decay"], b, k), lambda w, h, b, k: base.outer_loss(w, h["decay"], b, k)
+    )
+    return problem, {"decay": case().variables.hyperparams, "rate": jnp.array(0.1)}
+
+
+def test_an_unroll_that_a_hyperparameter_does_not_reach():
+    problem, hyper = rated()
+    with pytest.raises(ValueError, match=r"leaf \['rate'\], which enters neither.*Make inner_optimizer a function"):
+        unroll(problem, hyper)
+    with pytest.raises(ValueError, match=r"leaf \['decay'\].*'kernel'.*takes signs"):
+        unroll(problem, hyper, lambda h: optax.lion(h["rate"]))
+    only_state = lambda h: optax.trace(1.0 - h["rate"])  # noqa: E731
+    assert float(unroll(problem, hyper, only_state, steps=2)["rate"]) != 0.0
+    late = lambda h: optax.chain(  # noqa: E731
+        optax.GradientTransformation(lambda p: p, lambda g, s, p: (s, optax.tree.scale(h["rate"], g)))
+    )
+    assert float(optax.tree.norm(unroll(problem, hyper, late, steps=2))) > 0.0
+    with pytest.raises(ValueError, match=r"leaf .*\['rate'\], which enters neither"):
+        unroll(problem, hyper, late, steps=1)  # one step writes the rate to the state, which nobody reads
+
+
+def test_optimizers_that_cannot_be_differentiated():
+    problem, hyper = rated()
+    for mode in (hg.reverse(), hg.forward()):
+        for optimizer in (lambda h: optax.adam(h["rate"]), lambda h: optax.adamw(h["rate"])):
+            with pytest.raises(ValueError, match=r"exactly zero; got NaN.*eps_root=1e-8"):
+                unroll(problem, hyper, optimizer, mode)
+    weights = jax.tree.map(lambda w: jnp.full(w.shape, 0.1), case().variables.params)
+    by_weight = lambda h: optax.chain(  # noqa: E731
+        optax.scale_by_adam(), hg.optimizers.scale_by_learning_rate(jax.tree.map(lambda r: r * h["rate"], weights))
+    )
+    with pytest.raises(ValueError, match=r"exactly zero; got NaN.*eps_root=1e-8"):
+        unroll(problem, hyper, by_weight)
+    with pytest.raises(TypeError, match=r"from gradients, state and params alone; got .*value_fn.*no line search"):
+        unroll(problem, hyper, lambda h: optax.lbfgs(h["rate"]))
+
+
+def test_forward_mode_is_for_few():
+    problem, hyper = rated()
+    many = {"decay": hyper["decay"], "rate": jnp.full(1001, 0.1)}
+    with pytest.raises(ValueError, match=r"at most 1,000 hyperparameters in forward mode; got 1,0\d\d"):
+        unroll(problem, many, lambda h: optax.sgd(h["rate"].mean()), hg.forward())
+
+
+def test_pieces_of_optimizers_must_fit():
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}
+    rate = hg.optimizers.scale_by_learning_rate({"a": 0.1})
+    with pytest.raises(ValueError, match=r"scale_by_learning_rate: expected rates to be a tree prefix"):
+        rate.update(params, rate.init(params))
+    decay = hg.optimizers.add_decayed_weights({"a": 0.1, "b": jnp.ones(5)})
+    with pytest.raises(ValueError, match=r"add_decayed_weights: .*\['b'\] that broadcast to its shape \(4,\)"):
+        decay.update(params, decay.init(params), params)
+    with pytest.raises(ValueError, match=r"params for optimizers.add_decayed_weights; got None"):
+        decay.update(params, decay.init(params))
 
 
 def test_a_leaf_without_entries_passes():
