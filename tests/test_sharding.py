@@ -19,7 +19,11 @@ import hypergrad as hg
 from tests import two_processes
 from tests.problems import relative_error
 
-SOLVERS = {"neumann": hg.solvers.neumann(10), "cg": hg.solvers.cg(10, damping=1.0, warm_start=True)}
+ESTIMATORS = {
+    "neumann": lambda problem: hg.implicit(problem, hg.solvers.neumann(10)),
+    "cg": lambda problem: hg.implicit(problem, hg.solvers.cg(10, damping=1.0, warm_start=True)),
+    "unrolled": lambda problem: hg.unrolled(problem, hg.reverse(2)),
+}
 
 
 def sharded_over(mesh, variables, batch):
@@ -31,15 +35,15 @@ def sharded_over(mesh, variables, batch):
     )
 
 
-@pytest.mark.parametrize(("solver", "window"), [("neumann", 1), ("cg", 2)])
-def test_eight_devices_give_the_answer_of_one(solver, window):
+@pytest.mark.parametrize(("name", "window"), [("neumann", 1), ("cg", 2), ("unrolled", 4)])
+def test_eight_devices_give_the_answer_of_one(name, window):
     assert jax.device_count() == 8
     mesh = Mesh(np.array(jax.devices()), ("d",))
     problem, variables, batch = two_processes.problem()
     tx = hg.bilevel(
-        hg.implicit(problem, SOLVERS[solver]),
-        inner_optimizer=optax.adam(1e-2),
-        outer_optimizer=optax.adam(1e-1),
+        ESTIMATORS[name](problem),
+        inner_optimizer=optax.adam(1e-2, eps_root=1e-8),
+        outer_optimizer=optax.adam(1e-1, eps=1e-4),  # smaller, it blows up the rounding of entries that are nearly 0
         window=window,
     )
 
