@@ -41,12 +41,13 @@ def check_differentiable(make: MakeOptimizer, params: Params, hyperparams: Hyper
         with jax.ensure_compile_time_eval():
             if not _can_be_tried(make, anywhere, weights):
                 continue
-            alive, dead = (_verdict(make, anywhere, weights, dead=dead, reverse=reverse) for dead in (False, True))
-        if isinstance(alive, Exception):
+            verdict = _verdict(make, anywhere, weights, dead=True, reverse=reverse)
+            smooth = verdict is False and _verdict(make, anywhere, weights, dead=False, reverse=reverse) is True
+        if isinstance(verdict, Exception):
             fix = "Choose another optimizer, or differentiate forward: mode=hg.forward()."
             wanted = "an inner optimizer that reverse-mode differentiation passes"
-            raise ValueError(_checks.message(wanted, f"one that raises: {str(alive)[:200]}", fix)) from alive
-        if alive and not dead:
+            raise ValueError(_checks.message(wanted, f"one that raises: {str(verdict)[:200]}", fix)) from verdict
+        if smooth:  # so it is the zero that it fails at
             wanted = "an inner optimizer whose update has a finite derivative where a gradient is exactly zero"
             fix = (
                 "One dead unit would make the hypergradient NaN. Set eps_root, e.g. optax.adam(rate, eps_root=1e-8), "
