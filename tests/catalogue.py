@@ -51,7 +51,6 @@ ESTIMATORS = [
     EstimatorRow("implicit_cg", lambda problem: hg.implicit(problem, hg.solvers.cg(10, damping=0.1, warm_start=True))),
     EstimatorRow("implicit_dense", lambda problem: hg.implicit(problem, hg.solvers.dense(damping=0.1))),
     EstimatorRow("unrolled", hg.unrolled),
-    EstimatorRow("unrolled_two_levels", lambda problem: hg.unrolled(problem, hg.reverse(2))),
     EstimatorRow("unrolled_truncated", lambda problem: hg.unrolled(problem, hg.reverse(truncate=2, mixed=False))),
     EstimatorRow("unrolled_forward", lambda problem: hg.unrolled(problem, hg.forward())),
 ]
