@@ -118,7 +118,7 @@ def best_response(estimator: HypergradEstimator, inner_optimizer: Any = None) ->
     ``params``. ``unrolled`` runs the window from a fresh optimizer state and returns the weights that it reaches,
     differentiable in both. Call it inside the loss of another problem: two stages are an outer loss that fine-tunes,
     three levels an inner loss that holds a response. ``jax.grad``, ``jax.jvp``, their compositions and ``hg`` calls
-    go through.
+    go through; of an unroll's ``mode`` only checkpoints, truncation and ``unroll`` matter here.
 
     Args:
       estimator: ``hg.implicit(...)`` or ``hg.unrolled(...)``.

@@ -25,7 +25,8 @@ class BilevelParams(NamedTuple):
 
     Attributes:
       params: weights w, a pytree of floating-point arrays.
-      hyperparams: unconstrained hyperparameters λ, a pytree of floating-point arrays.
+      hyperparams: unconstrained hyperparameters λ, a pytree of floating-point arrays. Give hand-made ones a dtype: a
+        weakly typed ``jnp.log(0.1)`` has a compiled step traced again after its first update.
     """
 
     params: Params

@@ -33,8 +33,8 @@ MatVec: TypeAlias = Callable[[PyTree], PyTree]
 class IndexedBatch(NamedTuple):
     """A batch given by where it lies in data on the device: ``leaf[indices]`` for every leaf of ``data``.
 
-    Stands for a batch, or for any subtree of one, wherever the library takes one; the loss sees the gathered
-    examples. A window of K steps then holds K·B indices instead of K·B examples, which are gathered in each step
+    Stands for a batch, or for any subtree of one, wherever the library takes one (inner or outer); the loss sees the
+    gathered examples. A window of K steps then holds K·B indices instead of K·B examples, which are gathered in each step
     and again where a checkpointed step is computed again.
 
     Attributes:
