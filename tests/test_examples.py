@@ -1,5 +1,6 @@
 """Every example runs on tiny settings and gives what its ``main`` promises."""
 
+import math
 import pathlib
 import runpy
 import sys
@@ -46,3 +47,19 @@ def test_weight_decay(example, tmp_path, capsys):
 def test_weight_decay_says_what_to_set_for_larger_data(example):
     with pytest.raises(SystemExit, match="environment variable HYPERGRAD_DATA"):
         example("weight_decay.py")(["--data", "fashion_mnist", "--steps", "1"])
+
+
+def test_learning_rate(example, tmp_path, capsys):
+    tiny = ["--steps", "12", "--outer-steps", "4", "--seeds", "1", "--hidden", "4", "--out", str(tmp_path)]
+    results = example("learning_rate.py")(tiny)
+    assert set(results) == {
+        *("constant, grid of 10", "cosine, grid of 10", "wide grid, equal budget", "learned, one rate a step")
+    }
+    for row in results.values():
+        assert row["gradients"] > 0
+        for name in ("valid_loss", "test_loss", "test_error"):
+            assert len(row[name]) == 1
+            assert math.isfinite(row[name][0])
+    assert (tmp_path / "learning_rate.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in results)
