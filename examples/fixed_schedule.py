@@ -21,6 +21,7 @@ import hypergrad as hg
 
 MOMENTUM = 0.9
 POINTS = 10  # of a small grid
+PRICE = 4  # of a hypergradient, in training runs: the upper end of what hg.reverse states for a checkpoint a step
 WARMUPS, FINALS = (0.0, 0.05, 0.1, 0.2, 0.3), (0.0, 0.01, 0.1, 1.0)  # of the wide grid: shares of the run, of the peak
 
 
@@ -70,9 +71,10 @@ def make_problem(settings: Settings) -> hg.BilevelProblem:
     return hg.BilevelProblem(cross_entropy, cross_entropy)
 
 
-def inner_optimizer(rates: jax.Array) -> optax.GradientTransformation:
-    """Return momentum SGD with one rate a step."""
-    return optax.sgd(hg.optimizers.schedule(rates), momentum=MOMENTUM)
+def inner_optimizer(rates: Any) -> optax.GradientTransformation:
+    """Return momentum SGD at rates (K,), or a tree of them: one a step, or one a step and array of weights."""
+    schedule = hg.optimizers.schedule(rates)
+    return optax.chain(optax.trace(MOMENTUM), hg.optimizers.scale_by_learning_rate(schedule))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -4,9 +4,11 @@
     outer:  min_α  E CE(w_K(α); validation split), over starts and orders      Adam on the hypergradient, log rates
 
 Beside it stand the best constant rate and the best cosine of small grids, and the best of a wide grid over peak,
-warm-up and final rate that may spend as many gradients as learning does. All train for K steps, are chosen on the
-validation split, and are judged on starts and orders that none was chosen on; the test split is read once, at the
-end. A schedule matters most in short runs with small batches: with ``--steps 200 --batch 25``, say, expect less.
+warm-up and final rate that may spend as many gradients as learning does: on a problem this small, a strong rival to
+one learned rate a step. So rates are learned one a step and array of weights too, where no grid follows. All train
+for K steps, are chosen on the validation split, and are judged on starts and orders that none was chosen on; the test
+split is read once, at the end. A schedule matters most in short runs with small batches: with ``--steps 200 --batch
+25``, say, expect less.
 
     python examples/learning_rate.py                                            # scikit-learn digits
     HYPERGRAD_DATA=... python examples/learning_rate.py --data fashion_mnist
@@ -28,15 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _learning_rate_report import CONSTANT, COSINE, LEARNED, WIDE, Outcome
-from fixed_schedule import Runs, Settings
+from _learning_rate_report import CONSTANT, COSINE, LEARNED, LEARNED_EACH, WIDE, Outcome
+from fixed_schedule import PRICE, Runs, Settings
 from tqdm import tqdm
 
 import hypergrad as hg
 
 # Chosen on digits, on seeds 10 to 13, which are not reported, by the validation loss of runs held out.
 DEFAULTS = Settings()
-PRICE = 4  # of a hypergradient, in training runs: the upper end of what hg.reverse states for a checkpoint a step
 LOOKS = 20  # points of a loss curve
 
 
@@ -47,45 +48,48 @@ def outer_optimizer(settings: Settings) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def outer_step(settings: Settings, log_rates: jax.Array, state: Any, splits: datasets.Splits, key: jax.Array) -> Any:
-    """Improve the schedule by the mean hypergradient over fresh runs, of those runs that have a finite one."""
+def outer_step(settings: Settings, log_rates: Any, state: Any, runs: Runs, splits: datasets.Splits) -> Any:
+    """Improve the schedule by the mean hypergradient over the runs that have a finite one."""
     problem = hg.reparameterize(fixed_schedule.make_problem(settings), hg.bijectors.exp())
     # K copies of so small a network fit: with one checkpoint a step there is no third forward pass.
     estimator = hg.unrolled(problem, hg.reverse(checkpoint_every=1))
     hypergrad_fn = hg.value_and_hypergrad(estimator, fixed_schedule.inner_optimizer)
 
-    def one(run: Runs) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def one(run: Runs) -> tuple[jax.Array, Any, jax.Array]:
         batches = hg.IndexedBatch(splits.train, run.indices)
         (loss, gradient), info = hypergrad_fn(run.params, log_rates, batches, splits.valid, key=None)
         return loss, gradient, info.skipped
 
-    runs = fixed_schedule.draw(settings, settings.runs, splits.train.x, key)
     losses, gradients, skipped = jax.vmap(one)(runs)
-    gradient = jnp.where(skipped[:, None], 0.0, gradients).sum(0) / jnp.maximum(1, (~skipped).sum())
+    kept = jnp.maximum(1, (~skipped).sum())
+    gradient = jax.tree.map(lambda each: jnp.where(skipped[:, None], 0.0, each).sum(0) / kept, gradients)
     updates, state = outer_optimizer(settings).update(gradient, state, log_rates)
-    shown = {"outer loss": losses.mean(), "|hypergrad|": jnp.linalg.norm(gradient), "skipped": skipped.sum()}
+    shown = {"outer loss": losses.mean(), "|hypergrad|": optax.tree.norm(gradient), "skipped": skipped.sum()}
     return optax.apply_updates(log_rates, updates), state, shown
 
 
-def learn(settings: Settings, splits: datasets.Splits, key: jax.Array, bar: tqdm) -> np.ndarray:
-    """Return the learned rates (K,)."""
-    log_rates = hg.unconstrain(hg.bijectors.exp(), jnp.full(settings.steps, settings.start))
+def learn(settings: Settings, like: Any, splits: datasets.Splits, key: jax.Array, bar: tqdm) -> Any:
+    """Return learned rates: (K,) for each leaf of ``like``."""
+    start = jax.tree.map(lambda _: jnp.full(settings.steps, settings.start), like)
+    log_rates = hg.unconstrain(hg.bijectors.exp(), start)
     state = outer_optimizer(settings).init(log_rates)
     for step in range(settings.outer_steps):
-        log_rates, state, shown = outer_step(settings, log_rates, state, splits, jax.random.fold_in(key, step))
+        runs = fixed_schedule.draw(settings, settings.runs, splits.train.x, jax.random.fold_in(key, step))
+        log_rates, state, shown = outer_step(settings, log_rates, state, runs, splits)
         bar.set_postfix({name: f"{float(x):.2g}" for name, x in shown.items()}, refresh=False)
         bar.update()
-    return np.asarray(hg.constrain(hg.bijectors.exp(), log_rates))
+    return jax.tree.map(np.asarray, hg.constrain(hg.bijectors.exp(), log_rates))
 
 
 def compare(settings: Settings, splits: datasets.Splits, seed: int, bar: tqdm) -> dict[str, Outcome]:
     """Return every method's outcome on one seed, by the name of its row."""
     # The rbg generator compiles three times faster than the default one.
-    choosing, judging, learning, subset = jax.random.split(jax.random.key(seed, impl="rbg"), 4)
+    drawing, learning, subset = jax.random.split(jax.random.key(seed, impl="rbg"), 3)
     splits = splits._replace(valid=datasets.draw(splits.valid, settings.valid, subset))
+    runs = fixed_schedule.draw(settings, settings.chosen_on + settings.held_out, splits.train.x, drawing)
     seen, unseen = (
-        fixed_schedule.draw(settings, count, splits.train.x, key)
-        for count, key in ((settings.chosen_on, choosing), (settings.held_out, judging))
+        jax.tree.map(lambda x, part=part: x[part], runs)
+        for part in (slice(settings.chosen_on), slice(settings.chosen_on, None))
     )
     budget = settings.outer_steps * settings.runs * PRICE * settings.steps
     points = budget // (settings.chosen_on * settings.steps)
@@ -99,18 +103,21 @@ def compare(settings: Settings, splits: datasets.Splits, seed: int, bar: tqdm) -
         bar.set_description(f"seed {seed}, {name}")
         rates = fixed_schedule.best(settings, grid, seen, splits)
         found[name] = (rates, len(grid) * settings.chosen_on * settings.steps)
-    bar.set_description(f"seed {seed}, {LEARNED}")
-    found[LEARNED] = (learn(settings, splits, learning, bar), budget)
+    for name, like in {LEARNED: 0, LEARNED_EACH: runs.params}.items():
+        bar.set_description(f"seed {seed}, {name}")
+        found[name] = (learn(settings, like, splits, learning, bar), budget)
 
-    def outcome(rates: np.ndarray, gradients: int) -> Outcome:
-        loss = functools.partial(fixed_schedule.judge, settings)
-        # A rate of zero leaves the weights where they are: the loss of a run that stops early.
-        stops = np.linspace(0, settings.steps, LOOKS + 1).round()
-        cut = [np.where(np.arange(settings.steps) < stop, rates, np.float32(0)) for stop in stops]
-        curve = [
-            (float(n), float(loss(c, unseen, splits.train, splits.valid)[0])) for n, c in zip(stops, cut, strict=True)
-        ]
-        test_loss, test_error = loss(rates, unseen, splits.train, splits.test)
+    def outcome(rates: Any, gradients: int) -> Outcome:
+        # One structure for all methods: one compilation.
+        each = jax.tree.map(lambda _: rates, runs.params) if isinstance(rates, np.ndarray) else rates
+
+        def loss(stop: float) -> float:
+            # A rate of zero leaves the weights where they are: the loss of a run that stops early.
+            cut = jax.tree.map(lambda x: np.where(np.arange(settings.steps) < stop, x, np.float32(0)), each)
+            return float(fixed_schedule.judge(settings, cut, unseen, splits.train, splits.valid)[0])
+
+        curve = [(stop, loss(stop)) for stop in np.linspace(0, settings.steps, LOOKS + 1).round().tolist()]
+        test_loss, test_error = fixed_schedule.judge(settings, each, unseen, splits.train, splits.test)
         return Outcome(rates, gradients, curve, float(test_loss), float(test_error))
 
     return {name: outcome(*each) for name, each in found.items()}
@@ -128,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> report.Results:
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for learning_rate.png")
     args = parser.parse_args(argv)
     settings = DEFAULTS._replace(**{k: v for k, v in vars(args).items() if k in Settings._fields and v is not None})
-    with tqdm(total=settings.seeds * settings.outer_steps, unit="outer step") as bar:
+    with tqdm(total=settings.seeds * 2 * settings.outer_steps, unit="outer step") as bar:
         outcomes = [compare(settings, datasets.load(args.data, seed), seed, bar) for seed in range(settings.seeds)]
     results = report.collect(outcomes)
     picture = args.out / "learning_rate.png"

@@ -53,7 +53,8 @@ def test_learning_rate(example, tmp_path, capsys):
     tiny = ["--steps", "12", "--outer-steps", "4", "--seeds", "1", "--hidden", "4", "--out", str(tmp_path)]
     results = example("learning_rate.py")(tiny)
     assert set(results) == {
-        *("constant, grid of 10", "cosine, grid of 10", "wide grid, equal budget", "learned, one rate a step")
+        *("constant, grid of 10", "cosine, grid of 10", "wide grid, equal budget"),
+        *("learned, one a step", "learned, one a step and array"),
     }
     for row in results.values():
         assert row["gradients"] > 0
