@@ -36,9 +36,8 @@ def stiffness(network: Network) -> float:
     def estimate(params: Tree, log_decays: Tree, batch: Tree) -> jax.Array:
         _, pull_back = jax.vjp(lambda w: jax.grad(loss)(w, log_decays, batch), params)
         direction = jax.grad(network.cross_entropy)(params, network.outer_batch)
-        for _ in range(30):
-            direction = pull_back(_scaled(1 / _norm(direction), direction))[0]
-        return _norm(direction)
+        turn = lambda _, v: pull_back(_scaled(1 / _norm(v), v))[0]  # noqa: E731
+        return _norm(lax.fori_loop(0, 30, turn, direction))
 
     return float(estimate(network.params, network.log_decays, network.inner_batch))
 

@@ -150,7 +150,7 @@ def _transformer() -> Network:
 
 def _deep() -> Network:
     """A scan over layers that are computed again in the backward pass, with long sequences: few weights, much else."""
-    return _language("deep", _LanguageModel(64, 64, layers=8, scanned=True), (16, 64))
+    return _language("deep", _LanguageModel(64, 64, layers=8, scanned=True), (8, 64))
 
 
 def _language(name: str, module: _LanguageModel, shape: tuple[int, int]) -> Network:
