@@ -11,6 +11,12 @@ from typing import Any
 
 OVER_HAND, IDLE_SMALL, IDLE_LARGE, COMPILE = 1.15, 1.15, 1.25, 1.5
 UNROLL_SCRATCH, LONG_MIB = 25.0, 4096.0
+UNROLLS = {
+    "unroll 10 library": "hypergradient through 10 steps, over hand-written",
+    "unroll 50 library": "hypergradient through 50 steps, over hand-written",
+    "joint unroll 10 library": "unrolled window of 10, outer step due, over hand-written",
+    "idle unroll 10 library": "unrolled window of 10, nothing due, over 10 plain steps",
+}
 FLOOR = {"mlp64": 12.8, "mlp256": 14.9, "mlp1024": 18.3}
 """Gradients that the floating-point operations of Neumann 10 amount to, for the 784-H-H-10 networks."""
 
@@ -191,22 +197,12 @@ def _targets(record: dict[str, Any]) -> list[Sequence[str]]:
             kept = found["steps_keeping_memory"]["candidates"]["idle step library"]["in_units"]
             what = "call with nothing due, over a plain step, freed memory kept"
             add(what, name, IDLE_LARGE if large else IDLE_SMALL, kept)
-        for method, values in found.get("unroll_steps", {"candidates": {}})["candidates"].items():
-            if method.startswith(("unroll", "joint")) and "over_hand" in values:
-                what = "hypergradient" if method.startswith("unroll") else "window, outer step each time"
-                add(
-                    f"{what}, {method.removesuffix(' library')} steps, over hand-written",
-                    name,
-                    OVER_HAND,
-                    values["over_hand"],
-                )
-            elif method == "idle unroll 10 library":
-                add(
-                    "window with nothing due, unrolled estimator, over 10 plain steps",
-                    name,
-                    IDLE_SMALL,
-                    values["in_units"],
-                )
+        for part, setting in (("unroll_steps", ""), ("unroll_steps_keeping_memory", ", freed memory kept")):
+            calls = found[part]["candidates"] if part in found else {}
+            for method, what in UNROLLS.items():
+                if method in calls:
+                    measured = calls[method]["in_units" if method.startswith("idle") else "over_hand"]
+                    add(what + setting, name, OVER_HAND, measured)
         add("compile time of the joint step, over hand-written", name, COMPILE, found["compile_s"]["over_hand"])
     return rows
 
@@ -219,8 +215,15 @@ def _network(found: dict[str, Any]) -> Iterable[str]:
         yield "The same with an allocator that keeps freed memory:"
         yield _timings(found["steps_keeping_memory"], "in plain steps")
     if "unroll_steps" in found:
-        yield "Unrolled differentiation, with steps of descent:"
-        yield _timings(found["unroll_steps"], "in windows of 10 plain steps")
+        part, unit = found["unroll_steps"], "in windows of 10 plain steps"
+        yield (
+            f"Unrolled differentiation, with steps of descent, on {part['machine']['date']}, {part['rounds']} rounds, "
+            f"load {part['load'][0]:g}:"
+        )
+        yield _timings(part, unit)
+        if "unroll_steps_keeping_memory" in found:
+            yield "The same with an allocator that keeps freed memory:"
+            yield _timings(found["unroll_steps_keeping_memory"], unit)
     seconds = {k: v for k, v in found["compile_s"].items() if k != "over_hand"}
     yield "Compile time: " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()) + "."
     if "peak_rss_mib" in found:

@@ -1,6 +1,6 @@
 """What a hypergradient and a joint step cost, beside the same thing written by hand in plain JAX.
 
-    python benchmarks/step_cost.py [--quick] [--only mlp64,cnn] [--rounds 9] [--out DIR] [--merge]
+    python benchmarks/step_cost.py [--quick] [--only mlp64,cnn] [--rounds 9] [--out DIR] [--merge [--unrolls]]
 
 In one run, candidates taking turns (``harness.py``):
 
@@ -12,7 +12,7 @@ In one run, candidates taking turns (``harness.py``):
  6. compile time of the joint step;
  7. scratch memory of every compiled function, and the process's peak resident memory.
 
-Writes ``step_cost.json`` and, by ``report.py``, ``step_cost.md``. The calls of 2 and 3 are timed a second time in
+Writes ``step_cost.json`` and, by ``report.py``, ``step_cost.md``. The calls of 2 to 5 are timed a second time in
 a process whose allocator keeps freed memory (``KEEPING`` below): glibc otherwise hands the scratch memory of each
 call back to the kernel and pays for its pages again on the next.
 """
@@ -221,6 +221,10 @@ def _is_solve_info(x: Any) -> bool:
     return isinstance(x, hg.SolveInfo)
 
 
+PARTS = {"steps": time_steps, "unroll_steps": time_unrolls}
+"""What is timed a second time in a process that keeps freed memory."""
+
+
 def compile_times(network: Network, step_size: float, rounds: int) -> dict[str, Any]:
     """Return seconds to trace, lower and compile the joint step, the library's and the hand-written in turn."""
     seconds: dict[str, list[float]] = {"joint step library": [], "joint step hand": []}
@@ -252,11 +256,11 @@ def peak_memory(name: str, which: str, scale: networks.Scale) -> float:
 def measure(name: str, scale: networks.Scale, effort: Effort) -> dict[str, Any]:
     """Measure one network: everything but what needs a process of its own."""
     network = networks.build(name, scale)
-    step_size = round(0.5 / handwritten.stiffness(network), 5)
+    step_size = _step_size(network)
     record: dict[str, Any] = {"weights": network.num_weights, "step_size": step_size, "unroll": network.unroll}
     record["hypergradient"] = time_hypergradients(network, step_size, effort)
     record["steps"] = time_steps(network, step_size, effort)
-    record["unroll_steps"] = time_unrolls(network, step_size, effort)
+    record["unroll_steps"] = {**harness.circumstances(effort.rounds), **time_unrolls(network, step_size, effort)}
     record["compile_s"] = compile_times(network, step_size, effort.compile_rounds)
     return record
 
@@ -264,7 +268,8 @@ def measure(name: str, scale: networks.Scale, effort: Effort) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark and write its results."""
     parser = harness.arguments(__doc__ or "", NAMES, Path(__file__).parent / "results")
-    parser.add_argument("--part", choices=("all", "steps", "peak"), default="all", help=argparse.SUPPRESS)
+    parser.add_argument("--unrolls", action="store_true", help="4 and 5 alone, of networks in the file; with --merge")
+    parser.add_argument("--part", choices=("all", *PARTS, "peak"), default="all", help=argparse.SUPPRESS)
     parser.add_argument("--which", default="plain step", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     names = ["mlp64"] if args.quick else args.only.split(",")
@@ -274,9 +279,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.part == "peak":
         print(json.dumps(peak_memory(names[0], args.which, scale)))
         return {}
-    if args.part == "steps":
+    if args.part in PARTS:
         network = networks.build(names[0], scale)
-        print(json.dumps(time_steps(network, round(0.5 / handwritten.stiffness(network), 5), effort)))
+        print(json.dumps(PARTS[args.part](network, _step_size(network), effort)))
         return {}
 
     record: dict[str, Any] = {"every": EVERY, "quick": args.quick, "allocator": KEEPING, "networks": {}}
@@ -284,11 +289,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         record = harness.merged(args.out, "step_cost", record)
     for name in names:
         print(f"{name} ...", flush=True)
-        found = {**harness.circumstances(effort.rounds), **measure(name, scale, effort)}
+        circumstances = harness.circumstances(effort.rounds)
+        child = ["--only", name, "--rounds", str(effort.rounds), "--part"]
+        if args.unrolls:
+            unrolls = {**circumstances, **harness.in_a_process(__file__, [*child, "unroll_steps"])}
+            found = {**record["networks"][name], "unroll_steps": unrolls}
+        else:
+            found = {**circumstances, **measure(name, scale, effort)}
         if not args.quick:
-            child = ["--only", name, "--rounds", str(effort.rounds)]
-            found["steps_keeping_memory"] = harness.in_a_process(__file__, [*child, "--part", "steps"], KEEPING)
-        if name == "mlp1024":
+            for part in ["unroll_steps"] if args.unrolls else PARTS:
+                found[f"{part}_keeping_memory"] = harness.in_a_process(__file__, [*child, part], KEEPING)
+        if name == "mlp1024" and not args.unrolls:
             child = ["--only", name, "--part", "peak", "--which"]
             found["peak_rss_mib"] = {
                 which: round(harness.in_a_process(__file__, [*child, which]), 1)
@@ -298,6 +309,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         _save(args.out, record)
     print(report.step_cost(record))
     return record
+
+
+def _step_size(network: Network) -> float:
+    return round(0.5 / handwritten.stiffness(network), 5)
 
 
 def _save(folder: Path, record: dict[str, Any]) -> None:
