@@ -3,6 +3,7 @@
 from hypergrad import bijectors, optimizers, penalties, solvers
 from hypergrad._bilevel import BilevelState, bilevel
 from hypergrad._functional import best_response, hypergrad, value_and_hypergrad
+from hypergrad._modes import UnrollMode, forward, reverse
 from hypergrad._problem import BilevelParams, BilevelProblem, reparameterize
 from hypergrad._types import IndexedBatch
 from hypergrad.bijectors import Bijector, constrain, unconstrain
@@ -11,10 +12,7 @@ from hypergrad.estimators import (
     EvaluationInfo,
     HypergradEstimator,
     HypergradInfo,
-    UnrollMode,
-    forward,
     implicit,
-    reverse,
     unrolled,
 )
 from hypergrad.solvers import LinearSolver, SolveInfo

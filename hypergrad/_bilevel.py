@@ -17,13 +17,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from hypergrad import _checks, _tree
+from hypergrad import _batches, _checks, _tree
 from hypergrad._problem import BilevelParams, check_model_state, check_variables, inner_gradient
 from hypergrad._rollout import (
     Rollout,
-    last_batch,
     make_window,
-    one_step,
     resolve_optimizer,
     rollout,
     split_keys,
@@ -219,7 +217,7 @@ def _read_call(
             fix = f"Pass {name}=... on every call, also where no outer step is due; () for a loss without data."
             raise ValueError(_checks.message(f"{name} for update", "None", fix))
     if setup.window > 1 and jax.tree.leaves(inner_batch):
-        _checks.window_length(inner_batch, setup.window)
+        _batches.window_length(inner_batch, setup.window)
 
     problem = setup.estimator.problem
     if grads is not None:
@@ -249,7 +247,7 @@ def _plain_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, _Outer]:
     """Take the inner steps, then estimate at the weights that they reached."""
     params, hyperparams = call.variables
     optimizer = resolve_optimizer(setup.inner_optimizer, None)
-    batch = call.batches if setup.window == 1 else last_batch(call.batches)
+    batch = call.batches if setup.window == 1 else _batches.take(call.batches, -1)
     if setup.window == 1:
         grads, model_state = call.grads, call.model_state
         if grads is None:
@@ -272,8 +270,9 @@ def _plain_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, _Outer]:
 def _differentiated_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, _Outer]:
     """Let the estimator take the inner steps, or take them without it where no outer step is due."""
     hyperparams, due = call.variables.hyperparams, _is_due(setup, call)
-    if setup.window == 1:
-        call = call._replace(batches=one_step(call.batches))
+    one = setup.window == 1
+    batches = _batches.one_step(call.batches) if one else _batches.of_length(call.batches, setup.window)
+    call = call._replace(batches=batches)
     inner_optimizer = with_keywords(setup.inner_optimizer, call.extra)
 
     def estimate() -> tuple[Rollout, Params, _Outer]:
@@ -294,7 +293,7 @@ def _differentiated_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, 
 def _window(setup: _Setup, call: _Call, optimizer: Any) -> tuple[Rollout, Params]:
     start = Rollout(call.variables.params, call.state.inner, call.model_state)
     gradient, key = inner_gradient(setup.estimator.problem, call.variables.hyperparams), split_keys(call.key).inner
-    reached = rollout(gradient, optimizer, start, make_window(call.batches, key, setup.window))
+    reached = rollout(gradient, optimizer, start, make_window(_batches.of_length(call.batches, setup.window), key))
     return reached, jax.tree.map(jnp.subtract, reached.params, start.params)
 
 

@@ -95,25 +95,6 @@ def same_structure(what: str, tree: PyTree, like_what: str, like: PyTree) -> Non
             raise ValueError(message(f"{what} leaf {name} of shape {jnp.shape(b)}", f"shape {jnp.shape(a)}", fix))
 
 
-def window_length(inner_batch: PyTree, window: int | None = None) -> int:
-    """Return the common leading axis K of the batch's leaves; refuse a missing, unequal or unexpected one."""
-    fix = "Stack K batches, e.g. jax.tree.map(lambda *b: jnp.stack(b), *batches)."
-    wanted = f"a leading window axis of length {window}" if window else "a common leading window axis"
-    parts = _tree.windowed(inner_batch)
-    leaves, names = jax.tree.leaves(parts), _tree.leaf_names(parts)
-    length = window
-    for leaf, name in zip(leaves, names, strict=True):
-        shape = jnp.shape(leaf)
-        if not shape or shape[0] == 0 or (length is not None and shape[0] != length):
-            wanted_here = wanted if window or length is None else f"{wanted} ({length}, from the first leaf)"
-            raise ValueError(message(f"inner_batch leaf {name} with {wanted_here}", f"shape {shape}", fix))
-        length = shape[0]
-    if length is None:
-        fix = "Where the loss takes no data, pass the numbers of the steps, jnp.arange(K), as a batch."
-        raise ValueError(message(f"inner_batch with {wanted}", "a batch without leaves", fix))
-    return int(length)
-
-
 def by_prefix(name: str, what: str, params: PyTree, coefficients: PyTree) -> list[tuple[str, Any, Any]]:
     """Return (path, weight, coefficient) for every weight, each coefficient spread over the subtree below it.
 

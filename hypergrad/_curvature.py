@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.extend import core as jex_core
 
 from hypergrad import _tree
 from hypergrad._types import Array, Hyperparams, MatVec, ModelState, Params, PyTree
@@ -59,41 +60,52 @@ def mixed_vjp(fn: Callable[[Params, Hyperparams], Array], params: Params, hyperp
 def mixed_mode_gradient(
     loss: Callable[[Params, Hyperparams, ModelState, PyTree], tuple[Array, ModelState]],
 ) -> Callable[[Params, Hyperparams, ModelState, PyTree], tuple[Params, ModelState]]:
-    """Return (w, λ, state, data) ↦ (∂loss/∂w, new state) with a derivative rule that exploits symmetry.
+    """Return (w, λ, state, data) ↦ (∂loss/∂w, new state) with a derivative rule of its own for reverse mode.
 
-    A cotangent v of the gradient is pulled back by v ↦ ∂_{w,λ,…} ⟨∂loss/∂w, v⟩, where ⟨∂loss/∂w, v⟩ is one ``jvp``
-    of the loss. The backward pass of a training step then keeps the weights alone, where reverse over reverse keeps
-    every intermediate of the gradient, and costs two gradients. Forward-mode differentiation of the result is not
-    possible, nor is the rule for models with a ``custom_vjp``: these get plain autodiff.
+    A cotangent v of the gradient is pulled back as ∂_{w,λ,…} ⟨∂loss/∂w, v⟩, where ⟨∂loss/∂w, v⟩ is one ``jvp`` of the
+    loss. The backward pass of a training step then keeps the weights alone, where reverse over reverse keeps every
+    intermediate of the gradient, and costs two gradients. The result has no forward-mode derivative. Models with a
+    ``custom_vjp``, which no ``jvp`` passes, get plain autodiff.
 
     Reference: Kemaev et al., Scalable meta-learning via mixed-mode differentiation, arXiv 2505.00793.
     """
-    plain = jax.grad(loss, has_aux=True)
 
-    @jax.custom_vjp
     def gradient(*at: Any) -> tuple[Params, ModelState]:
-        return plain(*at)
+        # What the loss closes over becomes an argument: a rule may not close over traced values.
+        closed, shapes = jax.make_jaxpr(loss, return_shape=True)(*at)
+        if _contains_custom_vjp(closed.jaxpr):
+            return jax.grad(loss, has_aux=True)(*at)
+        structure = jax.tree.structure(shapes)
+
+        def pure(*at_and_constants: Any) -> tuple[Array, ModelState]:
+            *at, constants = at_and_constants
+            run = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(closed.jaxpr, constants))
+            return jax.tree.unflatten(structure, run(*jax.tree.leaves(at)))
+
+        return _with_mixed_rule(pure)(*at, closed.consts)
+
+    return gradient
+
+
+def _with_mixed_rule(loss: Callable[..., tuple[Array, ModelState]]) -> Callable[..., tuple[Params, ModelState]]:
+    """Return the gradient of ``loss`` in its first argument, with the rule; all it depends on are its arguments."""
+    gradient: Any = jax.custom_vjp(jax.grad(loss, has_aux=True))
 
     def forward(*at: Any) -> Any:
-        return plain(*at), at
+        return jax.grad(loss, has_aux=True)(*at), at
 
     def backward(at: Any, cotangents: tuple[Params, ModelState]) -> Any:
         along, of_state = cotangents
 
-        def paired(w: Params, h: Hyperparams, state: ModelState, data: PyTree) -> Array:
-            _, slope, new_state = jax.jvp(lambda w: loss(w, h, state, data), (w,), (along,), has_aux=True)
+        def paired(w: Params, *others: Any) -> Array:
+            _, slope, new_state = jax.jvp(lambda w: loss(w, *others), (w,), (along,), has_aux=True)
             pairs = zip(jax.tree.leaves(of_state), jax.tree.leaves(new_state), strict=True)
             return _tree.total([slope, *((c * x).sum() for c, x in pairs if c.dtype != jax.dtypes.float0)])
 
-        return jax.grad(paired, argnums=(0, 1, 2, 3), allow_int=True)(*at)
+        return jax.grad(paired, argnums=tuple(range(len(at))), allow_int=True)(*at)
 
     gradient.defvjp(forward, backward)
-
-    def choose(*at: Any) -> tuple[Params, ModelState]:
-        has_custom_vjp = _has_custom_vjp(lambda w: loss(w, *at[1:])[0], at[0])
-        return plain(*at) if has_custom_vjp else gradient(*at)
-
-    return choose
+    return gradient
 
 
 def _widened(fn: Callable[[Params], Array], params: Params) -> Callable[[Params], Array]:
@@ -101,17 +113,17 @@ def _widened(fn: Callable[[Params], Array], params: Params) -> Callable[[Params]
 
 
 def _has_custom_vjp(fn: Callable[[Params], Array], params: Params) -> bool:
-    """Return whether ``fn`` calls an operation with a derivative rule for reverse mode only."""
+    return _contains_custom_vjp(jax.make_jaxpr(fn)(params).jaxpr)
 
-    def search(jaxpr: Any) -> bool:
-        for eqn in jaxpr.eqns:
-            if "custom_vjp" in eqn.primitive.name:
-                return True
-            for parameter in eqn.params.values():
-                for item in parameter if isinstance(parameter, list | tuple) else [parameter]:
-                    inner = getattr(item, "jaxpr", item)
-                    if hasattr(inner, "eqns") and search(inner):
-                        return True
-        return False
 
-    return search(jax.make_jaxpr(fn)(params).jaxpr)
+def _contains_custom_vjp(jaxpr: Any) -> bool:
+    """Return whether a jaxpr calls an operation with a derivative rule for reverse mode only."""
+    for eqn in jaxpr.eqns:
+        if "custom_vjp" in eqn.primitive.name:
+            return True
+        for parameter in eqn.params.values():
+            for item in parameter if isinstance(parameter, list | tuple) else [parameter]:
+                inner = getattr(item, "jaxpr", item)
+                if hasattr(inner, "eqns") and _contains_custom_vjp(inner):
+                    return True
+    return False

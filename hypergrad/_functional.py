@@ -10,6 +10,8 @@ in ``jax.jit``, as one does with ``jax.value_and_grad``.
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from hypergrad import _checks
 from hypergrad._problem import BilevelParams, check_model_state, check_variables
 from hypergrad._rollout import resolve_optimizer
@@ -118,7 +120,8 @@ def best_response(estimator: HypergradEstimator, inner_optimizer: Any = None) ->
     ``params``. ``unrolled`` runs the window from a fresh optimizer state and returns the weights that it reaches,
     differentiable in both. Call it inside the loss of another problem: two stages are an outer loss that fine-tunes,
     three levels an inner loss that holds a response. ``jax.grad``, ``jax.jvp``, their compositions and ``hg`` calls
-    go through; of an unroll's ``mode`` only checkpoints, truncation and ``unroll`` matter here.
+    go through; of an unroll's ``mode`` only ``checkpoint_every`` and ``unroll`` matter here, and it may not truncate.
+    Unlike in an estimate, a hyperparameter that has no effect is not refused: its derivative is zero.
 
     Args:
       estimator: ``hg.implicit(...)`` or ``hg.unrolled(...)``.
@@ -154,7 +157,9 @@ def best_response(estimator: HypergradEstimator, inner_optimizer: Any = None) ->
     def fn(
         params: Params, hyperparams: Hyperparams, inner_batch: Batch, *, key: Key, model_state: ModelState = None
     ) -> Params:
-        check_variables(BilevelParams(params, hyperparams))
+        _checks.floating_leaves("params", params)
+        if jax.tree.leaves(hyperparams):
+            _checks.floating_leaves("hyperparams", hyperparams)
         options = {"inner_optimizer": inner_optimizer, "model_state": model_state}
         return respond(params, hyperparams, inner_batch, key=_checks.as_key(key), **options)
 
@@ -178,8 +183,8 @@ def _estimator_function(estimator: HypergradEstimator, inner_optimizer: Any) -> 
 
     def estimate(variables: BilevelParams, inner_batch: Batch, outer_batch: Batch, key: Any, state: Any) -> Estimate:
         check_variables(variables)
-        inner_state: Any = ()
-        if inner_optimizer is not None:
+        inner_state: Any = None if estimator.needs_rollout else ()
+        if inner_optimizer is not None and not estimator.needs_rollout:
             optimizer = resolve_optimizer(inner_optimizer, problem.constrain(variables.hyperparams))
             inner_state = optimizer.init(variables.params)
         return estimator.estimate(

@@ -3,9 +3,9 @@
     u = −α m̂ / (√v̂ + ε):   ∂√v̂/∂g = g/√v̂  →  0/0  at g = 0
 
 A dead unit has gradients that are exactly zero, and one NaN there spreads to the whole hypergradient. Adam-like
-optimizers have ``eps_root`` for it: √(v̂ + ε_root) is smooth. The update is tried while tracing on a few numbers (on
-zeros shaped like the weights where the optimizer wants their tree), once with zero gradients and once without: what
-fails at zero alone is refused.
+optimizers have ``eps_root`` for it: √(v̂ + ε_root) is smooth. The update is tried while tracing, on weights shrunk to
+two entries an axis of which half have a zero gradient; what is finite there, with a derivative that is not, is
+refused.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from hypergrad._types import Hyperparams, Params, PyTree
 MakeOptimizer = Callable[[Hyperparams], optax.GradientTransformationExtraArgs]
 
 _STEPS = 2
-_ANYWHERE = 0.5  # a value that rates, momenta and decays may have; the true ones may be traced
+_ANYWHERE = 0.37  # a value that rates, momenta and decays may have; the true ones may be traced
 
 
 def check_differentiable(make: MakeOptimizer, params: Params, hyperparams: Hyperparams, *, reverse: bool) -> None:
@@ -35,30 +35,41 @@ def check_differentiable(make: MakeOptimizer, params: Params, hyperparams: Hyper
 
     Raises:
       ValueError: says what to set. An optimizer that cannot be tried (it closes over traced values) passes.
+      TypeError: an optimizer that wants keywords which a window does not have.
     """
-    anywhere = jax.tree.map(lambda x: jnp.full(jnp.shape(x), _ANYWHERE, jnp.result_type(x)), hyperparams)
-    for weights in (_few(), params):
-        with jax.ensure_compile_time_eval():
+    for axis in (2, None):  # all of it where it does not fit what is shrunk, say a mask of full size
+        with jax.ensure_compile_time_eval():  # not even constants may be staged out
+            weights, anywhere = (
+                jax.tree.map(lambda x, axis=axis: jnp.full(_shrunk(x, axis), _ANYWHERE, jnp.result_type(x)), tree)
+                for tree in (params, hyperparams)
+            )
             if not _can_be_tried(make, anywhere, weights):
                 continue
             verdict = _verdict(make, anywhere, weights, dead=True, reverse=reverse)
-            smooth = verdict is False and _verdict(make, anywhere, weights, dead=False, reverse=reverse) is True
+            at_zero_alone = verdict is False and _verdict(make, anywhere, weights, dead=False, reverse=reverse) is True
         if isinstance(verdict, Exception):
             fix = "Choose another optimizer, or differentiate forward: mode=hg.forward()."
             wanted = "an inner optimizer that reverse-mode differentiation passes"
             raise ValueError(_checks.message(wanted, f"one that raises: {str(verdict)[:200]}", fix)) from verdict
-        if smooth:  # so it is the zero that it fails at
+        if verdict is False and at_zero_alone:
             wanted = "an inner optimizer whose update has a finite derivative where a gradient is exactly zero"
             fix = (
                 "One dead unit would make the hypergradient NaN. Set eps_root, e.g. optax.adam(rate, eps_root=1e-8), "
                 "where the optimizer has it; else choose another, e.g. optax.sgd, rmsprop, adabelief or yogi."
             )
             raise ValueError(_checks.message(wanted, "NaN or infinity: a square root at zero", fix))
+        if verdict is False:
+            wanted = "an inner optimizer whose first updates have a finite derivative"
+            fix = "Choose another optimizer, e.g. optax.sgd, rmsprop, adabelief or yogi" + (
+                ", or differentiate forward: mode=hg.forward()." if reverse else "."
+            )
+            raise ValueError(_checks.message(wanted, "NaN or infinity, whatever the gradients", fix))
         return
 
 
-def _few() -> Params:
-    return {"first": jnp.ones(2), "second": jnp.ones(2)}
+def _shrunk(leaf: Any, axis: int | None) -> tuple[int, ...]:
+    shape = jnp.shape(leaf)
+    return shape if axis is None else tuple(min(n, axis) for n in shape)
 
 
 def _can_be_tried(make: MakeOptimizer, hyperparams: Hyperparams, weights: Params) -> bool:
@@ -70,28 +81,25 @@ def _can_be_tried(make: MakeOptimizer, hyperparams: Hyperparams, weights: Params
             fix = "Inside a window there is no line search and no loss value for it: choose one without."
             raise TypeError(_checks.message(wanted, f"one that raises: {error}", fix)) from error
         return False
-    except Exception:  # a tree of rates that does not fit two leaves, say: what is wrong for all shows in the real run
+    except Exception:  # what is wrong with the optimizer itself shows in the real run
         return False
     return True
 
 
 def _verdict(make: MakeOptimizer, hyperparams: Hyperparams, weights: Params, *, dead: bool, reverse: bool) -> Any:
-    """Return whether all derivatives of a try are finite (True where they cannot be had), or the error."""
-    leaves, structure = jax.tree.flatten(weights)
-    grads = jax.tree.unflatten(structure, [_gradient(x, dead=dead and i % 2 == 0) for i, x in enumerate(leaves)])
-    params = jax.tree.map(lambda x: jnp.full(jnp.shape(x), _ANYWHERE, jnp.result_type(x)), weights)
-    fn = lambda h, g: _tried(make, h, params, g)  # noqa: E731
+    """Return whether derivatives of a try are finite, or the error; True where the try itself is not finite."""
+    grads = _gradients(weights, dead=dead)
+    fn = lambda h, g: _tried(make, h, weights, g)  # noqa: E731
     try:
         if reverse:
-            derivatives = jax.jit(jax.grad(fn, argnums=(0, 1)))(hyperparams, grads)
+            value, derivatives = jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))(hyperparams, grads)
         else:
             ones = jax.tree.map(jnp.ones_like, (hyperparams, grads))
-            derivatives = jax.jit(lambda h, g: jax.jvp(fn, (h, g), ones)[1])(hyperparams, grads)
-        return bool(_tree.all_finite(derivatives))
-    except jax.errors.JAXTypeError:
-        return True
+            value, derivatives = jax.jit(lambda h, g: jax.jvp(fn, (h, g), ones))(hyperparams, grads)
     except ValueError as error:
         return error
+    sound = _tree.all_finite(derivatives) | ~jnp.isfinite(value)
+    return isinstance(sound, jax.core.Tracer) or bool(sound)  # traced: the optimizer closes over what is not known yet
 
 
 def _tried(make: MakeOptimizer, hyperparams: Hyperparams, params: Params, grads: PyTree) -> Any:
@@ -104,10 +112,23 @@ def _tried(make: MakeOptimizer, hyperparams: Hyperparams, params: Params, grads:
     return total
 
 
-def _gradient(leaf: Any, *, dead: bool) -> Any:
-    """Return a gradient for a leaf: its first half zero where dead (all of it, where the leaf is small)."""
-    ones = jnp.ones(jnp.shape(leaf), jnp.result_type(leaf))
-    if not dead:
-        return ones
-    zero = jnp.arange(ones.size).reshape(ones.shape) < ones.size // 2
-    return jnp.where(zero, jnp.zeros_like(ones), ones) if ones.size > 4 else jnp.zeros_like(ones)
+def _gradients(weights: Params, *, dead: bool) -> PyTree:
+    """Return gradients of ones; where dead, of zeros for the first half of each leaf's last axis, as of dead units.
+
+    Leaves of one entry have nothing beside it that lives: they are zero only where all leaves are so.
+    """
+    all_single = all(leaf.size == 1 for leaf in jax.tree.leaves(weights))
+
+    def gradient(leaf: Any) -> Any:
+        ones = jnp.ones_like(leaf)
+        if not dead or (leaf.size == 1 and not all_single):
+            return ones
+        if leaf.size == 1:
+            return jnp.zeros_like(leaf)
+        width = leaf.shape[-1]
+        if width > 1:
+            return jnp.where(jnp.arange(width) < width // 2, jnp.zeros_like(ones), ones)
+        rows = jnp.arange(leaf.size).reshape(leaf.shape)
+        return jnp.where(rows < leaf.size // 2, jnp.zeros_like(ones), ones)
+
+    return jax.tree.map(gradient, weights)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hypergrad import _checks, _curvature, _tree
+from hypergrad import _batches, _checks, _curvature, _tree
 from hypergrad._types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
 from hypergrad.bijectors import constrain
 from hypergrad.bijectors._base import check_bijectors
@@ -134,7 +134,7 @@ def evaluate_inner(
     problem: BilevelProblem, variables: BilevelParams, batch: Batch, key: Array | None, model_state: ModelState
 ) -> LossValue:
     """Return the inner loss's value, model state and aux, checked."""
-    arguments = (*variables, _tree.gathered(batch), key)
+    arguments = (*variables, _batches.gathered(batch), key)
     return _evaluate(problem, "inner_loss", problem.inner_loss, arguments, model_state)
 
 
@@ -160,7 +160,7 @@ def evaluate_outer(
     problem: BilevelProblem, variables: BilevelParams, batch: Batch, key: Array | None, model_state: ModelState
 ) -> LossValue:
     """Return the outer loss's value, model state and aux, checked."""
-    arguments = (*variables, _tree.gathered(batch), key)
+    arguments = (*variables, _batches.gathered(batch), key)
     return _evaluate(problem, "outer_loss", problem.outer_loss, arguments, model_state)
 
 

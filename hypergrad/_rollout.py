@@ -24,7 +24,7 @@ import optax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from hypergrad import _checks, _tree
+from hypergrad import _batches, _checks, _tree
 from hypergrad._types import Array, Batch, Hyperparams, ModelState, Params, PyTree
 
 InnerGradient: TypeAlias = Callable[[Params, Batch, Array | None, ModelState], tuple[Params, ModelState]]
@@ -81,9 +81,9 @@ def split_keys(key: Array | None) -> CallKeys:
     return CallKeys(None, None, None) if key is None else CallKeys(*jax.random.split(key, 3))
 
 
-def make_window(batches: Batch, key: Array | None, length: int | None = None) -> Window:
-    """Return the window over ``batches``; its length is needed only where they have no leaves."""
-    length = _checks.window_length(batches) if length is None else length
+def make_window(batches: Batch, key: Array | None) -> Window:
+    """Return the window over ``batches``, of the length that their leaves have."""
+    length = _batches.window_length(batches)
     return Window(jnp.arange(length, dtype=jnp.int32), batches, key)
 
 
@@ -91,20 +91,9 @@ def split_window(window: Window, at: int) -> tuple[Window, Window]:
     """Return the window's first ``at`` steps, and the others."""
 
     def part(chosen: slice) -> Window:
-        batches = _take(window.batches, chosen)
-        return Window(window.numbers[chosen], batches, window.key)
+        return Window(window.numbers[chosen], _batches.take(window.batches, chosen), window.key)
 
     return part(slice(None, at)), part(slice(at, None))
-
-
-def one_step(batch: Batch) -> Batch:
-    """Return one batch as a window's batches with K = 1."""
-    return _tree.with_windowed(batch, jax.tree.map(lambda x: jnp.asarray(x)[None], _tree.windowed(batch)))
-
-
-def last_batch(batches: Batch) -> Batch:
-    """Return the last batch of a window."""
-    return _take(batches, -1)
 
 
 def checkpoint_interval(length: int) -> int:
@@ -141,14 +130,14 @@ def rollout(
 
     def step(at: Rollout, indexed: tuple[Array, Batch]) -> tuple[Rollout, None]:
         index, part = indexed
-        batch = _tree.gathered(_tree.with_windowed(window.batches, part))
+        batch = _batches.gathered(_batches.with_windowed(window.batches, part))
         grads, model_state = gradient(at.params, batch, step_key(window.key, index), at.model_state)
         grads = checkpoint_name(grads, _INNER_GRADIENT)
         updates, inner_state = optimizer.update(grads, at.inner_state, at.params)
         inner_state = _tree.match_dtypes(inner_state, at.inner_state)  # a float32 momentum widens bfloat16 traces
         return Rollout(optax.apply_updates(at.params, updates), inner_state, model_state), None
 
-    steps = window.numbers, _tree.windowed(window.batches)
+    steps = window.numbers, _batches.windowed(window.batches)
     length = len(window.numbers)
     if length == 1:  # nothing to scan over, and a loop around a convolution is dear on CPU
         return step(start, jax.tree.map(lambda x: x[0], steps))[0]
@@ -203,7 +192,3 @@ def with_keywords(inner_optimizer: Any, keywords: Mapping[str, Any]) -> Any:
         return optimizer.update(grads, state, params, **{**keywords, **others})
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
-
-
-def _take(batches: Batch, chosen: Any) -> Batch:
-    return _tree.with_windowed(batches, jax.tree.map(lambda x: x[chosen], _tree.windowed(batches)))

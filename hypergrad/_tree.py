@@ -1,4 +1,4 @@
-"""Pytree operations that ``optax.tree`` lacks: precision, weak types, aliasing, names, batches by index.
+"""Pytree operations that ``optax.tree`` lacks: precision, weak types, aliasing, names.
 
 Vectors of a linear solve live in ``promote_types(leaf dtype, float32)``: bfloat16 becomes float32,
 float64 stays. No function here ravels a tree, so shardings survive.
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hypergrad._types import Array, Batch, IndexedBatch, PyTree
+from hypergrad._types import Array, PyTree
 
 
 def promote(tree: PyTree) -> PyTree:
@@ -90,27 +90,6 @@ def match_dtypes(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(cast, tree, like)
 
 
-def gathered(batch: Batch) -> Batch:
-    """Return the batch with every ``IndexedBatch`` in it replaced by the examples that it points at."""
-
-    def gather(part: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.asarray(x)[part.indices], part.data) if _is_indexed(part) else part
-
-    return jax.tree.map(gather, batch, is_leaf=_is_indexed)
-
-
-def windowed(batches: Batch) -> PyTree:
-    """Return what of the batches carries the window axis: an ``IndexedBatch``'s indices in its place."""
-    return jax.tree.map(lambda part: part.indices if _is_indexed(part) else part, batches, is_leaf=_is_indexed)
-
-
-def with_windowed(batches: Batch, parts: PyTree) -> Batch:
-    """Return the batches with ``parts``, shaped like ``windowed(batches)``, in place of what it returns."""
-    return jax.tree.map(
-        lambda old, new: IndexedBatch(old.data, new) if _is_indexed(old) else new, batches, parts, is_leaf=_is_indexed
-    )
-
-
 def split_floating(tree: PyTree) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
     """Return the floating-point leaves, and a function that puts others in their place."""
     leaves, structure = jax.tree.flatten(tree)
@@ -152,7 +131,3 @@ def _wide(x: Any) -> Any:
 
 def _is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _is_indexed(x: Any) -> bool:
-    return isinstance(x, IndexedBatch)

@@ -188,7 +188,8 @@ def autodiff_steps(problem) -> HypergradEstimator:
 
         def outer(h):
             optimizer = resolve_optimizer(inner_optimizer, problem.constrain(h))
-            start = Rollout(variables.params, inner_state, () if model_state is None else model_state)
+            state = optimizer.init(variables.params) if inner_state is None else inner_state
+            start = Rollout(variables.params, state, () if model_state is None else model_state)
             window = make_window(inner_batch, keys.inner)
             reached = rollout(inner_gradient(problem, h), optimizer, start, window)
             return problem.outer_loss(reached.params, h, outer_batch, keys.outer), reached

@@ -1,7 +1,7 @@
 """The law: layers without cycles, short files, everything public documented, nothing private of others.
 
-    L0  _types, _tree, _checks          in this order
-    L1  _curvature, _probe, penalties, optimizers, solvers/, bijectors/
+    L0  _types, _tree, _checks, _batches          in this order
+    L1  _curvature, _modes, _probe, penalties, optimizers, solvers/, bijectors/
     L2  _problem, _rollout
     L3  estimators/
     L4  _bilevel, _functional
@@ -25,7 +25,9 @@ LAYERS = {
     "_types": 0.0,
     "_tree": 0.1,
     "_checks": 0.2,
+    "_batches": 0.3,
     "_curvature": 1,
+    "_modes": 1,
     "_probe": 1,
     "optimizers": 1,
     "penalties": 1,

@@ -298,10 +298,27 @@ def test_an_unroll_that_a_hyperparameter_does_not_reach():
 
 def test_optimizers_that_cannot_be_differentiated():
     problem, hyper = rated()
+    by_name = lambda tree: jax.tree.map_with_path(lambda path, _: "ab"["kernel" in str(path)], tree)  # noqa: E731
+    matrices = lambda tree: jax.tree.map(lambda w: w.ndim > 1, tree)  # noqa: E731
+    optimizers = {
+        "adam": lambda h: optax.adam(h["rate"]),
+        "partition": lambda h: optax.partition({"a": optax.sgd(h["rate"]), "b": optax.adam(h["rate"])}, by_name),
+        "masked": lambda h: optax.chain(optax.masked(optax.scale_by_adam(), matrices), optax.scale(h["rate"])),
+    }
     for mode in (hg.reverse(), hg.forward()):
-        for optimizer in (lambda h: optax.adam(h["rate"]), lambda h: optax.adamw(h["rate"])):
+        for optimizer in optimizers.values():
             with pytest.raises(ValueError, match=r"exactly zero; got NaN.*eps_root=1e-8"):
                 unroll(problem, hyper, optimizer, mode)
+            with pytest.raises(ValueError, match=r"exactly zero; got NaN.*eps_root=1e-8"):
+                jax.jit(lambda h, optimizer=optimizer, mode=mode: unroll(problem, h, optimizer, mode))(hyper)
+    tx = make(estimator=hg.unrolled(problem), inner_optimizer=optimizers["adam"])
+    variables = case().variables._replace(hyperparams=hyper)
+    batches = {"inner_batch": case().inner_batch, "outer_batch": case().outer_batch}
+    with pytest.raises(ValueError, match=r"exactly zero; got NaN.*eps_root=1e-8"):
+        jax.jit(tx.update)(None, tx.init(variables), variables, **batches)
+    respond = hg.best_response(hg.unrolled(problem), optimizers["adam"])
+    with pytest.raises(ValueError, match=r"exactly zero; got NaN.*eps_root=1e-8"):
+        jax.jit(lambda h: respond(case().variables.params, h, window_of(case().inner_batch, 2), key=None))(hyper)
     weights = jax.tree.map(lambda w: jnp.full(w.shape, 0.1), case().variables.params)
     by_weight = lambda h: optax.chain(  # noqa: E731
         optax.scale_by_adam(), hg.optimizers.scale_by_learning_rate(jax.tree.map(lambda r: r * h["rate"], weights))
@@ -310,6 +327,29 @@ def test_optimizers_that_cannot_be_differentiated():
         unroll(problem, hyper, by_weight)
     with pytest.raises(TypeError, match=r"from gradients, state and params alone; got .*value_fn.*no line search"):
         unroll(problem, hyper, lambda h: optax.lbfgs(h["rate"]))
+
+
+def test_an_optimizer_that_closes_over_traced_values_is_not_tried():
+    problem, hyper = rated()
+    grad = jax.jit(lambda h, b1: unroll(problem, h, lambda h: optax.adam(h["rate"], b1=b1, eps_root=1e-8)))(hyper, 0.8)
+    want = unroll(problem, hyper, lambda h: optax.adam(h["rate"], b1=0.8, eps_root=1e-8))
+    assert float(grad["rate"]) == pytest.approx(float(want["rate"]), rel=1e-4)
+
+
+def test_indexed_batches_are_checked():
+    x, y = case().inner_batch
+    indices = jnp.arange(6).reshape(2, 3)
+    fn = hg.hypergrad(hg.unrolled(case().problem), optax.sgd(0.1))
+
+    def at(batch):
+        return fn(*case().variables, batch, case().outer_batch, key=None)
+
+    with pytest.raises(ValueError, match=r"common leading axis N; got leading axes \[\(10,\), \(16,\)\]"):
+        at(hg.IndexedBatch((x, y[:10]), indices))
+    with pytest.raises(TypeError, match="indices of an integer dtype; got float32"):
+        at(hg.IndexedBatch((x, y), indices * 1.0))
+    with pytest.raises(TypeError, match="data of arrays; got an IndexedBatch inside it"):
+        at(hg.IndexedBatch(hg.IndexedBatch((x, y), jnp.arange(5)), indices))
 
 
 def test_forward_mode_is_for_few():

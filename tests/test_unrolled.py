@@ -276,6 +276,81 @@ def test_derivatives_of_a_hypergradient():
     assert relative_error(jax.grad(at)(hyper["rates"]), finite_differences(at, hyper["rates"])) < 1e-6
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mode", ["default", "two levels", "autodiff", "forward"])
+def test_a_loss_may_close_over_traced_values(mode):
+    """Under jit, vmap and scan, and differentiated in what it closes over; integers too."""
+    start, batches = jnp.array([0.3, 0.7]), jnp.linspace(0.1, 0.5, 6)
+
+    def total(scale, place, mode=MODES[mode]):
+        inner = lambda w, h, b, k: jnp.sum(jnp.cosh(w * h) * scale + b * w) + w[place] * h[0]  # noqa: E731
+        problem = hg.BilevelProblem(inner, lambda w, h, b, k: scale * jnp.sum(w**2))
+        return hg.hypergrad(hg.unrolled(problem, mode), optax.sgd(0.1))(start, jnp.ones(2), batches, (), key=None).sum()
+
+    scales, place = jnp.array([1.3, 0.8]), jnp.array(1)
+    want = jnp.stack([total(s, 1, MODES["autodiff"]) for s in scales])
+    np.testing.assert_allclose(jax.jit(total)(scales[0], place), want[0], rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(jax.vmap(total, (0, None)))(scales, place), want, rtol=1e-12)
+    np.testing.assert_allclose(jax.lax.scan(lambda c, s: (c, total(s, place)), 0, scales)[1], want, rtol=1e-12)
+    slope = finite_differences(lambda s: total(s, 1, MODES["autodiff"]), scales[0])
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(scales[0], place), slope, rtol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mode", ["default", "forward"])
+def test_a_fresh_optimizer_state_may_depend_on_the_hyperparameters(mode):
+    base = logistic()
+    problem = hg.BilevelProblem(
+        lambda w, h, b, k: base.problem.inner_loss(w, h["loss"], b, k),
+        lambda w, h, b, k: base.problem.outer_loss(w, h["loss"], b, k),
+    )
+    optimizers = {
+        "accumulator": lambda h: optax.adagrad(0.1, initial_accumulator_value=h["x"]),
+        "injected": lambda h: optax.inject_hyperparams(optax.sgd)(learning_rate=h["x"]),
+        "twice": lambda h: optax.adagrad(h["x"], initial_accumulator_value=h["x"]),
+    }
+    start, hyper = (
+        jax.tree.map(lambda w: w + 0.3, base.variables.params),
+        {"loss": base.variables.hyperparams, "x": jnp.array(0.2)},
+    )
+    batches = window_of(base.inner_batch, 3)
+    for optimizer in optimizers.values():
+        fn = jax.jit(functools.partial(hg.value_and_hypergrad(hg.unrolled(problem, MODES[mode]), optimizer), key=None))
+        (_, grad), _ = fn(start, hyper, batches, base.outer_batch)
+        value = lambda x, fn=fn: fn(start, {**hyper, "x": x}, batches, base.outer_batch)[0][0]  # noqa: E731
+        assert float(grad["x"]) == pytest.approx(float(finite_differences(value, hyper["x"])), rel=1e-6)
+    tx = hg.bilevel(hg.unrolled(problem), inner_optimizer=optimizers["injected"], outer_optimizer=optax.sgd(0.1))
+    variables = hg.BilevelParams(start, hyper)
+    with pytest.raises(ValueError, match=r"leaf \['x'\], which enters neither.*initial state alone"):
+        tx.update(None, tx.init(variables), variables, inner_batch=base.inner_batch, outer_batch=base.outer_batch)
+
+
+def test_losses_without_data():
+    problem = hg.BilevelProblem(lambda w, h, b, k: 0.5 * jnp.sum(jnp.exp(h) * w**2 - w), lambda w, h, b, k: jnp.sum(w))
+    variables = hg.BilevelParams(jnp.ones(1), jnp.zeros(1))
+    for window in (1, 3):
+        tx = hg.bilevel(
+            hg.unrolled(problem), inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1), window=window, every=2
+        )
+        state = tx.init(variables)
+        idle, state = tx.update(None, state, variables, inner_batch=(), outer_batch=())
+        due, _ = tx.update(None, state, variables, inner_batch=(), outer_batch=())
+        assert float(jnp.abs(due.hyperparams[0])) > 0.0
+        assert relative_error(due.params, idle.params) < 1e-6
+    steps = hg.IndexedBatch((), jnp.arange(3))
+    (_, grad), _ = hg.value_and_hypergrad(hg.unrolled(problem), optax.sgd(0.1))(*variables, steps, (), key=None)
+    assert relative_error(optax.tree.scale(-0.1, grad), due.hyperparams) < 1e-6
+
+
+def test_plain_numbers_are_hyperparameters_too():
+    problem = hg.BilevelProblem(lambda w, h, b, k: jnp.sum(h["a"] * w**2), lambda w, h, b, k: jnp.sum(w**2))
+    grads = [
+        hg.hypergrad(hg.unrolled(problem, mode), optax.sgd(0.1))(jnp.ones(2), {"a": 1.1}, jnp.arange(2), (), key=None)
+        for mode in (hg.reverse(), hg.forward())
+    ]
+    assert relative_error(*grads) < 1e-6
+
+
 INDEXED = {
     "unrolled": hg.unrolled,
     "forward": lambda problem: hg.unrolled(problem, hg.forward()),
@@ -321,7 +396,7 @@ def test_an_index_may_stand_for_a_part_of_a_batch():
         fn(*base.variables, {"weight": weight[:2], "data": hg.IndexedBatch(base.inner_batch, indices)}, (), key=None)
 
 
-def scratch(mode, length, *, indexed=False):
+def scratch(mode, length, *, indexed=False, learned=False):
     """Return scratch bytes and bytes of the weights of one hypergradient, compiled as users compile it."""
     width, size = 64, 8
     rng = np.random.default_rng(0)
@@ -336,8 +411,9 @@ def scratch(mode, length, *, indexed=False):
     estimator = hg.unrolled(hg.BilevelProblem(loss, loss), mode)
     indices = jnp.asarray(rng.integers(0, 32, (length, size)))
     batches = hg.IndexedBatch(data, indices) if indexed else data[indices]
-    fn = functools.partial(hg.hypergrad(estimator, optax.sgd(0.1)), key=None)
     hyper = jax.tree.map(lambda w: jnp.full_like(w, -5.0), params)
+    optimizer = (lambda h: optax.sgd(jnp.exp(h["w0"][0, 0]))) if learned else optax.sgd(0.1)
+    fn = functools.partial(hg.hypergrad(estimator, optimizer), key=None)
     options = {"xla_backend_optimization_level": 3}
     compiled = jax.jit(fn).lower(params, hyper, batches, data).compile(compiler_options=options)
     return compiled.memory_analysis().temp_size_in_bytes, sum(4 * w.size for w in params.values())
@@ -352,6 +428,10 @@ def test_memory_grows_as_promised():
     assert length * size < each < (length + few) * size
     assert default < (8 + 8 + few) * size
     assert plain > 2 * each
+    learned, _ = scratch(hg.reverse(1), length, learned=True)  # the gradient enters the rate's derivative
+    assert learned < (2 * length + few) * size
+    learned, _ = scratch(hg.reverse(), length, learned=True)
+    assert learned < (8 + 2 * 8 + few) * size
 
 
 def test_batches_by_index_are_never_held_together():

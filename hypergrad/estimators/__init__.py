@@ -2,16 +2,13 @@
 
 from hypergrad.estimators._base import Estimate, EvaluationInfo, HypergradEstimator, HypergradInfo
 from hypergrad.estimators._implicit import implicit
-from hypergrad.estimators._unrolled import UnrollMode, forward, reverse, unrolled
+from hypergrad.estimators._unrolled import unrolled
 
 __all__ = [
     "Estimate",
     "EvaluationInfo",
     "HypergradEstimator",
     "HypergradInfo",
-    "UnrollMode",
-    "forward",
     "implicit",
-    "reverse",
     "unrolled",
 ]

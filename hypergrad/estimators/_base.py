@@ -92,7 +92,8 @@ class HypergradEstimator(NamedTuple):
       estimate: ``estimate(variables, inner_state, estimator_state, inner_batch, outer_batch, *, key,
         inner_optimizer=None, model_state=None) -> Estimate``. With an ``inner_optimizer``, leaves of
         ``inner_batch`` carry a window axis K and K inner steps are taken first; without one, everything is
-        evaluated at ``variables.params``.
+        evaluated at ``variables.params``. A method that needs a rollout takes an ``inner_state`` of None for a
+        fresh one, made from the hyperparameters inside what it differentiates.
       needs_rollout: the method differentiates the inner steps themselves and so cannot do without.
       solver_info: what ``info.solver`` holds before the first estimate; () for methods without a solve.
       respond: ``respond(params, hyperparams, inner_batch, *, key, inner_optimizer=None, model_state=None) ->
@@ -153,6 +154,7 @@ _WAYS = {
     "unrolled": (
         "the inner steps, differentiably",
         "Make inner_optimizer a function that builds the optimizer from the constrained hyperparameters. An optimizer "
-        "that takes signs (optax.lion, sign_sgd) passes no derivative of the loss: only its rate and decay have one.",
+        "that takes signs (optax.lion, sign_sgd) passes no derivative of the loss: only its rate and decay have one. "
+        "What enters the optimizer's initial state alone (optax.inject_hyperparams) does not act on a given state.",
     ),
 }

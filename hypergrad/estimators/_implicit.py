@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from hypergrad import _checks, _curvature, _tree
+from hypergrad import _batches, _checks, _curvature, _tree
 from hypergrad._problem import (
     BilevelParams,
     BilevelProblem,
@@ -28,7 +28,7 @@ from hypergrad._problem import (
     evaluate_outer,
     inner_gradient,
 )
-from hypergrad._rollout import Rollout, last_batch, make_window, resolve_optimizer, rollout, split_keys
+from hypergrad._rollout import Rollout, make_window, resolve_optimizer, rollout, split_keys
 from hypergrad._types import Array, Batch, Hyperparams, Key, MatVec, ModelState, Params, PyTree
 from hypergrad.estimators._base import (
     Estimate,
@@ -103,7 +103,7 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
             gradient = inner_gradient(problem, variables.hyperparams)
             window = make_window(inner_batch, keys.inner)
             params, inner_state, model_state = rollout(gradient, optimizer, start, window)
-            variables, inner_batch = BilevelParams(params, variables.hyperparams), last_batch(inner_batch)
+            variables, inner_batch = BilevelParams(params, variables.hyperparams), _batches.take(inner_batch, -1)
 
         def inner(params: Params, hyperparams: Hyperparams) -> Array:
             at = BilevelParams(params, hyperparams)
@@ -144,7 +144,7 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
             gradient = inner_gradient(problem, lax.stop_gradient(hyperparams))
             start = Rollout(params, optimizer.init(params), model_state)
             params, _, model_state = rollout(gradient, optimizer, start, make_window(inner_batch, keys.inner))
-            inner_batch = last_batch(inner_batch)
+            inner_batch = _batches.take(inner_batch, -1)
 
         def slope(params: Params) -> Params:
             return inner_gradient(problem, hyperparams)(params, inner_batch, keys.solve, model_state)[0]

@@ -11,14 +11,12 @@ al., arXiv 1810.10667 (truncation); Kemaev et al., arXiv 2505.00793 (mixed mode)
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from hypergrad import _checks, _probe, _tree
+from hypergrad._modes import Judge, UnrollMode, reverse
 from hypergrad._problem import (
     BilevelParams,
     BilevelProblem,
@@ -41,92 +39,6 @@ from hypergrad._rollout import (
 from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 from hypergrad.estimators._base import Estimate, HypergradEstimator, describe_estimate, refuse_zeros
 
-Respond: TypeAlias = Callable[[Hyperparams], Rollout]
-Judge: TypeAlias = Callable[[Hyperparams, Rollout], tuple[Array, Any]]
-
-_MOST_FORWARD = 1_000
-
-
-class UnrollMode(NamedTuple):
-    """How an unroll is differentiated: made by ``hg.reverse`` or ``hg.forward``.
-
-    Attributes:
-      value_and_grad: ``(respond, judge, λ) -> ((value, aux), reached, gradient)`` of λ ↦ judge(λ, respond(λ)), where
-        ``respond`` gives what the window reached and ``judge`` the outer loss ``(value, aux)`` there.
-      is_reverse: whether it differentiates in reverse, so that checkpoints and the mixed mode apply.
-      checkpoint_every: steps between checkpoints; None for the default of the window's length, infinite for none.
-      truncate: differentiate the window's last steps only, this many; None for all.
-      mixed: exploit the Hessian's symmetry in the backward pass of a step.
-      unroll: of the scan over steps.
-    """
-
-    value_and_grad: Callable[[Respond, Judge, Hyperparams], tuple[tuple[Array, Any], Rollout, Hyperparams]]
-    is_reverse: bool
-    checkpoint_every: float | None
-    truncate: int | None
-    mixed: bool
-    unroll: int | bool
-
-
-def reverse(
-    checkpoint_every: float | None = None, truncate: int | None = None, *, mixed: bool = True, unroll: int | bool = 1
-) -> UnrollMode:
-    """Differentiate an unroll in reverse: for any number of hyperparameters.
-
-    Cost: 3 to 4 forward unrolls, one more with two levels of checkpoints. Memory, in copies of weights and optimizer
-    state: K with a checkpoint a step, K/c + c with one every c.
-
-    Args:
-      checkpoint_every: c ≥ 1, steps between checkpoints. ``None``: each step, and from K = 50 on about every √K, two
-        levels. ``math.inf``: none, every intermediate of every step is kept.
-      truncate: T ≥ 1: only the last T steps of the window are differentiated, the others taken without. The
-        hypergradient is then biased, by little where the inner loss is strongly convex along the way, and exactly
-        zero for what acts in the first K − T steps alone. ``None``, or T ≥ K: all.
-      mixed: take the derivative of a step's gradient by one ``jvp`` and one reverse pass, by the Hessian's symmetry,
-        instead of reverse over reverse. Same values, less memory and time; ``False`` leaves all to JAX's autodiff,
-        as models with ``custom_vjp`` operations get in any case.
-      unroll: of the scan over steps; on CPU a network with convolutions wants ``True`` and a short window.
-
-    Returns:
-      An ``UnrollMode``, for ``hg.unrolled(problem, mode=...)``.
-
-    Raises:
-      ValueError: a number below 1.
-      TypeError: something that is not a number.
-
-    >>> reverse(checkpoint_every=10).checkpoint_every
-    10
-
-    Reference: Shaban et al., arXiv 1810.10667; Kemaev et al., arXiv 2505.00793.
-    """
-    if checkpoint_every is not None and checkpoint_every != math.inf:
-        _checks.positive_int("checkpoint_every", checkpoint_every)
-    if truncate is not None:
-        _checks.positive_int("truncate", truncate)
-    _checks.flag("mixed", mixed)
-    _checks.unroll(unroll)
-    return UnrollMode(_reverse_value_and_grad, True, checkpoint_every, truncate, mixed, unroll)
-
-
-def forward(*, unroll: int | bool = 1) -> UnrollMode:
-    """Differentiate an unroll forward, by tangents carried along: for few hyperparameters and long windows.
-
-    Cost and memory: about one forward unroll and one copy of weights and optimizer state a hyperparameter, whatever K.
-
-    Args:
-      unroll: of the scan over steps.
-
-    Returns:
-      An ``UnrollMode``, for ``hg.unrolled(problem, mode=...)``; it refuses more than 1,000 hyperparameters.
-
-    >>> forward().is_reverse
-    False
-
-    Reference: Franceschi et al., arXiv 1703.01785.
-    """
-    _checks.unroll(unroll)
-    return UnrollMode(_forward_value_and_grad, False, math.inf, None, False, unroll)
-
 
 def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> HypergradEstimator:
     """Differentiate the outer loss through the inner steps of a window.
@@ -139,8 +51,9 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Hypergr
 
     Returns:
       A ``HypergradEstimator`` that needs an inner optimizer: an optax transformation, or a function from the
-      constrained hyperparameters to one. K is the leading axis of ``inner_batch``. The estimate carries the weights
-      and optimizer state that the window reached, without a second forward pass.
+      constrained hyperparameters to one. K is the leading axis of ``inner_batch``. An ``inner_state`` of None is a
+      fresh one, whose dependence on λ is differentiated, too; a given one counts as independent. The estimate carries
+      the weights and optimizer state that the window reached, without a second forward pass.
 
     Raises:
       TypeError: wrong ``problem`` or ``mode``.
@@ -206,11 +119,13 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Hypergr
         inner_optimizer: Any = None,
         model_state: ModelState = None,
     ) -> Params:
-        variables = BilevelParams(params, hyperparams)
-        _check_optimizer(problem, mode, inner_optimizer, variables)
-        optimizer = resolve_optimizer(inner_optimizer, problem.constrain(hyperparams))
-        start = Rollout(params, optimizer.init(params), check_model_state(problem, model_state))
+        _check_optimizer(problem, mode, inner_optimizer, BilevelParams(params, hyperparams))
+        start = Rollout(params, None, check_model_state(problem, model_state))
         window = make_window(inner_batch, split_keys(key).inner)
+        if mode.truncate is not None and mode.truncate < len(window.numbers):
+            fix = "The derivative in the first weights would be zero: choose a window of the steps that count."
+            got = f"truncate={mode.truncate} for {len(window.numbers)} steps"
+            raise ValueError(_checks.message("best_response of an unroll that is differentiated whole", got, fix))
         # Plain autodiff: the mixed rule has no forward mode, which products of an outer solver take.
         return _passage(problem, mode._replace(mixed=False), inner_optimizer, start, window, hyperparams).params
 
@@ -225,62 +140,25 @@ def _passage(
     window: Window,
     hyperparams: Hyperparams,
 ) -> Rollout:
-    """Take the window's steps, differentiably in the last ``mode.truncate`` of them."""
+    """Take the window's steps, the last ``mode.truncate`` differentiably; from a fresh state where it is None."""
 
     def steps(hyperparams: Hyperparams, start: Rollout, window: Window) -> Rollout:
         length = len(window.numbers)
         every = mode.checkpoint_every if mode.checkpoint_every is not None else checkpoint_interval(length)
         gradient = inner_gradient(problem, hyperparams, mixed=mode.mixed)
         optimizer = resolve_optimizer(inner_optimizer, problem.constrain(hyperparams))
+        if start.inner_state is None:
+            start = start._replace(inner_state=optimizer.init(start.params))
         return rollout(gradient, optimizer, start, window, unroll=mode.unroll, checkpoint_every=every)
 
     length = len(window.numbers)
     if mode.truncate is None or mode.truncate >= length:
         return steps(hyperparams, start, window)
     head, tail = split_window(window, length - mode.truncate)
-    fixed = jax.lax.stop_gradient(hyperparams)
-    return steps(hyperparams, jax.lax.stop_gradient(steps(fixed, jax.lax.stop_gradient(start), head)), tail)
-
-
-def _reverse_value_and_grad(respond: Respond, judge: Judge, hyperparams: Hyperparams) -> Any:
-    def outcome(hyperparams: Hyperparams) -> tuple[Array, tuple[Rollout, Any]]:
-        reached = respond(hyperparams)
-        value, aux = judge(hyperparams, reached)
-        return value, (reached, aux)
-
-    (value, (reached, aux)), gradient = jax.value_and_grad(outcome, has_aux=True)(hyperparams)
-    return (value, aux), reached, gradient
-
-
-def _forward_value_and_grad(respond: Respond, judge: Judge, hyperparams: Hyperparams) -> Any:
-    """Carry one tangent a hyperparameter through the window; then pair them all with the outer loss's slope."""
-    leaves, structure = jax.tree.flatten(hyperparams)
-    count = sum(leaf.size for leaf in leaves)
-    if count > _MOST_FORWARD:
-        fix = "Each costs a forward unroll here: use mode=hg.reverse()."
-        raise ValueError(
-            _checks.message(f"at most {_MOST_FORWARD:,} hyperparameters in forward mode", f"{count:,}", fix)
-        )
-    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-    rows = jnp.split(jnp.eye(count), ends, axis=1)
-    basis = [row.reshape(count, *x.shape).astype(x.dtype) for row, x in zip(rows, leaves, strict=True)]
-
-    def along(direction: list[Array]) -> tuple[list[Array], Rollout]:
-        def floating(hyperparams: Hyperparams) -> tuple[list[Array], Rollout]:
-            reached = respond(hyperparams)
-            return _tree.split_floating(reached)[0], reached
-
-        tangent = jax.tree.unflatten(structure, direction)
-        _, tangents, reached = jax.jvp(floating, (hyperparams,), (tangent,), has_aux=True)
-        return tangents, reached
-
-    tangents, reached = jax.vmap(along, out_axes=(0, None))(basis)
-    floats, restore = _tree.split_floating(reached)
-    judged = jax.value_and_grad(lambda h, floats: judge(h, restore(floats)), argnums=(0, 1), has_aux=True)
-    (value, aux), (direct, slopes) = judged(hyperparams, floats)
-    indirect = jax.vmap(lambda tangents: _tree.vdot(tangents, slopes))(tangents)
-    parts = [part.reshape(x.shape).astype(x.dtype) for part, x in zip(jnp.split(indirect, ends), leaves, strict=True)]
-    return (value, aux), reached, jax.tree.map(jnp.add, direct, jax.tree.unflatten(structure, parts))
+    fixed = jax.lax.stop_gradient((hyperparams, start))
+    plain = mode._replace(mixed=False, checkpoint_every=math.inf, truncate=None)
+    before = jax.lax.stop_gradient(_passage(problem, plain, inner_optimizer, fixed[1], head, fixed[0]))
+    return steps(hyperparams, before, tail)
 
 
 def _check_optimizer(problem: BilevelProblem, mode: UnrollMode, inner_optimizer: Any, at: BilevelParams) -> None:
@@ -306,6 +184,13 @@ def _refuse_unseen(
     What a cotangent of the weights reaches through one step backward is followed until it reaches nothing new.
     """
     first, _ = split_window(window, 1)
+    given = start.inner_state is not None
+
+    def initial(hyperparams: Hyperparams) -> PyTree:
+        return resolve_optimizer(inner_optimizer, problem.constrain(hyperparams)).init(start.params)
+
+    if not given:
+        start = start._replace(inner_state=initial(hyperparams))
     floats, restore = _tree.split_floating(start)
 
     def step(floats: list[Array], hyperparams: Hyperparams) -> list[Array]:
@@ -318,12 +203,19 @@ def _refuse_unseen(
     carried = [True] * weights + [False] * state + [problem.stateful] * model_state
     seen = [False] * len(jax.tree.leaves(hyperparams))
     length = len(window.numbers)
-    for _ in range(min(length, mode.truncate or length)):
+    differentiated = min(length, mode.truncate or length)
+    for _ in range(differentiated):
         found = reaches(carried)
-        seen = [a or b for a, b in zip(seen, found[len(carried) :], strict=True)]
-        before, carried = carried, [a or b for a, b in zip(carried, found, strict=False)]
+        seen = _either(seen, found[len(carried) :])
+        before, carried = carried, _either(carried, found[: len(carried)])
         if carried == before:
             break
+    if not given and differentiated == length:
+        of_state = _tree.split_floating(start.inner_state)[0]
+        begins = _checks.dependence(
+            lambda ct: jax.vjp(lambda h: _tree.split_floating(initial(h))[0], hyperparams)[1](ct), of_state
+        )
+        seen = _either(seen, begins(carried[weights : weights + state]))
     unseen = [i for i, mark in enumerate(seen) if not mark]
     if unseen:
         value = jax.eval_shape(lambda h: judge(h, start)[0], hyperparams)
@@ -331,3 +223,7 @@ def _refuse_unseen(
             lambda ct: jax.vjp(lambda h: judge(h, start)[0], hyperparams)[1](ct)[0], value
         )
         refuse_zeros("unrolled", hyperparams, unseen, direct)
+
+
+def _either(first: list[bool], second: list[bool]) -> list[bool]:
+    return [a or b for a, b in zip(first, second, strict=True)]

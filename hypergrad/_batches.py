@@ -1,0 +1,91 @@
+"""Batches given by index, and windows of K batches along a leading axis.
+
+    IndexedBatch(data, indices)  stands for  data[indices]
+
+A window of indices is sliced like a window of batches; what it points at is gathered where a loss needs it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hypergrad import _checks, _tree
+from hypergrad._types import Batch, IndexedBatch, PyTree
+
+
+def gathered(batch: Batch) -> Batch:
+    """Return the batch with every ``IndexedBatch`` in it replaced by the examples that it points at.
+
+    Raises:
+      TypeError: indices that are no integers, or data that holds an ``IndexedBatch`` itself.
+      ValueError: data whose leaves have no common leading axis.
+    """
+    return jax.tree.map(lambda part: _gather(part) if _is_indexed(part) else part, batch, is_leaf=_is_indexed)
+
+
+def windowed(batches: Batch) -> PyTree:
+    """Return what of the batches carries the window axis: an ``IndexedBatch``'s indices in its place."""
+    return jax.tree.map(lambda part: part.indices if _is_indexed(part) else part, batches, is_leaf=_is_indexed)
+
+
+def with_windowed(batches: Batch, parts: PyTree) -> Batch:
+    """Return the batches with ``parts``, shaped like ``windowed(batches)``, in place of what it returns."""
+    return jax.tree.map(
+        lambda old, new: IndexedBatch(old.data, new) if _is_indexed(old) else new, batches, parts, is_leaf=_is_indexed
+    )
+
+
+def take(batches: Batch, chosen: Any) -> Batch:
+    """Return the batches at ``chosen`` (an index or a slice) along the window axis."""
+    return with_windowed(batches, jax.tree.map(lambda x: x[chosen], windowed(batches)))
+
+
+def one_step(batch: Batch) -> Batch:
+    """Return one batch as a window's batches with K = 1."""
+    return of_length(with_windowed(batch, jax.tree.map(lambda x: jnp.asarray(x)[None], windowed(batch))), 1)
+
+
+def of_length(batches: Batch, length: int) -> Batch:
+    """Return the batches so that they tell K, also where they have no leaves: the loss sees the same."""
+    return batches if jax.tree.leaves(windowed(batches)) else IndexedBatch(batches, jnp.arange(length))
+
+
+def window_length(inner_batch: Batch, window: int | None = None) -> int:
+    """Return the common leading axis K of the batch's leaves; refuse a missing, unequal or unexpected one."""
+    fix = "Stack K batches, e.g. jax.tree.map(lambda *b: jnp.stack(b), *batches)."
+    wanted = f"a leading window axis of length {window}" if window else "a common leading window axis"
+    parts = windowed(inner_batch)
+    leaves, names = jax.tree.leaves(parts), _tree.leaf_names(parts)
+    length = window
+    for leaf, name in zip(leaves, names, strict=True):
+        shape = jnp.shape(leaf)
+        if not shape or shape[0] == 0 or (length is not None and shape[0] != length):
+            wanted_here = wanted if window or length is None else f"{wanted} ({length}, from the first leaf)"
+            got = f"shape {shape}"
+            raise ValueError(_checks.message(f"inner_batch leaf {name} with {wanted_here}", got, fix))
+        length = shape[0]
+    if length is None:
+        fix = "Where the loss takes no data, pass hg.IndexedBatch((), jnp.arange(K)): it sees () in each of K steps."
+        raise ValueError(_checks.message(f"inner_batch with {wanted}", "a batch without leaves", fix))
+    return int(length)
+
+
+def _gather(part: IndexedBatch) -> PyTree:
+    indices = jnp.asarray(part.indices)
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        fix = "Pass integers in 0 … N−1, e.g. jax.random.randint(key, (K, B), 0, N)."
+        raise TypeError(_checks.message("IndexedBatch indices of an integer dtype", str(indices.dtype), fix))
+    if any(map(_is_indexed, jax.tree.leaves(part.data, is_leaf=_is_indexed))):
+        fix = "Index the data once: data[first][second] is data[first[second]]."
+        raise TypeError(_checks.message("IndexedBatch data of arrays", "an IndexedBatch inside it", fix))
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(part.data)}
+    if len(lengths) > 1 or () in lengths:
+        fix = "Pass all examples: images and labels of the same N."
+        got = f"leading axes {sorted(lengths)}"
+        raise ValueError(_checks.message("IndexedBatch data whose leaves have a common leading axis N", got, fix))
+    return jax.tree.map(lambda x: jnp.asarray(x)[indices], part.data)
+
+
+def _is_indexed(x: Any) -> bool:
+    return isinstance(x, IndexedBatch)
