@@ -3,9 +3,9 @@
     u = −α m̂ / (√v̂ + ε):   ∂√v̂/∂g = g/√v̂  →  0/0  at g = 0
 
 A dead unit has gradients that are exactly zero, and one NaN there spreads to the whole hypergradient. Adam-like
-optimizers have ``eps_root`` for it: √(v̂ + ε_root) is smooth. The update is tried while tracing, on weights shrunk to
-two entries an axis of which half have a zero gradient; what is finite there, with a derivative that is not, is
-refused.
+optimizers have ``eps_root`` for it: √(v̂ + ε_root) is smooth. The window's first steps are tried while tracing, on
+weights shrunk to two entries an axis of which half have a zero gradient; what is finite there, with a derivative that
+is not, is refused.
 """
 
 from collections.abc import Callable
@@ -14,23 +14,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from hypergrad import _checks, _tree
 from hypergrad._types import Hyperparams, Params, PyTree
 
 MakeOptimizer = Callable[[Hyperparams], optax.GradientTransformationExtraArgs]
 
-_STEPS = 2
+_MOST_STEPS = 8  # some do in the sixth step what they do not in the first (radam)
 _ANYWHERE = 0.37  # a value that rates, momenta and decays may have; the true ones may be traced
 
 
-def check_differentiable(make: MakeOptimizer, params: Params, hyperparams: Hyperparams, *, reverse: bool) -> None:
+def check_differentiable(
+    make: MakeOptimizer, params: Params, hyperparams: Hyperparams, *, steps: int, reverse: bool
+) -> None:
     """Refuse an optimizer whose update has no finite derivative at a zero gradient, or none in reverse mode.
 
     Args:
       make: ``make(hyperparams) -> optimizer``.
       params: weights, of which structure, shapes and dtypes are used.
       hyperparams: likewise.
+      steps: of the window; the first 8 are tried.
       reverse: the mode that will differentiate the update.
 
     Raises:
@@ -45,8 +49,9 @@ def check_differentiable(make: MakeOptimizer, params: Params, hyperparams: Hyper
             )
             if not _can_be_tried(make, anywhere, weights):
                 continue
-            verdict = _verdict(make, anywhere, weights, dead=True, reverse=reverse)
-            at_zero_alone = verdict is False and _verdict(make, anywhere, weights, dead=False, reverse=reverse) is True
+            dead, alive = (_gradients(weights, min(steps, _MOST_STEPS), dead=dead) for dead in (True, False))
+            verdict = _verdict(make, anywhere, weights, dead, reverse=reverse)
+            at_zero_alone = verdict is False and _verdict(make, anywhere, weights, alive, reverse=reverse) is True
         if isinstance(verdict, Exception):
             fix = "Choose another optimizer, or differentiate forward: mode=hg.forward()."
             wanted = "an inner optimizer that reverse-mode differentiation passes"
@@ -60,8 +65,9 @@ def check_differentiable(make: MakeOptimizer, params: Params, hyperparams: Hyper
             raise ValueError(_checks.message(wanted, "NaN or infinity: a square root at zero", fix))
         if verdict is False:
             wanted = "an inner optimizer whose first updates have a finite derivative"
-            fix = "Choose another optimizer, e.g. optax.sgd, rmsprop, adabelief or yogi" + (
-                ", or differentiate forward: mode=hg.forward()." if reverse else "."
+            other = "forward" if reverse else "reverse"
+            fix = (
+                f"Set eps_root=1e-8 where it has it and try mode=hg.{other}(), or choose e.g. optax.sgd, rmsprop, yogi."
             )
             raise ValueError(_checks.message(wanted, "NaN or infinity, whatever the gradients", fix))
         return
@@ -74,7 +80,7 @@ def _shrunk(leaf: Any, axis: int | None) -> tuple[int, ...]:
 
 def _can_be_tried(make: MakeOptimizer, hyperparams: Hyperparams, weights: Params) -> bool:
     try:
-        jax.eval_shape(lambda w: _tried(make, hyperparams, w, w), weights)
+        jax.eval_shape(lambda w: _tried(make, hyperparams, w, _gradients(w, 1, dead=False)), weights)
     except TypeError as error:
         if "required keyword" in str(error):
             wanted = "an inner optimizer that updates weights from gradients, state and params alone"
@@ -86,9 +92,8 @@ def _can_be_tried(make: MakeOptimizer, hyperparams: Hyperparams, weights: Params
     return True
 
 
-def _verdict(make: MakeOptimizer, hyperparams: Hyperparams, weights: Params, *, dead: bool, reverse: bool) -> Any:
+def _verdict(make: MakeOptimizer, hyperparams: Hyperparams, weights: Params, grads: PyTree, *, reverse: bool) -> Any:
     """Return whether derivatives of a try are finite, or the error; True where the try itself is not finite."""
-    grads = _gradients(weights, dead=dead)
     fn = lambda h, g: _tried(make, h, weights, g)  # noqa: E731
     try:
         if reverse:
@@ -103,32 +108,36 @@ def _verdict(make: MakeOptimizer, hyperparams: Hyperparams, weights: Params, *, 
 
 
 def _tried(make: MakeOptimizer, hyperparams: Hyperparams, params: Params, grads: PyTree) -> Any:
-    """Return the sum of the updates of a few steps on the same gradient."""
+    """Return the sum of the weights that one step a gradient reaches."""
     optimizer = make(hyperparams)
-    state, total = optimizer.init(params), jnp.zeros(())
-    for _ in range(_STEPS):
-        updates, state = optimizer.update(grads, state, params)
-        total = total + sum(jnp.sum(u).astype(total.dtype) for u in jax.tree.leaves(updates))
-    return total
+
+    def step(at: tuple[Params, PyTree], grads: Params) -> tuple[tuple[Params, PyTree], None]:
+        params, state = at
+        updates, new_state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), _tree.match_dtypes(new_state, state)), None
+
+    start = params, _tree.strip_weak_types(optimizer.init(params))
+    (reached, _), _ = lax.scan(step, start, grads)
+    return _tree.total([jnp.sum(leaf) for leaf in jax.tree.leaves(reached)])
 
 
-def _gradients(weights: Params, *, dead: bool) -> PyTree:
-    """Return gradients of ones; where dead, of zeros for the first half of each leaf's last axis, as of dead units.
+def _gradients(weights: Params, steps: int, *, dead: bool) -> PyTree:
+    """Return a gradient a step, of changing size; where dead, zero in the first half of each axis, as of dead units.
 
     Leaves of one entry have nothing beside it that lives: they are zero only where all leaves are so.
     """
     all_single = all(leaf.size == 1 for leaf in jax.tree.leaves(weights))
 
     def gradient(leaf: Any) -> Any:
-        ones = jnp.ones_like(leaf)
+        size = jnp.cos(jnp.arange(1.0, steps + 1.0)).reshape(steps, *[1] * leaf.ndim).astype(leaf.dtype)
+        full = size * jnp.ones_like(leaf)
         if not dead or (leaf.size == 1 and not all_single):
-            return ones
+            return full
         if leaf.size == 1:
-            return jnp.zeros_like(leaf)
-        width = leaf.shape[-1]
-        if width > 1:
-            return jnp.where(jnp.arange(width) < width // 2, jnp.zeros_like(ones), ones)
-        rows = jnp.arange(leaf.size).reshape(leaf.shape)
-        return jnp.where(rows < leaf.size // 2, jnp.zeros_like(ones), ones)
+            return jnp.zeros_like(full)
+        for axis, width in enumerate(leaf.shape):
+            unit = jnp.arange(width).reshape([width if i == axis else 1 for i in range(leaf.ndim)])
+            full = jnp.where(unit < width // 2, jnp.zeros_like(full), full)
+        return full
 
     return jax.tree.map(gradient, weights)

@@ -90,10 +90,10 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Hypergr
         model_state: ModelState = None,
     ) -> Estimate:
         params, hyperparams = check_variables(variables)
-        _check_optimizer(problem, mode, inner_optimizer, variables)
         keys = split_keys(_checks.as_key(key))
         start = Rollout(params, inner_state, check_model_state(problem, model_state))
         window = make_window(inner_batch, keys.inner)
+        _check_optimizer(problem, mode, inner_optimizer, variables, window)
 
         def respond(hyperparams: Hyperparams) -> Rollout:
             return _passage(problem, mode, inner_optimizer, start, window, hyperparams)
@@ -119,9 +119,9 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Hypergr
         inner_optimizer: Any = None,
         model_state: ModelState = None,
     ) -> Params:
-        _check_optimizer(problem, mode, inner_optimizer, BilevelParams(params, hyperparams))
         start = Rollout(params, None, check_model_state(problem, model_state))
         window = make_window(inner_batch, split_keys(key).inner)
+        _check_optimizer(problem, mode, inner_optimizer, BilevelParams(params, hyperparams), window)
         if mode.truncate is not None and mode.truncate < len(window.numbers):
             fix = "The derivative in the first weights would be zero: choose a window of the steps that count."
             got = f"truncate={mode.truncate} for {len(window.numbers)} steps"
@@ -161,13 +161,16 @@ def _passage(
     return steps(hyperparams, before, tail)
 
 
-def _check_optimizer(problem: BilevelProblem, mode: UnrollMode, inner_optimizer: Any, at: BilevelParams) -> None:
+def _check_optimizer(
+    problem: BilevelProblem, mode: UnrollMode, inner_optimizer: Any, at: BilevelParams, window: Window
+) -> None:
     if inner_optimizer is None:
         fix = "Pass inner_optimizer=optax.sgd(...), and batches with a leading window axis."
         raise ValueError(_checks.message("an inner_optimizer for unrolled differentiation", "None", fix))
     resolve_optimizer(inner_optimizer, problem.constrain(at.hyperparams))
     make = lambda h: resolve_optimizer(inner_optimizer, problem.constrain(h))  # noqa: E731
-    _probe.check_differentiable(make, at.params, at.hyperparams, reverse=mode.is_reverse)
+    steps = len(window.numbers)
+    _probe.check_differentiable(make, at.params, at.hyperparams, steps=steps, reverse=mode.is_reverse)
 
 
 def _refuse_unseen(
