@@ -1,0 +1,161 @@
+"""Every optimizer of optax as an inner optimizer, on a ReLU network with dead units: right, or refused in our words.
+
+Every other hidden unit is dead for all data, so that its weights' gradients are exactly zero, and a bias starts at
+zero; then all are dead, and a whole layer's gradient is zero. The program is smooth around the weights: live units
+stay live. So central differences of all K steps, in float64 with relative steps of 1e-5, are right to about 1e-8.
+"""
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from tests.optimizers import BEGIN, BOTH, DOCS, END, REFUSED, ROWS, hyperparameters, table
+
+STEPS = 6  # radam rectifies from the sixth on
+MODES = {"reverse": hg.reverse(), "forward": hg.forward()}
+RTOL = 1e-6
+ids = lambda row: row.name  # noqa: E731
+
+
+def batches(seed, *shape):
+    """Return examples with positive inputs and smooth targets."""
+    x = np.random.default_rng(seed).uniform(0.2, 1.0, (*shape, 4, 3))
+    return jnp.asarray(x), jnp.asarray(np.sin(x @ np.array([1.0, -2.0, 1.5])))
+
+
+def start(*, dead_layer):
+    """Return weights with every other hidden unit dead, or all."""
+    rng = np.random.default_rng(5)
+    signs = np.full(4, -1.0) if dead_layer else np.array([1.0, -1.0, 1.0, -1.0])
+    params = {
+        "in": signs * rng.uniform(0.3, 1.0, (3, 4)),
+        "out": {"bias": np.zeros(3), "kernel": rng.normal(size=(4, 3)), "last": rng.normal(size=3)},
+    }
+    return jax.tree.map(jnp.asarray, params)
+
+
+def predict(params, x):
+    """Return the network's outputs."""
+    features = jnp.tanh(jax.nn.relu(x @ params["in"]) @ params["out"]["kernel"] + 0.5 + params["out"]["bias"])
+    return features @ params["out"]["last"]
+
+
+def outer_loss(params, hyperparams, batch, key):
+    return jnp.mean((predict(params, batch[0]) - batch[1]) ** 2)
+
+
+def inner_loss(params, hyperparams, batch, key):
+    fit = outer_loss(params, hyperparams, batch, key)
+    return fit + hg.penalties.l2(params["out"]["last"], jnp.exp(hyperparams["loss"])) if "loss" in hyperparams else fit
+
+
+def at(row, *, loss=None):
+    """Return the hyperparameters to differentiate at."""
+    own = {name: jnp.asarray(value) for name, value in row.at.items()}
+    return {"loss": jnp.log(jnp.array([0.02, 0.05, 0.1])), **own} if (row.loss if loss is None else loss) else own
+
+
+def hypergrad(make, mode):
+    """Return the function of weights and hyperparameters under test."""
+    fn = hg.hypergrad(hg.unrolled(hg.BilevelProblem(inner_loss, outer_loss), MODES[mode]), inner_optimizer=make)
+    return lambda params, h: fn(params, h, batches(0, STEPS), batches(1), key=None)
+
+
+def reached_loss(make, params, h):
+    """Return the outer loss after K steps, from optax alone."""
+    optimizer = make(h)
+    state = optimizer.init(params)
+
+    def step(now, batch):
+        params, state = now
+        grads = jax.grad(inner_loss)(params, h, batch, None)
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, state), batches(0, STEPS))
+    return outer_loss(params, h, batches(1), None)
+
+
+def differences(make, h):
+    """Return the function of weights that gives central differences."""
+    flat, restore = jax.flatten_util.ravel_pytree(h)
+    steps = jnp.diag(1e-5 * jnp.abs(flat))
+
+    def fn(params):
+        values = jax.vmap(lambda x: reached_loss(make, params, restore(x)))
+        points = jnp.concatenate([flat + steps, flat - steps])
+        up, down = jnp.split(values(points), 2)
+        return restore((up - down) / (2 * jnp.diag(steps)))
+
+    return fn
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.verdict != REFUSED], ids=ids)
+def test_hypergradients_equal_finite_differences(row, x64):
+    h = at(row)
+    want = jax.jit(differences(row.make, h))
+    got = {mode: jax.jit(hypergrad(row.make, mode)) for mode in row.modes}
+    for dead_layer in (False, True):
+        params = start(dead_layer=dead_layer)
+        by_differences = want(params)
+        results = {mode: fn(params, h) for mode, fn in got.items()}
+        finite = all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(results))
+        assert finite or (dead_layer and not row.layers)
+        for mode in results if finite else ():
+            for name, value in by_differences.items():
+                scale = float(jnp.max(jnp.abs(value)))
+                assert scale > 1e-6 or dead_layer, f"{name} has no effect to check"
+                atol = RTOL * max(scale, 1e-4)  # differences are right to some 1e-11 of the loss, which is about 1
+                np.testing.assert_allclose(results[mode][name], value, rtol=0, atol=atol, err_msg=f"{mode} {name}")
+        assert row.layers or not dead_layer or not finite, "right with a dead layer too: say so in the row"
+
+
+SLIPS = {"chain(adaptive_grad_clip, sgd)": "forward mode: the optimizer is not tried on weights of zero"}
+
+
+def refused_rows():
+    """Return the rows of which a refusal is expected, marked where none comes."""
+    rows = [row for row in ROWS if row.without or row.modes != BOTH]
+    marks = lambda row: [pytest.mark.xfail(strict=True, reason=SLIPS[row.name])] if row.name in SLIPS else []  # noqa: E731
+    return [pytest.param(row, id=row.name, marks=marks(row)) for row in rows]
+
+
+@pytest.mark.parametrize("row", refused_rows())
+def test_refusals_say_what_to_do(row, x64):
+    for mode in MODES:
+        if row.without or mode not in row.modes:
+            with pytest.raises((TypeError, ValueError), match=row.message):
+                jax.eval_shape(hypergrad(row.without or row.make, mode), start(dead_layer=False), at(row))
+
+
+def test_a_refusal_needs_no_jit(x64):
+    row = next(row for row in ROWS if row.name == "adam")
+    with pytest.raises(ValueError, match=row.message):
+        hypergrad(row.without, "reverse")(start(dead_layer=False), at(row))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.loss], ids=ids)
+def test_a_loss_hyperparameter_that_only_passes_signs_is_refused(row, x64):
+    """Its hypergradient is zero almost everywhere, by finite differences too."""
+    h = at(row, loss=True)
+    params = start(dead_layer=False)
+    assert not np.any(jax.jit(differences(row.make, h))(params)["loss"])
+    for mode in MODES:
+        with pytest.raises(ValueError, match=r"leaf \['loss'\], which enters neither"):
+            jax.eval_shape(hypergrad(row.make, mode), params, h)
+
+
+def test_the_documentation_shows_the_catalogue():
+    shown = DOCS.read_text().split(BEGIN)[1].split(END)[0]
+    version, found = shown.strip().split("\n\n")
+    assert version.startswith("Tested with optax ")
+    assert found == table().strip()
+
+
+def test_rows_have_distinct_names_and_check_something():
+    assert len({row.name for row in ROWS}) == len(ROWS)
+    assert all(hyperparameters(row) for row in ROWS if row.verdict != REFUSED)
