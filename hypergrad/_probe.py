@@ -4,8 +4,8 @@
 
 A dead unit has gradients that are exactly zero, and one NaN there spreads to the whole hypergradient. Adam-like
 optimizers have ``eps_root`` for it: √(v̂ + ε_root) is smooth. The window's first steps are tried while tracing, on
-weights shrunk to two entries an axis of which half have a zero gradient; what is finite there, with a derivative that
-is not, is refused.
+weights shrunk to two entries an axis of which half have a zero gradient, some of them zero themselves; what is finite
+there, with a derivative that is not, is refused.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from hypergrad._types import Hyperparams, Params, PyTree
 
 MakeOptimizer = Callable[[Hyperparams], optax.GradientTransformationExtraArgs]
 
-_MOST_STEPS = 8  # some do in the sixth step what they do not in the first (radam)
+_MOST_STEPS = 16  # radam begins to rectify at the sixth; gathered gradients are applied every few
 _ANYWHERE = 0.37  # a value that rates, momenta and decays may have; the true ones may be traced
 
 
@@ -34,7 +34,7 @@ def check_differentiable(
       make: ``make(hyperparams) -> optimizer``.
       params: weights, of which structure, shapes and dtypes are used.
       hyperparams: likewise.
-      steps: of the window; the first 8 are tried.
+      steps: of the window; the first 16 are tried.
       reverse: the mode that will differentiate the update.
 
     Raises:
@@ -50,7 +50,7 @@ def check_differentiable(
             if not _can_be_tried(make, anywhere, weights):
                 continue
             dead, alive = (_gradients(weights, min(steps, _MOST_STEPS), dead=dead) for dead in (True, False))
-            verdict = _verdict(make, anywhere, weights, dead, reverse=reverse)
+            verdict = _verdict(make, anywhere, _with_zeros(weights), dead, reverse=reverse)
             at_zero_alone = verdict is False and _verdict(make, anywhere, weights, alive, reverse=reverse) is True
         if isinstance(verdict, Exception):
             fix = "Choose another optimizer, or differentiate forward: mode=hg.forward()."
@@ -119,6 +119,12 @@ def _tried(make: MakeOptimizer, hyperparams: Hyperparams, params: Params, grads:
     start = params, _tree.strip_weak_types(optimizer.init(params))
     (reached, _), _ = lax.scan(step, start, grads)
     return _tree.total([jnp.sum(leaf) for leaf in jax.tree.leaves(reached)])
+
+
+def _with_zeros(weights: Params) -> Params:
+    """Return weights with every second leaf zero, as biases begin."""
+    leaves, structure = jax.tree.flatten(weights)
+    return jax.tree.unflatten(structure, [jnp.zeros_like(x) if i % 2 else x for i, x in enumerate(leaves)])
 
 
 def _gradients(weights: Params, steps: int, *, dead: bool) -> PyTree:

@@ -152,11 +152,14 @@ def test_one_step_is_the_second_order_gradient_of_darts():
     flat, unravel = jax.flatten_util.ravel_pytree(start)
     flat_alpha, unravel_alpha = jax.flatten_util.ravel_pytree(alpha)
     slope = jax.grad(lambda w, a: base.problem.inner_loss(unravel(w), unravel_alpha(a), base.inner_batch, None))
-    reached = flat - xi * slope(flat, flat_alpha)
     outer = lambda w, a: base.problem.outer_loss(unravel(w), unravel_alpha(a), base.outer_batch, None)  # noqa: E731
-    at_reached, direct = jax.grad(outer, argnums=(0, 1))(reached, flat_alpha)
-    want = direct - xi * jax.jacobian(slope, argnums=1)(flat, flat_alpha).T @ at_reached
-    assert relative_error(grad, unravel_alpha(want)) < 1e-12
+
+    @jax.jit
+    def second_order(w, a):
+        at_reached, direct = jax.grad(outer, argnums=(0, 1))(w - xi * slope(w, a), a)
+        return direct - xi * jax.jacobian(slope, argnums=1)(w, a).T @ at_reached
+
+    assert relative_error(grad, unravel_alpha(second_order(flat, flat_alpha))) < 1e-12
 
 
 @pytest.mark.usefixtures("x64")
@@ -164,15 +167,16 @@ def test_truncation_differentiates_the_last_steps_from_where_they_begin():
     optimizer = adam
     problem, (start, hyper, batches, outer_batch) = case("logistic")
     tx, head = optimizer(hyper), 4
-    params, state = start, tx.init(start)
+    params, state, gradient = start, tx.init(start), jax.jit(jax.grad(problem.inner_loss))
     for i in range(head):
-        grads = jax.grad(problem.inner_loss)(params, hyper, jax.tree.map(lambda x, i=i: x[i], batches), None)
+        grads = gradient(params, hyper, jax.tree.map(lambda x, i=i: x[i], batches), None)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
     rest = jax.tree.map(lambda x: x[head:], batches)
     oracle = autodiff_steps(problem)
     variables = hg.BilevelParams(params, hyper)
-    want = oracle.estimate(variables, state, (), rest, outer_batch, key=None, inner_optimizer=optimizer)
+    estimate = jax.jit(functools.partial(oracle.estimate, key=None, inner_optimizer=optimizer))
+    want = estimate(variables, state, (), rest, outer_batch)
     args = (start, hyper, batches, outer_batch)
     for mode in (hg.reverse(truncate=STEPS - head), hg.reverse(2, truncate=STEPS - head, mixed=False)):
         (value, grad), _ = run(hg.unrolled(problem, mode), optimizer, args)
@@ -193,10 +197,14 @@ def test_the_estimate_carries_what_the_window_reached():
     estimator = hg.unrolled(noisy.problem, hg.reverse(2))
     estimate = jax.jit(functools.partial(estimator.estimate, inner_optimizer=tx))
     result = estimate(noisy.variables, tx.init(params), (), batches, noisy.outer_batch, key=key)
-    state, inner_key = tx.init(params), jax.random.split(key, 3)[0]
+    state, inner_key, gradient = (
+        tx.init(params),
+        jax.random.split(key, 3)[0],
+        jax.jit(jax.grad(noisy.problem.inner_loss)),
+    )
     for i in range(4):
         batch = jax.tree.map(lambda x, i=i: x[i], batches)
-        grads = jax.grad(noisy.problem.inner_loss)(params, hyper, batch, jax.random.fold_in(inner_key, i))
+        grads = gradient(params, hyper, batch, jax.random.fold_in(inner_key, i))
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
     assert relative_error(result.params, params) < 1e-5
@@ -384,16 +392,16 @@ def test_an_index_may_stand_for_a_part_of_a_batch():
     problem = hg.BilevelProblem(
         lambda w, h, b, k: b["weight"] * base.problem.inner_loss(w, h, b["data"], k), base.problem.outer_loss
     )
-    fn = hg.hypergrad(hg.unrolled(problem), inner_optimizer=optax.sgd(0.1))
+    fn = jax.jit(functools.partial(hg.hypergrad(hg.unrolled(problem), inner_optimizer=optax.sgd(0.1)), key=None))
     weight = jnp.array([1.0, 2.0, 3.0])
     data = jax.tree.map(lambda x: x[indices], base.inner_batch)
     grads = [
-        fn(*base.variables, {"weight": weight, "data": part}, base.outer_batch, key=None)
+        fn(*base.variables, {"weight": weight, "data": part}, base.outer_batch)
         for part in (data, hg.IndexedBatch(base.inner_batch, indices))
     ]
     assert relative_error(*grads) < 1e-6
     with pytest.raises(ValueError, match=r"inner_batch leaf \['weight'\] with a common leading window axis \(3"):
-        fn(*base.variables, {"weight": weight[:2], "data": hg.IndexedBatch(base.inner_batch, indices)}, (), key=None)
+        fn(*base.variables, {"weight": weight[:2], "data": hg.IndexedBatch(base.inner_batch, indices)}, ())
 
 
 def scratch(mode, length, *, indexed=False, learned=False):
