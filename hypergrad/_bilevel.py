@@ -293,7 +293,8 @@ def _differentiated_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, 
 def _window(setup: _Setup, call: _Call, optimizer: Any) -> tuple[Rollout, Params]:
     start = Rollout(call.variables.params, call.state.inner, call.model_state)
     gradient, key = inner_gradient(setup.estimator.problem, call.variables.hyperparams), split_keys(call.key).inner
-    reached = rollout(gradient, optimizer, start, make_window(_batches.of_length(call.batches, setup.window), key))
+    window = make_window(_batches.of_length(call.batches, setup.window), key)
+    reached = rollout(gradient, optimizer, start, window, unroll=setup.estimator.unroll)
     return reached, jax.tree.map(jnp.subtract, reached.params, start.params)
 
 

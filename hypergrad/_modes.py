@@ -139,7 +139,11 @@ def _forward_value_and_grad(respond: Respond, judge: Judge, hyperparams: Hyperpa
         _, tangents, reached = jax.jvp(floating, (hyperparams,), (tangent,), has_aux=True)
         return tangents, reached
 
-    tangents, reached = jax.vmap(along, out_axes=(0, None))(basis)
+    if count == 1:  # a batch of one costs more than one: 1.2 to 1.35 times on a scanned transformer
+        one, reached = along([row[0] for row in basis])
+        tangents = [x[None] for x in one]
+    else:
+        tangents, reached = jax.vmap(along, out_axes=(0, None))(basis)
     floats, restore = _tree.split_floating(reached)
     judged = jax.value_and_grad(lambda h, floats: judge(h, restore(floats)), argnums=(0, 1), has_aux=True)
     (value, aux), (direct, slopes) = judged(hyperparams, floats)

@@ -302,9 +302,9 @@ def test_value_and_hypergrad_hands_back_aux():
 # Estimators that differentiate the inner steps
 
 
-@pytest.mark.parametrize("window", [1, 3])
-def test_a_rollout_estimator_takes_the_inner_steps_itself(window):
-    tx = make(estimator=hg.unrolled(case().problem), inner_optimizer=optax.sgd(0.1), window=window, every=2)
+@pytest.mark.parametrize(("window", "mode"), [(1, hg.reverse()), (3, hg.reverse(unroll=True)), (3, hg.forward())])
+def test_a_rollout_estimator_takes_the_inner_steps_itself(window, mode):
+    tx = make(estimator=hg.unrolled(case().problem, mode), inner_optimizer=optax.sgd(0.1), window=window, every=2)
     plain = make(inner_optimizer=optax.sgd(0.1), window=window, every=100)
     batch = case().inner_batch if window == 1 else window_of(case().inner_batch, window)
     step, plain_step = runner(tx), runner(plain)

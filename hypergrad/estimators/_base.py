@@ -98,6 +98,7 @@ class HypergradEstimator(NamedTuple):
       solver_info: what ``info.solver`` holds before the first estimate; () for methods without a solve.
       respond: ``respond(params, hyperparams, inner_batch, *, key, inner_optimizer=None, model_state=None) ->
         params``, differentiable, for ``hg.best_response``; None for methods that have no derivative of their own.
+      unroll: of the scan over the inner steps that ``bilevel`` takes in this method's stead where none is due.
     """
 
     problem: BilevelProblem
@@ -106,6 +107,7 @@ class HypergradEstimator(NamedTuple):
     needs_rollout: bool
     solver_info: Any = ()
     respond: Callable[..., Params] | None = None
+    unroll: int | bool = 1
 
 
 def blank_info(solver: Any = ()) -> HypergradInfo:

@@ -129,7 +129,9 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Hypergr
         # Plain autodiff: the mixed rule has no forward mode, which products of an outer solver take.
         return _passage(problem, mode._replace(mixed=False), inner_optimizer, start, window, hyperparams).params
 
-    return HypergradEstimator(problem, lambda _variables: (), estimate, needs_rollout=True, respond=respond)
+    return HypergradEstimator(
+        problem, lambda _variables: (), estimate, needs_rollout=True, respond=respond, unroll=mode.unroll
+    )
 
 
 def _passage(
