@@ -69,13 +69,15 @@ SIGNS = "hyperparameters of the loss are refused: a sign has no derivative"
 NO_EPS = "derivative not finite at a dead unit, and no setting that helps"
 START = "enters the initial state: right with a fresh one, as of `hg.value_and_hypergrad`, and refused with a given one"
 
+SMALL_EPS = "in float32 refused for arrays that it does not factor: set `eps=1e-12`"
+
 ROWS = [
     _row("adabelief", lambda h: optax.adabelief(h["rate"], b1=h["b1"]), more={"b1": 0.9}),
     _row("adadelta", lambda h: optax.adadelta(h["rate"], rho=h["rho"]), more={"rho": 0.9}),
     _row(
         "adafactor",
         lambda h: optax.adafactor(h["rate"], min_dim_size_to_factor=2),
-        reason=f"{ZERO_LAYER}, but for `clipping_threshold=None`",
+        reason=f"{ZERO_LAYER}, but for `clipping_threshold=None`; {SMALL_EPS}",
         layers=False,
     ),
     _row(
@@ -84,6 +86,7 @@ ROWS = [
             h["rate"], min_dim_size_to_factor=2, clipping_threshold=None, momentum=h["momentum"], dtype_momentum=float
         ),
         more={"momentum": 0.9},
+        reason=SMALL_EPS,
     ),
     _row(
         "adagrad",
