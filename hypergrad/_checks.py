@@ -181,6 +181,19 @@ def dependence(fn: Callable[[PyTree], PyTree], argument: PyTree) -> Callable[[Se
     return lambda marked: _follow(jaxpr, marked)
 
 
+def operations(jaxpr: Any) -> set[str]:
+    """Return the names of all primitives in a jaxpr and in the jaxprs inside it."""
+    found = set()
+    for eqn in jaxpr.eqns:
+        found.add(eqn.primitive.name)
+        for parameter in eqn.params.values():
+            for item in parameter if isinstance(parameter, list | tuple) else [parameter]:
+                inner = getattr(item, "jaxpr", item)
+                if hasattr(inner, "eqns"):
+                    found |= operations(inner)
+    return found
+
+
 def _follow(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
     known = {v for v, m in zip(jaxpr.invars, marked, strict=True) if m}
 

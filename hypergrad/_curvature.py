@@ -23,7 +23,7 @@ import jax
 import optax
 from jax.extend import core as jex_core
 
-from hypergrad import _tree
+from hypergrad import _checks, _tree
 from hypergrad._types import Array, Hyperparams, MatVec, ModelState, Params, PyTree
 
 
@@ -118,12 +118,4 @@ def _has_custom_vjp(fn: Callable[[Params], Array], params: Params) -> bool:
 
 def _contains_custom_vjp(jaxpr: Any) -> bool:
     """Return whether a jaxpr calls an operation with a derivative rule for reverse mode only."""
-    for eqn in jaxpr.eqns:
-        if "custom_vjp" in eqn.primitive.name:
-            return True
-        for parameter in eqn.params.values():
-            for item in parameter if isinstance(parameter, list | tuple) else [parameter]:
-                inner = getattr(item, "jaxpr", item)
-                if hasattr(inner, "eqns") and _contains_custom_vjp(inner):
-                    return True
-    return False
+    return any("custom_vjp" in name for name in _checks.operations(jaxpr))

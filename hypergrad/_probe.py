@@ -80,7 +80,8 @@ def _shrunk(leaf: Any, axis: int | None) -> tuple[int, ...]:
 
 def _can_be_tried(make: MakeOptimizer, hyperparams: Hyperparams, weights: Params) -> bool:
     try:
-        jax.eval_shape(lambda w: _tried(make, hyperparams, w, _gradients(w, 1, dead=False)), weights)
+        grads = _gradients(weights, 1, dead=False)
+        jaxpr = jax.make_jaxpr(lambda g: _tried(make, hyperparams, weights, g))(grads).jaxpr
     except TypeError as error:
         if "required keyword" in str(error):
             wanted = "an inner optimizer that updates weights from gradients, state and params alone"
@@ -89,6 +90,10 @@ def _can_be_tried(make: MakeOptimizer, hyperparams: Hyperparams, weights: Params
         return False
     except Exception:  # what is wrong with the optimizer itself shows in the real run
         return False
+    if "stop_gradient" in _checks.operations(jaxpr):
+        wanted = "an inner optimizer whose updates are differentiable as a whole"
+        fix = "Its derivative would not be that of its steps. For optax.lbfgs set scale_init_precond=False."
+        raise ValueError(_checks.message(wanted, "one with a stop_gradient in them", fix))
     return True
 
 

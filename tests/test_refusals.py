@@ -325,6 +325,9 @@ def test_optimizers_that_cannot_be_differentiated():
     )
     with pytest.raises(ValueError, match=r"exactly zero; got NaN.*eps_root=1e-8"):
         unroll(problem, hyper, by_weight)
+    for mode in (hg.reverse(), hg.forward()):
+        with pytest.raises(ValueError, match=r"one with a stop_gradient in them.*scale_init_precond=False"):
+            unroll(problem, hyper, lambda h: optax.lbfgs(h["rate"], linesearch=None), mode)
     with pytest.raises(TypeError, match=r"from gradients, state and params alone; got .*value_fn.*no line search"):
         unroll(problem, hyper, lambda h: optax.lbfgs(h["rate"]))
 

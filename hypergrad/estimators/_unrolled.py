@@ -96,7 +96,9 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Hypergr
         _check_optimizer(problem, mode, inner_optimizer, variables, window)
 
         def respond(hyperparams: Hyperparams) -> Rollout:
-            return _passage(problem, mode, inner_optimizer, start, window, hyperparams)
+            reached = _passage(problem, mode, inner_optimizer, start, window, hyperparams)
+            # The outer loss does not see the optimizer's state: no tangent of it, finite or not, may count.
+            return reached._replace(inner_state=jax.lax.stop_gradient(reached.inner_state))
 
         def judge(hyperparams: Hyperparams, reached: Rollout) -> tuple[Array, Any]:
             at = BilevelParams(reached.params, hyperparams)
