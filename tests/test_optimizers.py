@@ -94,7 +94,15 @@ def differences(make, h):
     return fn
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.verdict != REFUSED], ids=ids)
+COMMON = {"adabelief", "adam", "adamw", "lion", "rmsprop", "sgd with momentum", "chain(clip_by_global_norm, sgd)"}
+
+
+def by_row(rows):
+    """Return parameters for the rows; those of less common optimizers, seconds each, are slow: `pytest -m slow`."""
+    return [pytest.param(r, id=r.name, marks=[] if r.name in COMMON else [pytest.mark.slow]) for r in rows]
+
+
+@pytest.mark.parametrize("row", by_row(row for row in ROWS if row.verdict != REFUSED))
 def test_hypergradients_equal_finite_differences(row, x64):
     h = at(row)
     want = jax.jit(differences(row.make, h))
@@ -114,7 +122,7 @@ def test_hypergradients_equal_finite_differences(row, x64):
         assert row.layers or not dead_layer or not finite, "right with a dead layer too: say so in the row"
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.without or row.modes != ("reverse", "forward")], ids=ids)
+@pytest.mark.parametrize("row", by_row(row for row in ROWS if row.without or row.modes != ("reverse", "forward")))
 def test_refusals_say_what_to_do(row, x64):
     for mode in MODES:
         if row.without or mode not in row.modes:
