@@ -134,10 +134,14 @@ def refuse_optimizer_function(inner_optimizer: Any) -> None:
         raise TypeError(_checks.message(wanted, "a function of the hyperparameters", fix))
 
 
-def refuse_zeros(name: str, hyperparams: Hyperparams, *zero_leaves: list[int]) -> None:
-    """Refuse hyperparameter leaves that are in every given list of leaves with a zero derivative."""
-    filled = {i for i, leaf in enumerate(jax.tree.leaves(hyperparams)) if jnp.size(leaf)}
-    zero = filled.intersection(*map(set, zero_leaves))
+def refuse_zeros(
+    name: str, hyperparams: Hyperparams, unseen: list[int], direct: Callable[[Hyperparams], Array]
+) -> None:
+    """Refuse the ``unseen`` hyperparameter leaves, of zero indirect derivative, that ``direct`` does not depend on."""
+    zero = {i for i in unseen if jnp.size(jax.tree.leaves(hyperparams)[i])}
+    if zero:
+        value = jax.eval_shape(direct, hyperparams)
+        zero &= set(_checks.independent_leaves(lambda ct: jax.vjp(direct, hyperparams)[1](ct)[0], value))
     if not zero:
         return
     names = ", ".join(_tree.leaf_names(hyperparams)[i] for i in sorted(zero))

@@ -169,8 +169,4 @@ def _refuse_unseen(inner: Any, outer: Any, variables: BilevelParams) -> None:
     """Refuse leaves with a zero mixed derivative and a zero direct one, both by construction."""
     params, hyperparams = variables
     unmixed = _checks.independent_leaves(_curvature.mixed_vjp(inner, params, hyperparams), _tree.promote(params))
-    if not unmixed:
-        return
-    value, pull_back = jax.vjp(lambda h: outer(params, h)[0], hyperparams)
-    indirect_only = _checks.independent_leaves(lambda ct: pull_back(ct)[0], jnp.ones_like(value))
-    refuse_zeros("implicit", hyperparams, unmixed, indirect_only)
+    refuse_zeros("implicit", hyperparams, unmixed, lambda h: outer(params, h)[0])
