@@ -1,6 +1,6 @@
 """hypergrad: gradient-based hyperparameter optimization for JAX, behind one optax interface."""
 
-from hypergrad import bijectors, optimizers, penalties, solvers
+from hypergrad import bijectors, optimizers, penalties, responses, solvers
 from hypergrad._bilevel import BilevelState, bilevel
 from hypergrad._functional import best_response, hypergrad, value_and_hypergrad
 from hypergrad._modes import UnrollMode, forward, reverse
@@ -12,6 +12,7 @@ from hypergrad.estimators import (
     EvaluationInfo,
     HypergradEstimator,
     HypergradInfo,
+    direct,
     implicit,
     unrolled,
 )
@@ -39,9 +40,11 @@ __all__ = [
     "LinearSolver",
     "SolveInfo",
     "UnrollMode",
+    "direct",
     "forward",
     "implicit",
     "optimizers",
+    "responses",
     "reverse",
     "solvers",
     "unrolled",

@@ -119,6 +119,15 @@ def by_prefix(name: str, what: str, params: PyTree, coefficients: PyTree) -> lis
     return found
 
 
+def batch_size(batch: PyTree) -> int:
+    """Return the leading axis that all arrays of a batch share."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or () in sizes:
+        fix = "Give all arrays of the batch a common leading axis, or use one perturbation a batch (per_example=False)."
+        raise ValueError(message("a batch whose arrays share their leading axis of examples", f"{sorted(sizes)}", fix))
+    return int(sizes.pop()[0])
+
+
 def scalar_loss(name: str, value: Any, fix: str) -> Array:
     """Return the loss value if it is one real floating-point number."""
     if not isinstance(value, int | float | jax.Array | np.ndarray | np.generic):
@@ -151,6 +160,14 @@ def as_key(key: Key) -> Array | None:
         if jnp.issubdtype(key.dtype, jnp.integer) and key.ndim == 0:
             return jax.random.key(key)
     raise TypeError(message("key to be an int or a jax.random.key", describe(key), "Pass jax.random.key(seed)."))
+
+
+def required_key(key: Key) -> Array:
+    """Return a typed key as ``as_key`` does; None is refused."""
+    found = as_key(key)
+    if found is None:
+        raise TypeError(message("key to be an int or a jax.random.key", "None", "Pass jax.random.key(seed)."))
+    return found
 
 
 def transformation(name: str, value: Any) -> optax.GradientTransformationExtraArgs:

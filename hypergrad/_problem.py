@@ -37,6 +37,28 @@ def _unchanged(hyperparams: Hyperparams) -> Hyperparams:
     return hyperparams
 
 
+class ResponseView(NamedTuple):
+    """What a problem whose inner variable is a learned response knows of it, for transforms and estimators.
+
+    Attributes:
+      init: ``init(key, params, hyperparams, batch, model_state) -> response_params``.
+      weights: ``weights(response_params, hyperparams) -> params``, w(λ), differentiable; None where there are none.
+      around: ``around(center) -> (inner_loss, outer_loss)``, the losses with the response centred at given
+        hyperparameters; they take those leaves that are marked in ``per_example`` with a leading batch axis. None once
+        the problem is perturbed.
+      plain: the problem over plain weights below it, which takes ``center(hyperparams)``.
+      center: from the hyperparameters of this problem to those of ``plain``: all but learned scales.
+      per_example: tree prefix of bools over the hyperparameters: which take one value an example.
+    """
+
+    init: Callable[..., PyTree]
+    weights: Callable[[PyTree, Hyperparams], Params] | None
+    around: Callable[[Hyperparams], tuple[Loss, Loss]] | None
+    plain: "BilevelProblem"
+    center: Callable[[Hyperparams], Hyperparams] = _unchanged
+    per_example: PyTree = False
+
+
 @dataclasses.dataclass(frozen=True)
 class BilevelProblem:
     """An inner loss that trains the weights and an outer loss that judges the hyperparameters.
@@ -52,6 +74,7 @@ class BilevelProblem:
       has_aux: both losses return ``(scalar, aux)``.
       stateful: both losses return ``(scalar, model_state)``, or ``(scalar, (model_state, aux))`` with aux.
       constrain: maps unconstrained hyperparameters to those that the original losses see.
+      response: set by ``hg.responses``, whose transforms make the inner variable a learned response; None otherwise.
 
     Raises:
       TypeError: a loss is not callable, or a flag is not a bool.
@@ -66,6 +89,7 @@ class BilevelProblem:
     has_aux: bool = False
     stateful: bool = False
     constrain: Callable[[Hyperparams], Hyperparams] = dataclasses.field(default=_unchanged, kw_only=True)
+    response: ResponseView | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("inner_loss", "outer_loss", "constrain"):
@@ -105,6 +129,7 @@ def reparameterize(problem: BilevelProblem, bijectors: PyTree) -> BilevelProblem
 
     Raises:
       TypeError: ``problem`` is not a ``BilevelProblem``, or ``bijectors`` holds something else than bijectors.
+      ValueError: ``problem`` is already one over a learned response.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> loss = lambda w, decay, batch, key: (decay * w ** 2).sum()
@@ -114,6 +139,7 @@ def reparameterize(problem: BilevelProblem, bijectors: PyTree) -> BilevelProblem
     """
     check_problem(problem)
     check_bijectors("reparameterize", bijectors)
+    refuse_response("reparameterize", problem)
 
     def over_unconstrained(loss: Loss) -> Loss:
         @functools.wraps(loss)
@@ -169,6 +195,14 @@ def check_problem(problem: Any) -> None:
     if not isinstance(problem, BilevelProblem):
         got, fix = _checks.describe(problem), "Build it with hg.BilevelProblem(inner_loss, outer_loss)."
         raise TypeError(_checks.message("a BilevelProblem", got, fix))
+
+
+def refuse_response(name: str, problem: BilevelProblem) -> None:
+    """Refuse a problem over a learned response, in transforms that must come before it."""
+    if problem.response is not None:
+        wanted = f"{name} to be applied to a problem over plain weights"
+        fix = "The order is hg.reparameterize, then with_response or self_tuning, then perturbed, each at most once."
+        raise ValueError(_checks.message(wanted, "one that already has a response or is perturbed", fix))
 
 
 def check_variables(variables: Any) -> BilevelParams:

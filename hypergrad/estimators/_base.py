@@ -163,4 +163,9 @@ _WAYS = {
         "that takes signs (optax.lion, sign_sgd) passes no derivative of the loss: only its rate and decay have one. "
         "What enters the optimizer's initial state alone (optax.inject_hyperparams) does not act on a given state.",
     ),
+    "direct": (
+        "the inner loss, by which a response would learn it",
+        "Learn a response to it first (hg.responses.with_response, self_tuning). A learning rate, momentum or "
+        "decoupled decay acts through the optimizer, which no response sees: use hg.unrolled for it.",
+    ),
 }

@@ -1,0 +1,223 @@
+"""What one run of a model with self-tuning layers knows, apart from the library that the model is written in.
+
+    y = W₀ x + b₀ + g ⊙ (W₁ x) + c ⊙ b₁,        g = V d,  c = C d
+
+for every layer that is linear in its weights; d is the displacement of the hyperparameters, a row an example, so
+that g and c hold one gate an example and output unit. A layer runs twice, with W₀ and with W₁; no example has weights
+of its own.
+
+Reference: MacKay et al., Self-tuning networks, arXiv 1903.03088.
+"""
+
+import contextlib
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hypergrad import _checks
+from hypergrad._types import Array, Params
+
+
+class LayerResponse(NamedTuple):
+    """What the response of one layer learns.
+
+    Attributes:
+      weight: W₁, of the kernel's or embedding's shape.
+      bias: b₁, of the bias's shape (the features); () for a layer without.
+      gate: V, (n, *features).
+      bias_gate: C, (n, *features); () for a layer without bias.
+    """
+
+    weight: Array
+    bias: Any
+    gate: Array
+    bias_gate: Any
+
+
+class Found(NamedTuple):
+    """A layer that a run came by.
+
+    Attributes:
+      weight: shape and dtype of its kernel or embedding.
+      bias: of its bias, or None.
+      features: shape of its outputs' trailing axes, one gate each.
+      fan_in: inputs that one output sums over; for an embedding the number of its features.
+    """
+
+    weight: jax.ShapeDtypeStruct
+    bias: jax.ShapeDtypeStruct | None
+    features: tuple[int, ...]
+    fan_in: int
+
+
+@dataclasses.dataclass
+class Run:
+    """One trace of a loss: which gates to apply, and what was seen.
+
+    Attributes:
+      params: the weights that the loss was given; layers are found in it by their path.
+      layers: response of each layer by path; None only looks for layers and fills ``found``.
+      displacement: (B, n), a row an example; None where nothing differs between examples.
+      linear: a scalar t ≈ 0 that multiplies all gates, whose inputs then are held fixed: for a derivative at t = 0.
+      replay: outputs to return from the outermost calls, in order, in place of their own; None for their own.
+      found: layers met, by path.
+      outputs: what the outermost calls returned.
+      depth: of the call under way.
+      prefix: where in ``params`` the outermost module's own weights begin; None: they are not in it.
+    """
+
+    params: Params
+    layers: dict[str, LayerResponse] | None
+    displacement: Array | None = None
+    linear: Array | None = None
+    replay: list[Any] | None = None
+    found: dict[str, Found] = dataclasses.field(default_factory=dict)
+    outputs: list[Any] = dataclasses.field(default_factory=list)
+    depth: int = 0
+    prefix: str | None = ""
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Count a call of a module."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+    def returned(self, output: Any) -> Any:
+        """Note what an outermost call returned, and return what stands in its place."""
+        self.outputs.append(output)
+        if self.replay is None:
+            return output
+        place = len(self.outputs) - 1
+        if place >= len(self.replay):
+            fix = "Call the same modules in the same order whenever the loss runs."
+            raise ValueError(_checks.message(f"{len(self.replay)} calls of a model", f"call {place + 1}", fix))
+        return self.replay[place]
+
+    def response_of(self, path: str, found: Found) -> LayerResponse | None:
+        """Return a layer's response, or None where there is none to add; notes that the layer was met."""
+        self.found[path] = found
+        if self.layers is None or self.displacement is None:
+            return None
+        return self.layers.get(path)
+
+    def add(
+        self, path: str, output: Array, inputs: Array, response: LayerResponse, again: Callable[..., Array]
+    ) -> Array:
+        """Return the layer's output with its response: ``again(weight, inputs)`` is the layer without bias.
+
+        Where the derivative at t = 0 alone is wanted, W₁ sees inputs that are held fixed: what their own displacement
+        would add is of second order in t.
+        """
+        gate = self.gate(path, response.gate, output)
+        total = output + self._scaled(gate * again(response.weight, self._held(inputs)))
+        if isinstance(response.bias, tuple):
+            return total
+        return total + self._scaled(self.gate(path, response.bias_gate, output) * response.bias.astype(output.dtype))
+
+    def add_transposed(
+        self, path: str, output: Array, inputs: Array, response: LayerResponse, again: Callable[..., Array]
+    ) -> Array:
+        """Return what ``add`` does, of an embedding that is multiplied by: the gates are on its inputs."""
+        inputs = self._held(inputs)
+        return output + self._scaled(again(response.weight, self.gate(path, response.gate, inputs) * inputs))
+
+    def _held(self, inputs: Array) -> Array:
+        return inputs if self.linear is None else lax.stop_gradient(inputs)
+
+    def _scaled(self, term: Array) -> Array:
+        return term if self.linear is None else self.linear.astype(term.dtype) * term
+
+    def gate(self, path: str, gate: Array, output: Array) -> Array:
+        """Return V d of shape (B, 1, …, 1, *features), for an output (B, …, *features)."""
+        assert self.displacement is not None
+        rows, features = self.displacement.shape[0], gate.shape[1:]
+        between = output.ndim - len(features) - 1
+        if between < 0 or output.shape[0] not in (1, rows):
+            fix = (
+                "Give the layer inputs with the batch's examples along their leading axis (or 1), leave it out "
+                "(self_tuning(layers=...)), or use one perturbation a batch (per_example=False)."
+            )
+            wanted = f"layer {path} to have outputs with one row for each of {rows} examples"
+            raise ValueError(_checks.message(wanted, f"shape {output.shape}", fix))
+        value = jnp.tensordot(self.displacement.astype(gate.dtype), gate, 1)
+        return value.reshape(rows, *(1,) * between, *features).astype(output.dtype)
+
+
+def found_in(weight: Array, bias: Array | None, *, embedding: bool) -> Found:
+    """Describe a layer. Its features are the shape of its bias or, without one, the last axis of its weight."""
+    of = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.asarray(x).dtype)  # noqa: E731
+    features = tuple(jnp.shape(weight)[-1:] if bias is None else jnp.shape(bias))
+    inputs = jnp.shape(weight)[: jnp.ndim(weight) - len(features)]
+    fan_in = math.prod(features if embedding else inputs)
+    return Found(of(weight), None if bias is None else of(bias), features, fan_in)
+
+
+_RUNS = threading.local()
+
+
+@contextlib.contextmanager
+def active(run: Run | None) -> Iterator[None]:
+    """Make ``run`` the one that layers look at; None: layers run as they are."""
+    stack = _RUNS.__dict__.setdefault("stack", [])
+    stack.append(run)
+    try:
+        yield
+    finally:
+        stack.pop()
+
+
+def current() -> Run | None:
+    """Return the run under way, if any."""
+    stack = _RUNS.__dict__.get("stack")
+    return stack[-1] if stack else None
+
+
+def displaced_weights(params: Params, layers: dict[str, LayerResponse], displacement: Array) -> Params:
+    """Return W₀ + g ⊙ W₁ and b₀ + c ⊙ b₁ for a displacement (n,) that all examples share."""
+    weights = weights_by_path(params)
+    moved = {}
+    for path, response in layers.items():
+        weight, bias = weights[path]
+        moved[weight] = (response.weight, response.gate)
+        if bias is not None and not isinstance(response.bias, tuple):
+            moved[bias] = (response.bias, response.bias_gate)
+    leaves, structure = jax.tree.flatten(params)
+    for place, (direction, gate) in moved.items():
+        step = jnp.tensordot(displacement.astype(gate.dtype), gate, 1) * direction
+        leaves[place] = leaves[place] + step.astype(leaves[place].dtype)
+    return jax.tree.unflatten(structure, leaves)
+
+
+_NAMES = ("kernel", "embedding", "bias")
+
+
+def weights_by_path(params: Params) -> dict[str, tuple[int, int | None]]:
+    """Return, for each layer by path, the places of its weight and bias among the leaves of ``params``."""
+    found: dict[str, dict[str, int]] = {}
+    for place, (keys, _) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0]):
+        words = [_word(key) for key in keys]
+        if len(words) > 1 and words[-2] in _NAMES:  # an NNX variable: its value is a level below
+            words.pop()
+        found.setdefault("/".join(words[:-1]), {})[words[-1] if words else ""] = place
+    result = {}
+    for path, names in found.items():
+        weight = names.get("kernel", names.get("embedding"))
+        if weight is not None:
+            result[path] = (weight, names.get("bias"))
+    return result
+
+
+def _word(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

@@ -1,0 +1,152 @@
+"""Self-tuning layers in an unmodified Flax Linen model, by intercepting its methods.
+
+Every ``Dense``, ``DenseGeneral``, ``Conv`` and ``Embed`` (so attention, and recurrent cells made of them) runs a second
+time as an unbound clone with the response's weights; ``OptimizedLSTMCell``, which multiplies by its weights itself, is
+computed here. Layers are found by their path in the weights that the loss was given.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from hypergrad import _checks
+from hypergrad._layers._base import LayerResponse, Run, active, current, found_in
+from hypergrad._types import Array, PyTree
+
+_KINDS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.Embed)
+
+
+@contextlib.contextmanager
+def intercepted(run: Run) -> Iterator[None]:
+    """Run Linen modules called inside with the gates of ``run``."""
+    with active(run), nn.intercept_methods(functools.partial(_intercept, run)):
+        yield
+
+
+def _intercept(run: Run, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    module = context.module
+    if current() is not run or context.method_name == "setup" or module.scope is None or module.is_initializing():
+        return next_fun(*args, **kwargs)
+    outermost = run.depth == 0
+    if outermost:
+        run.prefix = _locate(run, module)
+    with run.inside():
+        output = next_fun(*args, **kwargs) if run.prefix is None else _layer(run, next_fun, args, kwargs, context)
+    return run.returned(output) if outermost and run.prefix is not None else output
+
+
+def _layer(run: Run, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    module, method = context.module, context.method_name
+    path = "/".join(word for word in (run.prefix, *module.path) if word)
+    if isinstance(module, nn.OptimizedLSTMCell) and method == "__call__":
+        return _lstm(run, path, module, next_fun, *args, **kwargs)
+    if not any(type(module).__call__ is kind.__call__ for kind in _KINDS):
+        return next_fun(*args, **kwargs)
+    weights = module.variables.get("params", {})
+    name = "embedding" if isinstance(module, nn.Embed) else "kernel"
+    if method not in ("__call__", "attend") or name not in weights:
+        return next_fun(*args, **kwargs)
+    inputs, *rest = args or [kwargs.pop(key) for key in ("inputs", "query") if key in kwargs]
+    found = found_in(weights[name], weights.get("bias"), embedding=isinstance(module, nn.Embed))
+    response = run.response_of(path, found)
+    output = next_fun(inputs, *rest, **kwargs)
+    if response is None:
+        return output
+    changes = {} if isinstance(module, nn.Embed) else {"use_bias": False}
+    clone = module.clone(parent=None, name=None, **changes)
+
+    def again(weight: Array, inputs: Array) -> Array:
+        with active(None):
+            return clone.apply({"params": {name: weight}}, inputs, *rest, method=method, **kwargs)
+
+    add = run.add_transposed if method == "attend" else run.add
+    return add(path, output, inputs, response, again)
+
+
+def _lstm(run: Run, path: str, module: Any, next_fun: Any, carry: Any, inputs: Array) -> Any:
+    """Compute an ``OptimizedLSTMCell`` whose eight matrices have gates, with one product for each four."""
+    weights = module.variables["params"]
+    responses = {}
+    for name in ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho"):
+        found = found_in(weights[name]["kernel"], weights[name].get("bias"), embedding=False)
+        responses[name] = run.response_of(f"{path}/{name}", found)
+    if all(response is None for response in responses.values()):
+        return next_fun(carry, inputs)
+    cell, hidden = carry
+
+    def product(kind: str, inputs: Array) -> Array:
+        names = [kind + gate for gate in "ifgo"]
+        layers = [weights[name] for name in names]
+        kernel = jnp.concatenate([layer["kernel"] for layer in layers], -1)
+        bias = jnp.concatenate([layer["bias"] for layer in layers], -1) if kind == "h" else None
+        x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=module.dtype)
+        output = x @ kernel if bias is None else x @ kernel + bias
+        found = [responses[name] for name in names]
+        joined = _joined([r for r in found if r is not None])
+        if joined is None:
+            return output
+        if len([r for r in found if r is not None]) < len(names):
+            fix = "Select all of a cell's matrices, or none."
+            raise ValueError(_checks.message(f"layers to hold all or none of {path}", "a part", fix))
+        again = lambda weight, x: x @ weight.astype(x.dtype)  # noqa: E731
+        return run.add(f"{path}/{kind}", output, x, joined, again)
+
+    split = jnp.split(product("i", inputs) + product("h", hidden), 4, axis=-1)
+    i, f, o = (module.gate_fn(split[k]) for k in (0, 1, 3))
+    cell = f * cell + i * module.activation_fn(split[2])
+    hidden = o * module.activation_fn(cell)
+    return (cell, hidden), hidden
+
+
+def _joined(responses: list[LayerResponse]) -> LayerResponse | None:
+    if not responses:
+        return None
+    join = lambda *parts: () if isinstance(parts[0], tuple) else jnp.concatenate(parts, -1)  # noqa: E731
+    return LayerResponse(*(join(*parts) for parts in zip(*responses, strict=True)))
+
+
+def _locate(run: Run, module: nn.Module) -> str | None:
+    """Return where the weights of an outermost module's root stand in ``run.params``; None: nowhere.
+
+    The place is where the very arrays are; for weights that the loss has changed on the way, where a tree of the same
+    structure and shapes is, if there is one only.
+    """
+    own = module.variables.get("params", {})
+    if not jax.tree.leaves(own):
+        return None
+    form = (jax.tree.structure(_plain(own)), [jnp.shape(x) for x in jax.tree.leaves(own)])
+    alike, ids = [], {id(x) for x in jax.tree.leaves(own)}
+    for path, node in _nodes(run.params):
+        if (jax.tree.structure(node), [jnp.shape(x) for x in jax.tree.leaves(node)]) != form:
+            continue
+        if path[len(path) - len(module.path) :] != module.path:
+            continue
+        root = "/".join(path[: len(path) - len(module.path)])
+        if ids & {id(x) for x in jax.tree.leaves(node)}:
+            return root
+        alike.append(root)
+    if len(alike) > 1:
+        fix = "Hand each model its part of params unchanged, or give the models parts of different structure."
+        got = f"equal ones at {', '.join(repr(root) for root in alike)}"
+        raise ValueError(_checks.message("one place in params for the weights of a model", got, fix))
+    return alike[0] if alike else None
+
+
+def _nodes(tree: PyTree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(tree, Mapping):
+        yield path, _plain(tree)
+        for key, node in tree.items():
+            yield from _nodes(node, (*path, str(key)))
+    elif isinstance(tree, tuple | list):
+        for i, node in enumerate(tree):
+            yield from _nodes(node, (*path, str(i)))
+
+
+def _plain(tree: PyTree) -> PyTree:
+    return {key: _plain(node) for key, node in tree.items()} if isinstance(tree, Mapping) else tree

@@ -1,0 +1,162 @@
+"""The hypergradient by autodiff of a learned best response: hyper-training, self-tuning networks.
+
+    φ ← SGD on E_ε L_in(w_φ(λ + σε), λ + σε),        dL_out/dλ = ∂L_out/∂λ + (∂w_φ/∂λ)ᵀ ∂L_out/∂w
+
+The inner variable is what a response learns (``hg.responses``), so that one ordinary gradient of the outer loss is the
+hypergradient: no linear solve, no unroll, memory that does not grow with steps. It also reaches hyperparameters through
+which nothing differentiates (dropout rates, cutout sizes): the response learns their effect from perturbations.
+
+Reference: Lorraine & Duvenaud, arXiv 1802.09419; MacKay et al., Self-tuning networks, arXiv 1903.03088.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hypergrad import _batches, _checks
+from hypergrad._problem import (
+    BilevelParams,
+    BilevelProblem,
+    check_model_state,
+    check_problem,
+    check_variables,
+    evaluate_inner,
+    evaluate_outer,
+    inner_gradient,
+)
+from hypergrad._rollout import Rollout, make_window, resolve_optimizer, rollout, split_keys
+from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
+from hypergrad.estimators._base import (
+    Estimate,
+    HypergradEstimator,
+    describe_estimate,
+    refuse_optimizer_function,
+    refuse_zeros,
+)
+
+
+def direct(problem: BilevelProblem) -> HypergradEstimator:
+    """Differentiate the outer loss through a learned response.
+
+    dL_out/dλ = ∂L_out/∂λ + (∂w_φ/∂λ)ᵀ ∂L_out/∂w: one gradient of ``problem.outer_loss`` in λ at fixed φ.
+
+    Args:
+      problem: its weights are a function of the hyperparameters: made by ``hg.responses.with_response`` or
+        ``self_tuning``, and trained under ``perturbed``; or losses that hold such a function themselves.
+
+    Returns:
+      A ``HypergradEstimator``. ``hg.best_response`` of it applies the response.
+
+    Raises:
+      TypeError: wrong ``problem``; at ``estimate``, an inner optimizer that is a function of the hyperparameters.
+      ValueError: at ``estimate``, a hyperparameter leaf that enters neither the inner loss, by which a response would
+        learn it, nor the outer loss: a learning rate, for instance.
+
+    Right as far as the response has learned dw*/dλ: its Jacobian is that of a response trained on perturbations of
+    some scale, so let it train before λ moves (``every``), and move λ slower than it learns.
+
+    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> problem = hg.BilevelProblem(lambda w, h, b, k: ((w - h) ** 2).sum(), lambda w, h, b, k: (w ** 2).sum())
+    >>> problem = hg.responses.with_response(problem, hg.responses.linear())
+    >>> learned = hg.responses.LinearParams(jnp.ones(1), jnp.ones((1, 1)), ())                # w(λ) = 1 + (λ − c)
+    >>> float(hg.hypergrad(direct(problem))(learned, jnp.ones(1), (), (), key=None)[0])
+    2.0
+
+    Reference: MacKay et al., arXiv 1903.03088; Lorraine & Duvenaud, arXiv 1802.09419.
+    """
+    check_problem(problem)
+
+    def init(variables: BilevelParams) -> PyTree:
+        check_variables(variables)
+        return ()
+
+    def estimate(
+        variables: BilevelParams,
+        inner_state: PyTree,
+        estimator_state: PyTree,
+        inner_batch: Batch,
+        outer_batch: Batch,
+        *,
+        key: Key,
+        inner_optimizer: Any = None,
+        model_state: ModelState = None,
+    ) -> Estimate:
+        check_variables(variables)
+        model_state = check_model_state(problem, model_state)
+        keys = split_keys(_checks.as_key(key))
+        if inner_optimizer is not None:
+            refuse_optimizer_function(inner_optimizer)
+            optimizer = resolve_optimizer(inner_optimizer, problem.constrain(variables.hyperparams))
+            start = Rollout(variables.params, inner_state, model_state)
+            window = make_window(inner_batch, keys.inner)
+            gradient = inner_gradient(problem, variables.hyperparams)
+            params, inner_state, model_state = rollout(gradient, optimizer, start, window)
+            variables, inner_batch = BilevelParams(params, variables.hyperparams), _batches.take(inner_batch, -1)
+        params, hyperparams = variables
+
+        def outer(hyperparams: Hyperparams) -> tuple[Array, Any]:
+            at = BilevelParams(params, hyperparams)
+            result = evaluate_outer(problem, at, outer_batch, keys.outer, model_state)
+            return result.value, result.aux
+
+        _refuse_unseen(problem, variables, inner_batch, outer_batch, keys.outer, model_state)
+        (value, aux), hypergrad = jax.value_and_grad(outer, has_aux=True)(hyperparams)
+        info = describe_estimate(value, hypergrad, aux=aux)
+        return Estimate(value, hypergrad, params, inner_state, estimator_state, model_state, info)
+
+    def respond(
+        params: Params,
+        hyperparams: Hyperparams,
+        inner_batch: Batch,
+        *,
+        key: Array | None,
+        inner_optimizer: Any = None,
+        model_state: ModelState = None,
+    ) -> Params:
+        if problem.response is None or problem.response.weights is None:
+            fix = "Apply hg.responses.with_response or hg.responses.self_tuning to the problem."
+            raise ValueError(_checks.message("a problem with a response, for its weights", "one without", fix))
+        if inner_optimizer is not None:
+            refuse_optimizer_function(inner_optimizer)
+            optimizer = resolve_optimizer(inner_optimizer, None)
+            gradient = inner_gradient(problem, lax.stop_gradient(hyperparams))
+            start = Rollout(params, optimizer.init(params), check_model_state(problem, model_state))
+            params = rollout(gradient, optimizer, start, make_window(inner_batch, split_keys(key).inner)).params
+            params = lax.stop_gradient(params)
+        return problem.response.weights(params, hyperparams)
+
+    return HypergradEstimator(problem, init, estimate, needs_rollout=False, respond=respond)
+
+
+def _refuse_unseen(
+    problem: BilevelProblem,
+    variables: BilevelParams,
+    inner_batch: Batch,
+    outer_batch: Batch,
+    key: Array | None,
+    model_state: ModelState,
+) -> None:
+    """Refuse leaves that enter neither loss over plain weights: no response can have learned them.
+
+    Without a batch to look at the inner loss with (``()``, None), and for losses that hold a response of their own,
+    only those leaves are refused that the outer loss does not depend on in any way.
+    """
+    params, hyperparams = variables
+    view = problem.response
+    if view is None or view.weights is None or not jax.tree.leaves(inner_batch):
+        outer = lambda h: evaluate_outer(problem, BilevelParams(params, h), outer_batch, key, model_state).value  # noqa: E731
+        return refuse_zeros("direct", hyperparams, list(range(len(jax.tree.leaves(hyperparams)))), outer)
+    plain, center = view.plain, view.center(hyperparams)
+    weights = jax.eval_shape(view.weights, params, hyperparams)
+
+    def losses(values: tuple[Hyperparams, Params]) -> Array:
+        at = BilevelParams(values[1], values[0])
+        inner = evaluate_inner(plain, at, inner_batch, key, model_state).value
+        return jnp.stack([inner, evaluate_outer(plain, at, outer_batch, key, model_state).value])
+
+    count, total = len(jax.tree.leaves(center)), len(jax.tree.leaves((center, weights)))
+    depends = _checks.dependence(losses, (center, weights))
+    unseen = [i for i in range(count) if not depends([i == j for j in range(total)])[0]]
+    return refuse_zeros("direct", center, unseen, lambda _: jnp.zeros(()))
