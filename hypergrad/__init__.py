@@ -1,6 +1,6 @@
 """hypergrad: gradient-based hyperparameter optimization for JAX, behind one optax interface."""
 
-from hypergrad import bijectors, optimizers, penalties, responses, solvers
+from hypergrad import bijectors, hyper, optimizers, penalties, responses, solvers
 from hypergrad._bilevel import BilevelState, bilevel
 from hypergrad._functional import best_response, hypergrad, value_and_hypergrad
 from hypergrad._modes import UnrollMode, forward, reverse
@@ -42,6 +42,7 @@ __all__ = [
     "UnrollMode",
     "direct",
     "forward",
+    "hyper",
     "implicit",
     "optimizers",
     "responses",

@@ -1,9 +1,9 @@
 """The law: layers without cycles, short files, everything public documented, nothing private of others.
 
     L0  _types, _tree, _checks, _batches          in this order
-    L1  _curvature, _modes, _probe, penalties, optimizers, solvers/, bijectors/
+    L1  _curvature, _modes, _probe, _layers/, hyper, penalties, optimizers, solvers/, bijectors/
     L2  _problem, _rollout
-    L3  estimators/
+    L3  estimators/, responses/
     L4  _bilevel, _functional
 
 A module imports lower layers and its own folder's ``_base``; inside L0 also what stands before it.
@@ -17,7 +17,7 @@ import jax
 import pytest
 
 import hypergrad as hg
-from hypergrad import bijectors, optimizers, penalties, solvers
+from hypergrad import bijectors, hyper, optimizers, penalties, responses, solvers
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "hypergrad"
@@ -28,7 +28,9 @@ LAYERS = {
     "_batches": 0.3,
     "_curvature": 1,
     "_modes": 1,
+    "_layers": 1,
     "_probe": 1,
+    "hyper": 1,
     "optimizers": 1,
     "penalties": 1,
     "solvers": 1,
@@ -36,12 +38,14 @@ LAYERS = {
     "_problem": 2,
     "_rollout": 2,
     "estimators": 3,
+    "responses": 3,
     "_bilevel": 4,
     "_functional": 4,
 }
 COMPUTES = {
     *("cg", "dense", "neumann", "l1", "l2", "implicit", "unrolled", "reverse", "forward", "best_response", "bilevel"),
-    *("add_decayed_weights", "scale_by_learning_rate", "schedule"),
+    *("add_decayed_weights", "scale_by_learning_rate", "schedule", "direct", "with_response", "perturbed", "sampled"),
+    *("self_tuning", "self_tunable", "linear", "gated", "hypernetwork", "magnitude_invariant", "init", "weights_at"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [f for f in FILES if f.name != "__init__.py"]
@@ -107,6 +111,8 @@ def test_library_manners(path):
             "dataclasses",
             "functools",
             "math",
+            "contextlib",
+            "threading",
             "types",
             "typing",
         }
@@ -116,12 +122,17 @@ def test_library_manners(path):
 def public():
     """Return every public name of the library with its object."""
     found = {f"hg.{name}": getattr(hg, name) for name in hg.__all__}
-    for module in (bijectors, solvers):
+    for module in (bijectors, responses, solvers):
         found |= {f"{module.__name__}.{name}": getattr(module, name) for name in module.__all__}
     found |= {f"hg.penalties.{name}": getattr(penalties, name) for name in ("l1", "l2")}
     pieces = ("add_decayed_weights", "scale_by_learning_rate", "schedule")
     found |= {f"hg.optimizers.{name}": getattr(optimizers, name) for name in pieces}
+    found |= {f"hg.hyper.{name}": getattr(hyper, name) for name in dir(hyper) if _is_own(getattr(hyper, name), hyper)}
     return found
+
+
+def _is_own(thing, module):
+    return getattr(thing, "__module__", None) == module.__name__ and not thing.__name__.startswith("_")
 
 
 @pytest.mark.parametrize("name", public())

@@ -107,7 +107,10 @@ def _lstm(run: Run, path: str, module: Any, next_fun: Any, carry: Any, inputs: A
 def _joined(responses: list[LayerResponse]) -> LayerResponse | None:
     if not responses:
         return None
-    join = lambda *parts: () if isinstance(parts[0], tuple) else jnp.concatenate(parts, -1)  # noqa: E731
+
+    def join(*parts: Any) -> Any:
+        return () if isinstance(parts[0], tuple) else jnp.concatenate(parts, -1)
+
     return LayerResponse(*(join(*parts) for parts in zip(*responses, strict=True)))
 
 

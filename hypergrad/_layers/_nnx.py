@@ -42,7 +42,8 @@ def self_tunable(model: Any) -> Any:
         fix = "Pass e.g. MLP(rngs=nnx.Rngs(0)). A Linen model needs no change."
         raise TypeError(_checks.message("a flax.nnx.Module", _checks.describe(type(model).__name__), fix))
     copy, layers = nnx.clone(model), 0
-    for path, module in list(nnx.iter_modules(copy)):
+    modules: list[tuple[Any, Any]] = list(nnx.iter_modules(copy))
+    for path, module in modules:
         if type(module) in _KINDS:
             module.__class__ = _KINDS[type(module)]
             module.self_tuning_path = "/".join(map(str, path))
@@ -53,16 +54,6 @@ def self_tunable(model: Any) -> Any:
     if type(copy) not in _KINDS.values():
         copy.__class__ = _outermost(type(copy))
     return copy
-
-
-class _SelfTuning:
-    """What the swapped classes share: the layer, and its second run."""
-
-    self_tuning_path: str
-
-    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
-        """Apply the layer, with its response where a run is under way."""
-        return _respond(self, functools.partial(_PLAIN[type(self)], **kwargs), "add", inputs, *args)
 
 
 def _respond(layer: Any, plain: Any, way: str, inputs: Array, *args: Any) -> Array:
@@ -97,33 +88,48 @@ def _output(run: Run, layer: Any, plain: Any, way: str, inputs: Array, *args: An
     return getattr(run, way)(path, output, inputs, response, again)
 
 
-class SelfTuningLinear(_SelfTuning, nnx.Linear):
-    """``nnx.Linear`` with a response."""
+class SelfTuningLinear(nnx.Linear):
+    """``nnx.Linear`` with a response. (One base: an object can change to a class of the same layout only.)"""
+
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        """Apply the layer, with its response where a run is under way."""
+        return _respond(self, functools.partial(nnx.Linear.__call__, **kwargs), "add", inputs, *args)
 
 
-class SelfTuningLinearGeneral(_SelfTuning, nnx.LinearGeneral):
+class SelfTuningLinearGeneral(nnx.LinearGeneral):
     """``nnx.LinearGeneral`` with a response."""
 
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        """Apply the layer, with its response where a run is under way."""
+        return _respond(self, functools.partial(nnx.LinearGeneral.__call__, **kwargs), "add", inputs, *args)
 
-class SelfTuningConv(_SelfTuning, nnx.Conv):
+
+class SelfTuningConv(nnx.Conv):
     """``nnx.Conv`` with a response."""
 
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        """Apply the layer, with its response where a run is under way."""
+        return _respond(self, functools.partial(nnx.Conv.__call__, **kwargs), "add", inputs, *args)
 
-class SelfTuningEmbed(_SelfTuning, nnx.Embed):
+
+class SelfTuningEmbed(nnx.Embed):
     """``nnx.Embed`` with a response."""
+
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        """Look up the embedding, with its response where a run is under way."""
+        return _respond(self, functools.partial(nnx.Embed.__call__, **kwargs), "add", inputs, *args)
 
     def attend(self, query: Array, *args: Any, **kwargs: Any) -> Array:
         """Multiply by the embedding, with its response where a run is under way."""
         return _respond(self, functools.partial(nnx.Embed.attend, **kwargs), "add_transposed", query, *args)
 
 
-_KINDS = {
+_KINDS: dict[type, type] = {
     nnx.Linear: SelfTuningLinear,
     nnx.LinearGeneral: SelfTuningLinearGeneral,
     nnx.Conv: SelfTuningConv,
     nnx.Embed: SelfTuningEmbed,
 }
-_PLAIN = {swapped: kind.__call__ for kind, swapped in _KINDS.items()}
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from hypergrad._layers import self_tunable
 from hypergrad.responses._base import Encoding, Perturbed, Response, init, labels, weights_at
+from hypergrad.responses._hypernetwork import HypernetworkParams, hypernetwork, magnitude_invariant
 from hypergrad.responses._linear import GatedParams, LinearParams, gated, linear
 from hypergrad.responses._perturbed import LearnedScale, learned_scale, perturbed, sampled
 from hypergrad.responses._self_tuning import (
@@ -18,6 +19,7 @@ __all__ = [
     "CenteredParams",
     "Encoding",
     "GatedParams",
+    "HypernetworkParams",
     "LearnedScale",
     "LinearParams",
     "Perturbed",
@@ -26,10 +28,12 @@ __all__ = [
     "UncenteredParams",
     "delta_stn",
     "gated",
+    "hypernetwork",
     "init",
     "labels",
     "learned_scale",
     "linear",
+    "magnitude_invariant",
     "perturbed",
     "sampled",
     "self_tunable",

@@ -277,6 +277,8 @@ def _spread(hyperparams: Hyperparams, scale: PyTree | LearnedScale) -> tuple[Hyp
 
 
 def _noisy(key: Array, center: Hyperparams, sigma: PyTree, shape: PyTree) -> Hyperparams:
+    leaves: list[Any]
+    structure: Any
     leaves, structure = jax.tree.flatten(center)
     keys = jax.random.split(key, len(leaves))
     shapes = structure.flatten_up_to(shape)

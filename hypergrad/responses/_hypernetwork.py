@@ -1,0 +1,202 @@
+"""Hypernetworks: any Flax module from the hyperparameters to the weights.
+
+    w(λ) = θ + h_φ(E(λ))                 h_φ in one piece: (m,) ↦ (D,), all D weights
+    w(λ) = θ + [h_φ(E(λ), e₁), h_φ(E(λ), e₂), …]         in chunks, each with a learned embedding e_c
+
+Global where trained on λ from a distribution (``sampled``), local where trained around the current λ (``perturbed``).
+One piece costs the last hidden width times D weights: choose a bottleneck, or chunks.
+
+Reference: Lorraine & Duvenaud, Stochastic hyperparameter optimization through hypernetworks, arXiv 1802.09419; Ortiz et
+al., Magnitude invariant parametrizations, arXiv 2304.07645 (θ apart from h, and the encoding).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from hypergrad import _checks
+from hypergrad._types import Array, Hyperparams, Key, Params, PyTree
+from hypergrad.responses._base import Encoding, Response, checked, flat
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """The fixed part of a hypernetwork: how its variables become weights."""
+
+    module: nn.Module
+    chunk_size: int | None
+    encoding: Encoding | None
+
+
+@flax.struct.dataclass
+class HypernetworkParams:
+    """What a hypernetwork learns.
+
+    Attributes:
+      params: θ, which the network's output is added to.
+      variables: φ, the module's own weights.
+      embeddings: (chunks, embedding size), one row a chunk; () for one piece.
+      network: the fixed part, no leaf.
+    """
+
+    params: Params
+    variables: PyTree
+    embeddings: Any
+    network: Any = flax.struct.field(pytree_node=False)
+
+    def weights_at(self, hyperparams: Hyperparams, /) -> Params:
+        """Return θ + h_φ(E(λ))."""
+        return _weights(self, hyperparams)
+
+
+def hypernetwork(
+    module: nn.Module | Callable[[int], nn.Module],
+    *,
+    chunk_size: int | None = None,
+    embedding_size: int = 8,
+    encoding: Encoding | None = None,
+) -> Response:
+    """Return the response w(λ) = θ + h_φ(E(λ)), h_φ any Flax module.
+
+    The module takes the flat hyperparameters (n,), encoded to (m,), and returns all D weights, (D,). With ``chunk_size``
+    it takes them beside a learned embedding, (m + embedding_size,), returns (chunk_size,), and runs once a chunk. θ is
+    at first the given weights; a last layer that starts at zero (``kernel_init=nn.initializers.zeros``) keeps them.
+
+    Args:
+      module: a Linen module without dropout or state, or ``size -> module`` for one with ``size`` outputs.
+      chunk_size: outputs a call, for large D; None: D.
+      embedding_size: of a chunk.
+      encoding: E, e.g. ``magnitude_invariant(low, high)``; None for λ itself.
+
+    Returns:
+      A ``Response`` over ``HypernetworkParams``. It is not centred: ``apply`` ignores ``center``.
+
+    Raises:
+      TypeError: ``module`` is not a Linen module, nor a function that returns one.
+      ValueError: sizes < 1; from ``init``, a module whose output has another size.
+
+    Right where h_φ can hold w*(λ) over what it is trained on.
+
+    >>> import flax.linen as nn, jax.numpy as jnp
+    >>> response = hypernetwork(lambda size: nn.Sequential([nn.Dense(10), nn.relu, nn.Dense(size)]))
+    >>> start = response.init(0, {"w": jnp.ones((4, 3))}, jnp.zeros(5))
+    >>> response.apply(start, jnp.zeros(5))["w"].shape
+    (4, 3)
+
+    Reference: Lorraine & Duvenaud, arXiv 1802.09419; Ortiz et al., arXiv 2304.07645.
+    """
+    if not callable(module):
+        fix = "Pass a Linen module, or e.g. lambda size: nn.Dense(size)."
+        raise TypeError(_checks.message("module to be a flax.linen.Module", _checks.describe(module), fix))
+    if chunk_size is not None:
+        chunk_size = _checks.positive_int("chunk_size", chunk_size)
+    embedding_size = _checks.positive_int("embedding_size", embedding_size)
+    if encoding is not None and not isinstance(encoding, Encoding):
+        fix = "Pass e.g. hg.responses.magnitude_invariant(low, high), or None."
+        raise TypeError(_checks.message("encoding to be an Encoding", _checks.describe(encoding), fix))
+
+    def init(key: Key, params: Params, hyperparams: Hyperparams) -> HypernetworkParams:
+        _checks.floating_leaves("params", params)
+        size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
+        network_key, embedding_key = jax.random.split(_checks.required_key(key))
+        made = module if isinstance(module, nn.Module) else module(chunk_size or size)
+        if not isinstance(made, nn.Module):
+            fix = "Return e.g. nn.Dense(size)."
+            raise TypeError(_checks.message("module(size) to be a flax.linen.Module", _checks.describe(made), fix))
+        network = _Network(made, chunk_size, encoding)
+        vector = flat(hyperparams)
+        if encoding is not None:
+            encoding.check(vector)
+        inputs = _encoded(network, vector)
+        embeddings: Any = ()
+        if chunk_size is not None:
+            embeddings = jax.random.normal(embedding_key, (math.ceil(size / chunk_size), embedding_size), inputs.dtype)
+            inputs = jnp.concatenate([inputs, embeddings[0]])
+        output, variables = made.init_with_output(network_key, inputs)
+        if jnp.shape(output) != (chunk_size or size,):
+            wanted = f"the module to return {chunk_size or size} weights, shape {(chunk_size or size,)}"
+            fix = "Give its last layer that many outputs, or pass a function size -> module."
+            raise ValueError(_checks.message(wanted, f"shape {jnp.shape(output)}", fix))
+        if set(variables) != {"params"}:
+            fix = "Use a module without batch statistics or other state."
+            raise ValueError(_checks.message("a module with params alone", ", ".join(variables) or "none", fix))
+        return HypernetworkParams(jax.tree.map(jnp.copy, params), variables["params"], embeddings, network)
+
+    def apply(
+        response_params: HypernetworkParams, hyperparams: Hyperparams, _center: Hyperparams | None = None
+    ) -> Params:
+        return _weights(checked("hypernetwork", response_params, HypernetworkParams), hyperparams)
+
+    return Response(init, apply)
+
+
+def magnitude_invariant(low: Any, high: Any) -> Encoding:
+    """Return the encoding E(γ) = [cos(πγ/2), sin(πγ/2)] of γ = (λ − low)/(high − low), of constant norm √n.
+
+    A response that sees λ itself has outputs in proportion to |λ|, so that its steps are large where λ is; one that
+    sees E does not. Outside [low, high] the norm stays constant, and E unambiguous for −1 < γ < 3,
+    where training did not go.
+
+    Args:
+      low: one number, or an array (n,): an entry of the flat hyperparameters each.
+      high: alike, above ``low``.
+
+    Returns:
+      An ``Encoding`` for ``linear``, ``gated`` or ``hypernetwork``.
+
+    Raises:
+      ValueError: ``low`` is not below ``high``; from a response's ``init``, hyperparameters outside of [low, high].
+
+    >>> import jax.numpy as jnp
+    >>> magnitude_invariant(-4.0, 4.0).encode(jnp.array([-4.0, 4.0])).round(3).tolist()
+    [1.0, -0.0, 0.0, 1.0]
+
+    Reference: Ortiz et al., arXiv 2304.07645.
+    """
+    low, high = jnp.asarray(low, float), jnp.asarray(high, float)
+    if not bool(jnp.all(jnp.isfinite(low) & jnp.isfinite(high) & (low < high))):
+        raise ValueError(_checks.message("low < high, both finite", f"{low} and {high}", "Give the range of λ."))
+
+    def gamma(vector: Array) -> Array:
+        return (vector - low.astype(vector.dtype)) / (high - low).astype(vector.dtype)
+
+    def check(vector: Array) -> None:
+        if isinstance(vector, jax.core.Tracer):
+            return
+        if not bool(jnp.all((vector >= low) & (vector <= high))):
+            got = f"{float(vector.min()):g} … {float(vector.max()):g}"
+            fix = "Widen the range, or begin inside."
+            raise ValueError(_checks.message(f"hyperparameters inside [{low}, {high}]", got, fix))
+
+    def encode(vector: Array) -> Array:
+        angle = 0.5 * jnp.pi * gamma(vector)
+        return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)])
+
+    return Encoding(encode, check)
+
+
+def _encoded(network: _Network, vector: Array) -> Array:
+    return vector if network.encoding is None else network.encoding.encode(vector)
+
+
+def _weights(response_params: HypernetworkParams, hyperparams: Hyperparams) -> Params:
+    network = response_params.network
+    inputs = _encoded(network, flat(hyperparams))
+    run = lambda x: network.module.apply({"params": response_params.variables}, x)  # noqa: E731
+    if network.chunk_size is None:
+        output = run(inputs)
+    else:
+        output = jax.vmap(lambda e: run(jnp.concatenate([inputs, e])))(response_params.embeddings).ravel()
+    leaves, structure = jax.tree.flatten(response_params.params)
+    moved, begin = [], 0
+    for leaf in leaves:
+        part = output[begin : begin + leaf.size].reshape(leaf.shape)
+        moved.append(leaf + part.astype(leaf.dtype))
+        begin += leaf.size
+    return jax.tree.unflatten(structure, moved)
