@@ -64,8 +64,8 @@ def hypernetwork(
 ) -> Response:
     """Return the response w(λ) = θ + h_φ(E(λ)), h_φ any Flax module.
 
-    The module takes the flat hyperparameters (n,), encoded to (m,), and returns all D weights, (D,). With ``chunk_size``
-    it takes them beside a learned embedding, (m + embedding_size,), returns (chunk_size,), and runs once a chunk. θ is
+    The module takes the flat hyperparameters (n,), encoded to (m,), and returns all D weights, (D,). With chunks it
+    takes them beside a learned embedding, (m + embedding_size,), returns (chunk_size,), and runs once a chunk. θ is
     at first the given weights; a last layer that starts at zero (``kernel_init=nn.initializers.zeros``) keeps them.
 
     Args:
