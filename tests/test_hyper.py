@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import hypergrad as hg
@@ -383,6 +384,34 @@ def test_implicit_differentiation_refuses_a_dropout_rate():
     fn = hg.hypergrad(hg.implicit(problem, solver=hg.solvers.dense()))
     with pytest.raises(ValueError, match="zero by construction"):
         fn(jnp.ones(2), jnp.float32(0.0), jnp.ones((5, 2)), jnp.ones((5, 2)), key=KEY)
+
+
+def test_a_learned_response_tunes_what_implicit_differentiation_refuses():
+    """The rates of a model's own collection are hyperparameters as they are, one perturbation an example."""
+    model, x = Network(), jax.random.normal(KEY, (16, 4))
+    variables = model.init(KEY, x, deterministic=True)
+
+    def train(params, rates, batch, key):
+        y = model.apply({"params": params, "hyper": rates}, batch, deterministic=False, rngs={"dropout": key})
+        return jnp.mean((y - 1) ** 2)
+
+    def valid(params, rates, batch, key):
+        return jnp.mean((model.apply({"params": params}, batch, deterministic=True) - 1) ** 2)
+
+    problem = hg.reparameterize(hg.BilevelProblem(train, valid), hg.bijectors.interval(0.0, 0.9))
+    problem = hg.responses.perturbed(hg.responses.self_tuning(problem), scale=0.5)
+    rates = hg.unconstrain(hg.bijectors.interval(0.0, 0.9), variables["hyper"])
+    start = hg.responses.init(problem, 0, variables["params"], rates, x)
+    tx = hg.bilevel(
+        hg.direct(problem), inner_optimizer=optax.adam(1e-2), outer_optimizer=optax.adam(0.1), window=5, every=2
+    )
+    at = hg.BilevelParams(start, rates)
+    state = tx.init(at)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(None, state, at, inner_batch=jnp.stack([x] * 5), outer_batch=x)
+        at = optax.apply_updates(at, updates)
+    moved = jax.tree.map(lambda new, old: abs(float(new - old)), at.hyperparams, rates)
+    assert all(step == pytest.approx(0.1, rel=1e-3) for step in jax.tree.leaves(moved))  # Adam's first step
 
 
 # refusals
