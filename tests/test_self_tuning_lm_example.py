@@ -1,0 +1,42 @@
+"""The self-tuning language model runs on tiny settings and gives what its ``main`` promises."""
+
+import math
+import pathlib
+import runpy
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """Return the example's ``main``, with its folder importable as when run as a script."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.delenv("HYPERGRAD_DATA", raising=False)
+    yield runpy.run_path(str(EXAMPLES / "self_tuning_lm.py"), run_name="example")["main"]
+    for name in [n for n, m in sys.modules.items() if str(EXAMPLES) in str(getattr(m, "__file__", ""))]:
+        del sys.modules[name]
+
+
+def test_self_tuning_lm(main, tmp_path, capsys):
+    sizes = {"steps": 40, "words": 1000, "vocabulary": 50, "width": 8, "batch": 4, "looks": 4}
+    runs = main([*(f"--{name}={value}" for name, value in sizes.items()), "--out", str(tmp_path)])
+    tuned, first, learned = runs["self-tuned"], runs["fixed at the start"], runs["fixed at the learned end"]
+    for run in runs.values():
+        assert len(run.valid) == 4
+        assert all(0 < loss < 1.1 * math.log(50) for loss in [*run.valid, run.test])
+        assert run.valid[-1] < run.valid[0]  # it learns
+        assert run.gradients == pytest.approx(tuned.gradients, rel=0.01)
+    assert set(tuned.history) == {"input", "hidden", "output", "embedding", "weights", "alpha", "beta"}
+    for name, values in tuned.history.items():
+        assert len(values) == 4
+        assert values[0] == pytest.approx(0.05, rel=0.3)
+        assert values[-1] != pytest.approx(0.05, rel=1e-3)  # every hyperparameter moves
+        assert 0 < values[-1] < 0.9
+        assert first.history[name] == [0.05] * 4
+        assert learned.history[name] == [values[-1]] * 4
+    assert 10_000 < (tmp_path / "self_tuning_lm.png").stat().st_size < 100_000
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in [*runs, *tuned.history])
