@@ -1,8 +1,8 @@
 """Data for the examples: three splits each, small enough in training that regularisation matters.
 
 Weights are trained on ``train``, hyperparameters on ``valid``; ``test`` is read once, for the table. The seed
-chooses the training images (for digits all three splits). Digits come with scikit-learn; Fashion-MNIST
-is read from ``$HYPERGRAD_DATA/fashion_mnist/*.gz``, the original idx files.
+chooses the training images (for digits all three splits). Digits come with scikit-learn; MNIST and Fashion-MNIST
+are read from ``$HYPERGRAD_DATA/mnist/*.gz`` and ``fashion_mnist/*.gz``, the original idx files.
 """
 
 import functools
@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 NUM_CLASSES = 10
 _DIGITS_TRAIN, _DIGITS_VALID = 200, 400
-_FASHION_TRAIN, _FASHION_VALID = 2_000, 10_000
+_IDX_TRAIN, _IDX_VALID = {"mnist": 1_000, "fashion_mnist": 2_000}, 10_000
 
 
 class Split(NamedTuple):
@@ -42,8 +42,9 @@ class Splits(NamedTuple):
 
 
 def load(name: str, seed: int) -> Splits:
-    """Return the splits of ``digits`` or ``fashion_mnist`` for one seed."""
-    return {"digits": _digits, "fashion_mnist": _fashion_mnist}[name](np.random.default_rng(seed))
+    """Return the splits of ``digits``, ``mnist`` or ``fashion_mnist`` for one seed."""
+    rng = np.random.default_rng(seed)
+    return _digits(rng) if name == "digits" else _from_idx(name, _IDX_TRAIN[name], rng)
 
 
 def draw(split: Split, size: int, key: jax.Array) -> Split:
@@ -60,23 +61,23 @@ def _digits(rng: np.random.Generator) -> Splits:
     return Splits(*(_split(x[index] / 16.0, y[index]) for index in order))
 
 
-def _fashion_mnist(rng: np.random.Generator) -> Splits:
-    x, y, x_test, y_test = _read_fashion_mnist()
-    subset = rng.choice(len(y) - _FASHION_VALID, _FASHION_TRAIN, replace=False)
-    pairs = ((x[subset], y[subset]), (x[-_FASHION_VALID:], y[-_FASHION_VALID:]), (x_test, y_test))
+def _from_idx(name: str, size: int, rng: np.random.Generator) -> Splits:
+    x, y, x_test, y_test = _read(name)
+    subset = rng.choice(len(y) - _IDX_VALID, size, replace=False)
+    pairs = ((x[subset], y[subset]), (x[-_IDX_VALID:], y[-_IDX_VALID:]), (x_test, y_test))
     return Splits(*(_split(images / np.float32(255), labels) for images, labels in pairs))
 
 
 @functools.cache
-def _read_fashion_mnist() -> tuple[np.ndarray, ...]:
+def _read(name: str) -> tuple[np.ndarray, ...]:
     root = os.environ.get("HYPERGRAD_DATA")
     files = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    paths = [Path(root or "") / "fashion_mnist" / file for file in files]
+    paths = [Path(root or "") / name / file for file in files]
     if root is None or not all(path.exists() for path in paths):
-        found = "it is not set" if root is None else f"{root} has no fashion_mnist/ with all four"
+        found = "it is not set" if root is None else f"{root} has no {name}/ with all four"
         raise SystemExit(
-            "--data fashion_mnist needs the environment variable HYPERGRAD_DATA: the folder that holds "
-            f"fashion_mnist/ with {', '.join(files)}; {found}."
+            f"--data {name} needs the environment variable HYPERGRAD_DATA: the folder that holds "
+            f"{name}/ with {', '.join(files)}; {found}."
         )
     x, y, x_test, y_test = (_idx(path) for path in paths)
     return x.reshape(len(x), -1), y, x_test.reshape(len(x_test), -1), y_test
