@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 
 import hypergrad as hg
@@ -46,6 +47,18 @@ SOLVERS = [
     _row("foreign_warm", lambda: hg.solvers.from_callable(_foreign, warm_start=True), 1e-4, keeps_state=True),
 ]
 
+_HYPERNETWORK = hg.responses.hypernetwork(lambda size: nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(size)]))
+
+
+def _learned(problem: hg.BilevelProblem, response: hg.responses.Response) -> hg.HypergradEstimator:
+    return hg.direct(hg.responses.perturbed(hg.responses.with_response(problem, response), scale=0.1))
+
+
+def _self_tuned(problem: hg.BilevelProblem, form: hg.responses.SelfTuningForm) -> hg.HypergradEstimator:
+    tuned = hg.responses.self_tuning(problem, form=form, per_example=False)  # decays act on weights: one a batch
+    return hg.direct(hg.responses.perturbed(tuned, scale=0.1))
+
+
 ESTIMATORS = [
     EstimatorRow("implicit_neumann", lambda problem: hg.implicit(problem, hg.solvers.neumann(10))),
     EstimatorRow("implicit_cg", lambda problem: hg.implicit(problem, hg.solvers.cg(10, damping=0.1, warm_start=True))),
@@ -53,4 +66,7 @@ ESTIMATORS = [
     EstimatorRow("unrolled", hg.unrolled),
     EstimatorRow("unrolled_truncated", lambda problem: hg.unrolled(problem, hg.reverse(truncate=2, mixed=False))),
     EstimatorRow("unrolled_forward", lambda problem: hg.unrolled(problem, hg.forward())),
+    EstimatorRow("direct_gated", lambda problem: _learned(problem, hg.responses.gated())),
+    EstimatorRow("direct_hypernetwork", lambda problem: _learned(problem, _HYPERNETWORK)),
+    EstimatorRow("direct_delta_stn", lambda problem: _self_tuned(problem, hg.responses.delta_stn())),
 ]

@@ -22,12 +22,33 @@ def case():
     return network()
 
 
-def functional(row, problem=None):
+@functools.cache
+def start(row):
+    """Return the variables that the row begins with."""
+    return begin(row, case().problem, case().variables.hyperparams)
+
+
+def begin(row, problem, hyperparams):
+    """Return variables with response parameters in place of weights, where the row's problem has any."""
+    made, params = row.make(problem).problem, case().variables.params
+    if made.response is not None:
+        params = hg.responses.init(made, 0, params, hyperparams, case().inner_batch)
+        # As if it had learned something: centred responses begin at zero, with a hypergradient of zero.
+        params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    return hg.BilevelParams(params, hyperparams)
+
+
+def functional(row, problem=None, hyperparams=None):
     """Return the estimator's function and its arguments."""
+    variables = start(row) if problem is None else begin(row, problem, hyperparams)
     estimator = row.make(problem or case().problem)
     inner_optimizer = optax.sgd(0.1) if estimator.needs_rollout else None
     batch = window_of(case().inner_batch, 3) if estimator.needs_rollout else case().inner_batch
-    return hg.value_and_hypergrad(estimator, inner_optimizer), (*case().variables, batch, case().outer_batch)
+    return hg.value_and_hypergrad(estimator, inner_optimizer), (
+        *variables,
+        batch,
+        case().outer_batch,
+    )
 
 
 def transformation(row, **kwargs):
@@ -60,7 +81,7 @@ def copied(tree):
 def test_structure_and_dtypes(row):
     fn, args = functional(row)
     (value, grad), info = jax.jit(functools.partial(fn, key=None))(*args)
-    chex.assert_trees_all_equal_shapes_and_dtypes(grad, case().variables.hyperparams)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grad, start(row).hyperparams)
     chex.assert_shape(value, ())
     assert float(info.outer_loss) == float(value)
     assert float(info.hypergrad_norm) == pytest.approx(float(optax.tree.norm(grad)), rel=1e-6)
@@ -94,7 +115,7 @@ def test_vmap_equals_a_loop(row):
 def test_one_trace_and_a_state_that_keeps_its_form(row, window):
     tx = transformation(row, every=2, window=window)
     step = stepper(tx, window=window)
-    variables, state = case().variables, tx.init(case().variables)
+    variables, state = start(row), tx.init(start(row))
     first = state
     for _ in range(4):
         variables, state = step(variables, state)
@@ -102,16 +123,16 @@ def test_one_trace_and_a_state_that_keeps_its_form(row, window):
     assert not any(jnp.asarray(leaf).weak_type for leaf in jax.tree.leaves(first))
     assert int(state.step) == 4
     assert int(state.info.step) == 4
-    chex.assert_trees_all_equal_shapes_and_dtypes(variables, case().variables)
-    assert relative_error(variables.hyperparams, case().variables.hyperparams) > 0
-    assert relative_error(variables.params, case().variables.params) > 0
+    chex.assert_trees_all_equal_shapes_and_dtypes(variables, start(row))
+    assert relative_error(variables.hyperparams, start(row).hyperparams) > 0
+    assert relative_error(variables.params, start(row).params) > 0
 
 
 @rows
 def test_scan_equals_a_loop_of_calls(row):
     tx = transformation(row, every=2)
     step = stepper(tx)
-    variables, state = case().variables, tx.init(case().variables)
+    variables, state = start(row), tx.init(start(row))
     for _ in range(4):
         variables, state = step(variables, state)
 
@@ -122,8 +143,8 @@ def test_scan_equals_a_loop_of_calls(row):
         )
         return (optax.apply_updates(variables, updates), state), None
 
-    start = (case().variables, tx.init(case().variables))
-    scanned, scanned_state = jax.jit(lambda s: jax.lax.scan(body, s, None, length=4)[0])(start)
+    first = (start(row), tx.init(start(row)))
+    scanned, scanned_state = jax.jit(lambda s: jax.lax.scan(body, s, None, length=4)[0])(first)
     assert relative_error(scanned, variables) < 1e-5
     assert int(scanned_state.step) == 4
 
@@ -132,18 +153,18 @@ def test_scan_equals_a_loop_of_calls(row):
 def test_donated_buffers_change_nothing(row):
     tx = transformation(row)
     kept, donated = stepper(tx), stepper(tx, donate=True)
-    variables, state = case().variables, tx.init(case().variables)
-    mine, my_state = copied(case().variables), tx.init(case().variables)
+    variables, state = start(row), tx.init(start(row))
+    mine, my_state = copied(start(row)), tx.init(start(row))
     for _ in range(3):
         variables, state = kept(variables, state)
         mine, my_state = donated(mine, my_state)
     assert relative_error(mine, variables) < 1e-6
-    chex.assert_tree_all_finite(tx.init(case().variables))  # nothing that the closure keeps was deleted
+    chex.assert_tree_all_finite(tx.init(start(row)))  # nothing that the closure keeps was deleted
 
 
 @rows
 def test_state_shares_no_buffer(row):
-    variables = copied(case().variables)
+    variables = copied(start(row))
     tx = transformation(row)
     shared = (variables, tx.init(variables), tx.init(variables))
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(shared) if leaf.size]
@@ -153,11 +174,11 @@ def test_state_shares_no_buffer(row):
 @rows
 def test_vmap_over_whole_runs(row):
     """Three runs from different hyperparameters at once equal three runs."""
-    tx = transformation(row, every=2)
+    tx, first = transformation(row, every=2), start(row)
 
     def run(shift):
-        hyper = jax.tree.map(lambda x: x + shift, case().variables.hyperparams)
-        variables = hg.BilevelParams(case().variables.params, hyper)
+        hyper = jax.tree.map(lambda x: x + shift, first.hyperparams)
+        variables = hg.BilevelParams(first.params, hyper)
         state = tx.init(variables)
         for _ in range(2):
             updates, state = tx.update(
@@ -174,11 +195,11 @@ def test_vmap_over_whole_runs(row):
 @rows
 def test_chains_with_optax_and_ignores_foreign_keywords(row):
     tx = optax.chain(transformation(row), optax.scale(0.5))
-    state = tx.init(case().variables)
+    state = tx.init(start(row))
     batches = {"inner_batch": case().inner_batch, "outer_batch": case().outer_batch}
-    updates, state = jax.jit(tx.update)(None, state, case().variables, **batches, colour=jnp.array(3.0))
+    updates, state = jax.jit(tx.update)(None, state, start(row), **batches, colour=jnp.array(3.0))
     plain = transformation(row)
-    want, _ = jax.jit(plain.update)(None, plain.init(case().variables), case().variables, **batches)
+    want, _ = jax.jit(plain.update)(None, plain.init(start(row)), start(row), **batches)
     assert relative_error(updates, optax.tree.scale(0.5, want)) < 1e-6
     assert int(optax.tree.get(state, "info").step) == 1
 
@@ -186,14 +207,15 @@ def test_chains_with_optax_and_ignores_foreign_keywords(row):
 @rows
 def test_same_key_same_run(row):
     noisy = network(dropout=0.5)
+    first = begin(row, noisy.problem, noisy.variables.hyperparams)
     results = []
     for seed in (0, 0, 1):
         tx = hg.bilevel(
             row.make(noisy.problem), inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1), key=seed
         )
-        state = tx.init(noisy.variables)
+        state = tx.init(first)
         update = jax.jit(tx.update)
-        updates, _ = update(None, state, noisy.variables, inner_batch=noisy.inner_batch, outer_batch=noisy.outer_batch)
+        updates, _ = update(None, state, first, inner_batch=noisy.inner_batch, outer_batch=noisy.outer_batch)
         results.append(updates)
     assert relative_error(results[0], results[1]) == 0.0
     assert relative_error(results[0], results[2]) > 0.0
@@ -206,7 +228,7 @@ def test_a_leaf_that_enters_nothing_is_refused(row):
         lambda w, h, b, k: base.inner_loss(w, h["decay"], b, k), lambda w, h, b, k: base.outer_loss(w, h["decay"], b, k)
     )
     hyper = {"decay": case().variables.hyperparams, "rate": {"inner": jnp.array(0.1)}}
-    fn, (params, _, *batches) = functional(row, problem)
+    fn, (params, _, *batches) = functional(row, problem, hyper)
     with pytest.raises(ValueError, match=r"\['rate'\]\['inner'\].*enters neither.*unrolled"):
         fn(params, hyper, *batches, key=None)
 

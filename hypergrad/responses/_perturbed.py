@@ -63,9 +63,8 @@ def learned_scale(entropy: float = 1e-3, low: float = 0.05, high: float = 1.5) -
 
     Reference: MacKay et al., arXiv 1903.03088.
     """
-    _checks.number("entropy", entropy, low=0.0)
-    _checks.number("low", low, low=0.0, strict=True)
-    _checks.number("high", high, low=float(low), strict=True)
+    for name, value, least in (("entropy", entropy, 0.0), ("low", low, 0.0), ("high", high, low)):
+        _checks.number(name, value, low=float(least), strict=name != "entropy")
     return LearnedScale(entropy, low, high)
 
 
@@ -157,13 +156,9 @@ def sampled(
 
     def one(key: Array, hyperparams: Hyperparams, shape: Any) -> Hyperparams:
         if any(jax.tree.leaves(shape)):
-            raise ValueError(
-                _checks.message(
-                    "a problem that takes one value of each hyperparameter a batch",
-                    "one that takes a value an example",
-                    "Build it with self_tuning(..., per_example=False), or use perturbed.",
-                )
-            )
+            fix = "Build it with self_tuning(..., per_example=False), or use perturbed."
+            wanted = "a problem that takes one value of each hyperparameter a batch"
+            raise ValueError(_checks.message(wanted, "one that takes a value an example", fix))
         drawn = draw(key, hyperparams)
         _checks.same_structure("what draw returned", drawn, "the hyperparameters", hyperparams)
         return _tree.match_dtypes(drawn, hyperparams)
@@ -186,7 +181,7 @@ def _averaged(
         raise ValueError(_checks.message("a problem that is not perturbed yet", "a perturbed one", fix))
     num_samples = _checks.positive_int("num_samples", num_samples)
     groups = None if num_groups is None else _checks.positive_int("num_groups", num_groups)
-    around, strip = view.around, _stripper(learned)
+    around, strip, bounded = view.around, _stripper(learned), _bounder(learned)
 
     def perturb(which: int) -> Loss:
         def loss(params: Params, hyperparams: Hyperparams, batch: Batch, key: Any, *state: ModelState) -> Any:
@@ -208,8 +203,9 @@ def _averaged(
 
     def outer_with_entropy(params: Params, hyperparams: Hyperparams, *rest: Any) -> Any:
         assert learned is not None
+        hyperparams = bounded(hyperparams)  # once for both terms: their sum decides whether it may move
         result = perturb(1)(params, hyperparams, *rest)
-        bonus = learned.entropy * _entropy(hyperparams, learned)
+        bonus = learned.entropy * _entropy(hyperparams)
         return (result[0] - bonus, *result[1:]) if isinstance(result, tuple) else result - bonus
 
     weights = view.weights
@@ -222,7 +218,8 @@ def _averaged(
     )
     outer = problem.outer_loss if learned is None else outer_with_entropy
     constrain = lambda hyperparams: problem.constrain(strip(hyperparams))  # noqa: E731
-    losses = {"inner_loss": perturb(0), "outer_loss": outer}
+    inner = lambda params, hyperparams, *rest: perturb(0)(params, bounded(hyperparams), *rest)  # noqa: E731
+    losses = {"inner_loss": inner, "outer_loss": outer}
     return dataclasses.replace(problem, **losses, constrain=constrain, response=new_view)  # type: ignore[arg-type]
 
 
@@ -269,7 +266,7 @@ def _spread(hyperparams: Hyperparams, scale: PyTree | LearnedScale) -> tuple[Hyp
     """Return the centre and σ, leaf by leaf."""
     if isinstance(scale, LearnedScale):
         center, log_scale = _check_perturbed(hyperparams)
-        sigma = jax.tree.map(lambda s: jnp.exp(_projected(jnp.asarray(s), scale)), log_scale)
+        sigma = jax.tree.map(jnp.exp, log_scale)
     else:
         center, sigma = hyperparams, scale
     found = _checks.by_prefix("perturbed", "scale", center, sigma)
@@ -289,13 +286,22 @@ def _noisy(key: Array, center: Hyperparams, sigma: PyTree, shape: PyTree) -> Hyp
     return jax.tree.unflatten(structure, noisy)
 
 
-def _entropy(hyperparams: Any, learned: LearnedScale) -> Array:
+def _entropy(hyperparams: Any) -> Array:
     """Return Σ log(σᵢ √(2πe)) over all entries of the hyperparameters."""
-    center, log_scale = _check_perturbed(hyperparams)
-    logs = jax.tree.map(lambda s: _projected(jnp.asarray(s), learned), log_scale)
-    found = _checks.by_prefix("perturbed", "log_scale", center, logs)
+    found = _checks.by_prefix("perturbed", "log_scale", *_check_perturbed(hyperparams))
     terms = [jnp.sum(jnp.broadcast_to(s, jnp.shape(h)) + _ENTROPY_OF_ONE) for _, h, s in found]
     return _tree.total(terms)
+
+
+def _bounder(learned: LearnedScale | None) -> Callable[[Any], Any]:
+    if learned is None:
+        return lambda hyperparams: hyperparams
+
+    def bounded(hyperparams: Any) -> Perturbed:
+        center, log_scale = _check_perturbed(hyperparams)
+        return Perturbed(center, jax.tree.map(lambda s: _projected(jnp.asarray(s), learned), log_scale))
+
+    return bounded
 
 
 def _projected(log_scale: Array, learned: LearnedScale) -> Array:
