@@ -1,0 +1,185 @@
+"""Train at hyperparameters that are held fixed or that tune themselves, look by look: for ``self_tuning_mlp.py``."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+import jax
+import optax
+from jax import lax
+from tqdm import tqdm
+
+import hypergrad as hg
+
+TUNED, NONE = "tuned while training", "no regularisation"
+START, STOP = "its first values, held fixed", "its last values, held fixed"
+
+
+class Look(NamedTuple):
+    """What is seen of a run between two pieces of it.
+
+    Attributes:
+      steps: inner steps so far.
+      loss: validation loss of the weights.
+      params: plain weights of the model.
+      values: constrained hyperparameters.
+    """
+
+    steps: int
+    loss: float
+    params: Any
+    values: Any
+
+
+class Trainer(NamedTuple):
+    """A way to train, compiled once for all runs.
+
+    Attributes:
+      advance: ``advance(at, splits, key, start, stop) -> at``: inner steps ``start`` to ``stop``.
+      read: ``read(at) -> (params, values)``: plain weights and constrained hyperparameters.
+      judge: ``judge(params, split) -> (cross-entropy, error)``.
+    """
+
+    advance: Callable[..., Any]
+    read: Callable[[Any], tuple[Any, Any]]
+    judge: Callable[[Any, datasets.Split], tuple[jax.Array, jax.Array]]
+
+    def looks(self, at: Any, splits: datasets.Splits, key: jax.Array, stops: Iterable[int]) -> Iterator[Look]:
+        """Train up to each number of steps in ``stops``, and look there."""
+        start = 0
+        for stop in stops:
+            at = self.advance(at, splits, key, start, stop)
+            params, values = self.read(at)
+            yield Look(stop, float(self.judge(params, splits.valid)[0]), params, values)
+            start = stop
+
+
+class Run(NamedTuple):
+    """A whole run.
+
+    Attributes:
+      gradients: spent at each look.
+      losses: validation loss at each look.
+      values: constrained hyperparameters at each look.
+      test: cross-entropy and error on the test split, of the weights of the lowest validation loss.
+    """
+
+    gradients: list[int]
+    losses: list[float]
+    values: list[Any]
+    test: tuple[float, float]
+
+    def history(self) -> dict[str, list[float]]:
+        """Return each hyperparameter's values by name."""
+        return {name: [named(v)[name] for v in self.values] for name in named(self.values[0])}
+
+    def row(self) -> dict[str, Any]:
+        """Return what the table shows."""
+        best = min(self.losses)
+        scores = {"valid_loss": best, "test_loss": self.test[0], "test_error": self.test[1]}
+        return {"gradients": self.gradients[-1], **scores, "last_values": named(self.values[-1])}
+
+
+def follow(
+    trainer: Trainer,
+    at: Any,
+    splits: datasets.Splits,
+    key: jax.Array,
+    steps: int,
+    looks: int,
+    gradients: int,
+    bar: tqdm,
+) -> Run:
+    """Train for so many steps, which cost so many gradients, and return what was seen."""
+    seen, losses = [], []
+    for look in trainer.looks(at, splits, key, [steps * (i + 1) // looks for i in range(looks)]):
+        losses.append(look.loss)
+        if look.loss == min(losses):
+            best = look.params
+        seen.append(look)
+        bar.set_postfix({"loss": f"{look.loss:.3f}"}, refresh=False)
+        bar.update()
+    spent = [gradients * look.steps // steps for look in seen]
+    loss, error = trainer.judge(best, splits.test)
+    return Run(spent, losses, [look.values for look in seen], (float(loss), float(error)))
+
+
+def named(values: Any) -> dict[str, float]:
+    """Return constrained hyperparameters by a short name."""
+    rates = {f"dropout, {place}": value["rate"] for place, value in values["dropout"].items()}
+    both = rates | {"input noise": values["noise"], "label smoothing": values["smoothing"]}
+    return {name: float(value) for name, value in both.items()}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the rows as text."""
+    head = ("", "gradients", "valid loss", "test loss", "test error, %", *rows[TUNED]["last_values"])
+    lines = [head]
+    for name, row in rows.items():
+        scores = f"{row['valid_loss']:.3f}", f"{row['test_loss']:.3f}", f"{100 * row['test_error']:.1f}"
+        lines.append((name, f"{row['gradients']:,}", *scores, *(f"{v:.2f}" for v in row["last_values"].values())))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def held_fixed(
+    problem: hg.BilevelProblem, model: Any, optimizer: Any, batch: int
+) -> tuple[Callable[..., Any], Trainer]:
+    """Return ``start(params, values)`` and a trainer that minimises the inner loss at given constrained values."""
+
+    def step(at: Any, train_batch: datasets.Split, _valid: datasets.Split, key: jax.Array) -> Any:
+        params, state, values = at
+        updates, state = optimizer.update(jax.grad(problem.inner_loss)(params, values, train_batch, key), state, params)
+        return optax.apply_updates(params, updates), state, values
+
+    def start(params: Any, values: Any) -> Any:
+        return params, optimizer.init(params), jax.tree.map(jax.numpy.float32, values)
+
+    return start, Trainer(_loop(step, batch, batch), lambda at: (at[0], at[2]), _judge(model))
+
+
+def tuning_itself(
+    problem: hg.BilevelProblem, model: Any, tx: Any, sizes: Sequence[int]
+) -> tuple[Callable[..., Any], Trainer]:
+    """Return ``start(variables, key)`` and a trainer of a problem over a response; ``sizes`` of both batches."""
+
+    def step(at: Any, train_batch: datasets.Split, valid_batch: datasets.Split, _key: jax.Array) -> Any:
+        variables, state = at
+        updates, state = tx.update(None, state, variables, inner_batch=train_batch, outer_batch=valid_batch)
+        return optax.apply_updates(variables, updates), state
+
+    def start(variables: hg.BilevelParams, key: jax.Array) -> Any:
+        # The transformation is shared between runs, so that it compiles once; their noise is not.
+        return variables, tx.init(variables)._replace(key=jax.random.key_data(key))
+
+    def read(at: Any) -> tuple[Any, Any]:
+        return hg.responses.weights_at(at[0]), problem.constrain(at[0].hyperparams)
+
+    return start, Trainer(_loop(step, *sizes), jax.jit(read), _judge(model))
+
+
+def _loop(step: Callable[..., Any], batch: int, outer_batch: int) -> Callable[..., Any]:
+    @jax.jit
+    def advance(at: Any, splits: datasets.Splits, key: jax.Array, start: int, stop: int) -> Any:
+        def body(i: jax.Array, at: Any) -> Any:
+            inner_key, outer_key, noise_key = jax.random.split(jax.random.fold_in(key, i), 3)
+            train_batch = datasets.draw(splits.train, batch, inner_key)
+            return step(at, train_batch, datasets.draw(splits.valid, outer_batch, outer_key), noise_key)
+
+        return lax.fori_loop(start, stop, body, at)
+
+    return advance
+
+
+def _judge(model: Any) -> Callable[..., Any]:
+    @jax.jit
+    def judge(params: Any, split: datasets.Split) -> tuple[jax.Array, jax.Array]:
+        logits = model.apply({"params": params}, split.x, train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, split.y)
+        return losses.mean(), (logits.argmax(-1) != split.y).mean()
+
+    return judge
