@@ -98,10 +98,10 @@ class Model(nn.Module):
         return nn.Dense(self.vocabulary)(kept), kept, x
 
 
-# Rates for what they drop, and coefficients of the penalties: the start, as in the paper, is close to none.
-START = {"input": 0.05, "hidden": 0.05, "output": 0.05, "embedding": 0.05, "weights": 0.05, "alpha": 0.05, "beta": 0.05}
-PER_EXAMPLE = {name: name != "weights" for name in START}
+# Weak, but not too weak for a perturbation to make a difference: from rates of 0.01 a response learns nothing.
 PENALTIES = ("alpha", "beta")
+START = dict.fromkeys(("input", "hidden", "output", "embedding", "weights"), 0.1) | dict.fromkeys(PENALTIES, 0.5)
+PER_EXAMPLE = {name: name != "weights" for name in START}
 
 
 def make_problem(model: Model) -> hg.BilevelProblem:

@@ -31,11 +31,12 @@ def test_self_tuning_lm(main, tmp_path, capsys):
         assert run.gradients == pytest.approx(tuned.gradients, rel=0.01)
     assert set(tuned.history) == {"input", "hidden", "output", "embedding", "weights", "alpha", "beta"}
     for name, values in tuned.history.items():
-        assert len(values) == 4
-        assert values[0] == pytest.approx(0.05, rel=0.3)
-        assert values[-1] != pytest.approx(0.05, rel=1e-3)  # every hyperparameter moves
+        assert len(values) == len(first.history[name]) == 4
+        (start,) = set(first.history[name])
+        assert start == (0.5 if name in ("alpha", "beta") else 0.1)
+        assert values[0] == pytest.approx(start, rel=1e-5)  # the warm-up
+        assert values[-1] != pytest.approx(start, rel=1e-3)  # every hyperparameter moves
         assert 0 < values[-1] < 0.9
-        assert first.history[name] == [0.05] * 4
         assert learned.history[name] == [values[-1]] * 4
     assert 10_000 < (tmp_path / "self_tuning_lm.png").stat().st_size < 100_000
     printed = capsys.readouterr().out
