@@ -14,7 +14,11 @@ import hypergrad as hg
 
 
 class Settings(NamedTuple):
-    """How long and how fast. Chosen by the validation loss on seed 100, which nothing else uses."""
+    """How long and how fast.
+
+    σ, samples and the response (its rate, where it starts) are chosen by how well its hypergradient agrees with an
+    implicit one, on seed 100 of MNIST, which nothing else uses; the rest is not tuned.
+    """
 
     steps: int = 3000  # inner steps of every run
     seeds: int = 3
