@@ -134,6 +134,9 @@ def _locate(run: Run, module: nn.Module) -> str | None:
         if ids & {id(x) for x in jax.tree.leaves(node)}:
             return root
         alike.append(root)
+    traced = lambda tree: any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))  # noqa: E731
+    if traced(run.params) and not traced(own):  # constants: a model that is not being trained
+        return None
     if len(alike) > 1:
         fix = "Hand each model its part of params unchanged, or give the models parts of different structure."
         got = f"equal ones at {', '.join(repr(root) for root in alike)}"

@@ -1,0 +1,455 @@
+"""Self-tuning layers: gates equal weights of each example's own; what STN and Δ-STN train; what they learn."""
+
+import functools
+
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import hypergrad as hg
+from hypergrad import responses
+from hypergrad._layers import Run, displaced_weights, intercepted
+from tests.problems import finite_differences, relative_error
+from tests.self_tuned_models import F64, MODELS, Mlp, NnxModel, Normalized, inputs, outputs_by_definition
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+H = {"a": jnp.array(0.3), "b": jnp.array([0.1, -0.2])}
+FORMS = {"stn": responses.stn(gate_std=0.3), "delta": responses.delta_stn()}
+FORMS["delta, nonlinear"] = responses.delta_stn(linearized=False)
+
+
+def hyper():
+    """Return three hyperparameters in two leaves, in 64 bit."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), H)
+
+
+def moved(response_params):
+    """Return response parameters whose gates and directions are not those of the start."""
+    layers = jax.tree.map(lambda x: 0.5 * jax.random.normal(jax.random.key(x.size), x.shape), response_params.layers)
+    return response_params._replace(layers=layers)
+
+
+def squares(apply):
+    """Return a problem with a loss an example that depends on its hyperparameters."""
+
+    def inner(w, h, x, key):
+        per_example = jnp.mean(jnp.reshape(apply(w, x) - 1.0, (x.shape[0], -1)) ** 2, 1)
+        return jnp.mean(jnp.exp(h["a"]) * per_example + jnp.sum(h["b"], -1))
+
+    return hg.BilevelProblem(inner, lambda w, h, x, key: jnp.mean((apply(w, x) + 1.0) ** 2))
+
+
+@functools.cache
+def linen(name):
+    """Return a Linen model's apply, its weights and a batch."""
+    with jax.enable_x64(True):
+        model, kind = MODELS[name]
+        x = inputs(kind)
+        params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+        return (lambda w, x: model.apply({"params": w}, x)), params, x
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gates_an_example_equal_weights_an_example(name):
+    """Two products a layer, and no copies: the outputs are those of weights W₀ + (V h̃) ⊙ W₁ of each example's own."""
+    apply, params, x = linen(name)
+    problem = responses.self_tuning(squares(apply))
+    start = moved(responses.init(problem, 0, params, hyper(), x))
+    displacement = jax.random.normal(jax.random.key(1), (len(x), 3))
+
+    def gated(start):
+        with intercepted(Run(start.params, start.layers, displacement)):
+            return apply(start.params, x)
+
+    exact = jax.jit(lambda s: outputs_by_definition(apply, s.params, s.layers, displacement, x))(start)
+    assert relative_error(jax.jit(gated)(start), exact) < 1e-13
+    assert relative_error(exact, apply(params, x)) > 0.01
+    kernels = sum(path[-1].key in ("kernel", "embedding") for path, _ in jax.tree.leaves_with_path(params))
+    assert len(start.layers) == kernels  # every layer that is linear in its weights responds
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "OptimizedLSTMCell"])
+def test_the_linearized_loss_trains_weights_plainly_and_the_response_on_one_jvp(name):
+    """Its gradient by definition: of L(net(x; 0); λ) in the weights, of L(o + ȯ; λ + σε) in the response."""
+    apply, params, x = linen(name)
+    plain = squares(apply)
+    problem = responses.self_tuning(plain)
+    start = moved(responses.init(problem, 0, params, hyper(), x))
+    size, center = len(x), hyper()
+    shift = jax.tree.map(lambda h: 0.3 * jax.random.normal(jax.random.key(h.size), (size, *h.shape)), center)
+    noisy = jax.tree.map(lambda h, s: h + s, center, shift)
+    displacement = jnp.concatenate([shift["a"][:, None], shift["b"]], 1)
+    inner = problem.response.around(center)[0]
+    value, grad = jax.jit(jax.value_and_grad(inner))(start, noisy, x, None)
+
+    spread = jax.tree.map(lambda h: jnp.broadcast_to(h, (size, *h.shape)), center)
+    want_value, want = jax.jit(jax.value_and_grad(plain.inner_loss))(params, spread, x, None)
+
+    def response_loss(layers):
+        run = lambda t: outputs_by_definition(apply, params, layers, t * displacement, x)  # noqa: E731
+        output, slope = jax.jvp(run, (0.0,), (1.0,))
+        return squares(lambda w, x: output + slope).inner_loss(None, noisy, x, None)
+
+    assert float(value) == pytest.approx(float(want_value), rel=1e-12)
+    assert relative_error(grad.params, want) < 1e-12
+    assert relative_error(grad.layers, jax.jit(jax.grad(response_loss))(start.layers)) < 1e-10
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hypergradients_by_two_other_routes(form):
+    """``direct`` = chain rule with the response's Jacobian = finite differences about a fixed centre."""
+    apply, params, x = linen("mlp")
+    plain = squares(apply)
+    problem = responses.self_tuning(plain, form=FORMS[form])
+    start, h = moved(responses.init(problem, 0, params, hyper(), x)), hyper()
+    got = jax.jit(functools.partial(hg.hypergrad(hg.direct(problem)), key=None))(start, h, x, x)
+
+    @jax.jit
+    def outer(h):
+        center = hyper() if problem.response.around and FORMS[form].centered else jax.tree.map(jnp.zeros_like, h)
+        displacement = jnp.concatenate([jnp.ravel(v) for v in jax.tree.leaves(optax.tree.sub(h, center))])
+        return plain.outer_loss(displaced_weights(start.params, start.layers, displacement), h, x, None)
+
+    assert relative_error(got, finite_differences(outer, h)) < 1e-7
+    rows = jax.tree.map(lambda v: jnp.broadcast_to(v, (len(x), *v.shape)), h)
+    by_gates = jax.jit(jax.grad(problem.response.around(h)[1], argnums=1))(start, rows, x, None)
+    assert relative_error(got, jax.tree.map(lambda g: g.sum(0), by_gates)) < 1e-10
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_exported_weights_are_those_of_the_unmodified_model(form):
+    apply, params, x = linen("transformer")
+    problem = responses.perturbed(responses.self_tuning(squares(apply), form=FORMS[form]), scale=0.5)
+    start = moved(responses.init(problem, 0, params, hyper(), x))
+    weights = responses.weights_at(hg.BilevelParams(start, hyper()))
+    assert jax.tree.structure(weights) == jax.tree.structure(params)
+    outer = lambda w, h, x, k: jnp.mean((apply(w, x) + 1.0) ** 2)  # noqa: E731
+    tuned = jax.jit(problem.outer_loss)(start, hyper(), x, None)
+    assert float(tuned) == pytest.approx(float(outer(weights, None, x, None)), rel=1e-12)
+    assert (relative_error(weights, params) == 0.0) == (form != "stn")
+
+
+def test_linen_and_nnx_agree_with_the_definition():
+    """Module surgery leaves the state as it was, and adds the same response as the interceptor does."""
+    model = NnxModel(nnx.Rngs(0))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    tunable, same, _ = nnx.split(responses.self_tunable(model), nnx.Param, ...)
+    assert jax.tree.structure(same) == jax.tree.structure(params)
+    apply = lambda w, x: nnx.merge(tunable, w, rest, copy=True)(x)  # noqa: E731
+    plain = lambda w, x: nnx.merge(graphdef, w, rest, copy=True)(x)  # noqa: E731
+    x = inputs("images")
+    np.testing.assert_array_equal(apply(params, x), plain(params, x))
+
+    problem = responses.self_tuning(squares(apply), form=responses.stn())
+    start = moved(responses.init(problem, 0, params, hyper(), x))
+    layers = {"attention/key", "attention/out", "attention/query", "attention/value"}
+    assert set(start.layers) == layers | {"conv", "embed", "layers/0", "layers/1"}
+    displacement = 0.3 * jax.random.normal(jax.random.key(1), (len(x), 3))
+
+    def gated(start):
+        with intercepted(Run(start.params, start.layers, displacement)):
+            return apply(start.params, x)
+
+    exact = jax.jit(lambda s: outputs_by_definition(plain, s.params, s.layers, displacement, x))(start)
+    assert relative_error(jax.jit(gated)(start), exact) < 1e-12
+    weights = responses.weights_at(hg.BilevelParams(start, hyper()))
+    assert jax.tree.structure(weights) == jax.tree.structure(params)
+    tuned = jax.jit(problem.outer_loss)(start, hyper(), x, None)
+    assert float(tuned) == pytest.approx(float(jax.jit(squares(plain).outer_loss)(weights, None, x, None)), rel=1e-12)
+
+
+def test_nnx_is_linearized_too():
+    model = NnxModel(nnx.Rngs(0))
+    tunable, params, rest = nnx.split(responses.self_tunable(model), nnx.Param, ...)
+    apply = lambda w, x: nnx.merge(tunable, w, rest, copy=True)(x)  # noqa: E731
+    x, center = inputs("images"), hyper()
+    problem = responses.self_tuning(squares(apply))
+    start = moved(responses.init(problem, 0, params, center, x))
+    shift = jax.tree.map(lambda h: 0.3 * jax.random.normal(jax.random.key(h.size), (len(x), *h.shape)), center)
+    noisy = jax.tree.map(lambda h, s: h + s, center, shift)
+    displacement = jnp.concatenate([shift["a"][:, None], shift["b"]], 1)
+
+    def response_loss(layers):
+        run = lambda t: outputs_by_definition(apply, params, layers, t * displacement, x)  # noqa: E731
+        output, slope = jax.jvp(run, (0.0,), (1.0,))
+        return squares(lambda w, x: output + slope).inner_loss(None, noisy, x, None)
+
+    got = jax.jit(jax.grad(problem.response.around(center)[0]))(start, noisy, x, None)
+    assert relative_error(got.layers, jax.jit(jax.grad(response_loss))(start.layers)) < 1e-10
+
+
+def test_what_acts_on_weights_is_perturbed_once_a_batch_and_seen_by_penalties():
+    """A penalty's decay is marked False: the loss gets weights with that part of the response in them."""
+    apply, params, x = linen("mlp")
+    seen = {}
+
+    def inner(w, h, batch, key):
+        seen.update(rate=h["rate"].shape, decay=h["decay"].shape)
+        return jnp.mean(h["rate"] * jnp.mean(apply(w, batch) ** 2, (1, 2))) + hg.penalties.l2(w, jnp.exp(h["decay"]))
+
+    plain = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.mean(apply(w, batch) ** 2))
+    h = {"decay": jnp.array(0.2), "rate": jnp.array(0.1)}
+    marks = {"decay": False, "rate": True}
+    problem = responses.self_tuning(plain, form=responses.delta_stn(linearized=False), per_example=marks)
+    start = moved(responses.init(problem, 0, params, h, x))
+    rates = 0.1 + 0.2 * jax.random.normal(jax.random.key(1), (len(x),))
+    noisy = {"decay": jnp.array(0.5), "rate": rates}
+    got = problem.response.around(h)[0](start, noisy, x, None)
+    assert seen == {"rate": (len(x),), "decay": ()}
+    displacement = jnp.stack([jnp.full(len(x), 0.3), rates - 0.1], 1)
+    outputs = outputs_by_definition(apply, start.params, start.layers, displacement, x)
+    weights = displaced_weights(start.params, start.layers, jnp.array([0.3, 0.0]))
+    exact = jnp.mean(rates * jnp.mean(outputs**2, (1, 2))) + hg.penalties.l2(weights, jnp.exp(0.5))
+    assert float(got) == pytest.approx(float(exact), rel=1e-12)
+    drawn = responses.perturbed(problem, scale=0.5)
+    assert np.isfinite(float(drawn.inner_loss(start, h, x, jax.random.key(0))))
+
+
+@pytest.mark.parametrize("form", ["delta", "stn"])
+def test_a_linear_network_learns_its_exact_response(form):
+    """Two linear layers with a Jacobian penalty an input: w*(λ) in closed form, of the gates' own form."""
+    rng = np.random.default_rng(0)
+    scales = np.geomspace(1.5, 0.4, 3)
+    x, xv = (jnp.asarray(rng.normal(size=(100, 3)) * scales) for _ in range(2))
+    y, yv = (jnp.asarray(m @ np.array([1.0, -0.5, 0.3]) + 0.5 * rng.normal(size=100)) for m in (x, xv))
+    net = nn.Sequential([nn.Dense(8, use_bias=False, **F64), nn.Dense(1, use_bias=False, **F64)])
+    apply = lambda w, x: net.apply({"params": w}, x)[..., 0]  # noqa: E731
+
+    def inner(w, coefficients, batch, key):
+        jacobian = apply(w, jnp.broadcast_to(jnp.eye(3), (len(batch[0]), 3, 3)))  # of a linear map: at the unit vectors
+        return jnp.mean((apply(w, batch[0]) - batch[1]) ** 2 + jnp.sum(coefficients * jacobian**2, 1))
+
+    outer = lambda w, h, batch, key: jnp.mean((apply(w, batch[0]) - batch[1]) ** 2)  # noqa: E731
+    problem = hg.reparameterize(hg.BilevelProblem(inner, outer), hg.bijectors.exp())
+    tuned = responses.self_tuning(problem, form=FORMS[form] if form == "delta" else responses.stn())
+    noisy = responses.perturbed(tuned, scale=0.2)
+    h, many = jnp.array([-1.0, 0.0, -2.0]), (jnp.tile(x, (16, 1)), jnp.tile(y, 16))  # 1,600 perturbations a step
+    start = responses.init(noisy, 1, net.init(jax.random.key(0), x)["params"], h, many)
+    steps = 6000
+    optimizer = optax.partition(
+        {"weights": optax.adam(3e-3), "response": optax.adam(optax.cosine_decay_schedule(3e-2, steps))},
+        responses.labels,
+    )
+
+    @jax.jit
+    def train(params):
+        def step(carry, key):
+            grads = jax.grad(noisy.inner_loss)(carry[0], h, many, key)
+            updates, state = optimizer.update(grads, carry[1], carry[0])
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        keys = jax.random.split(jax.random.key(1), steps)
+        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
+
+    learned = train(start)
+    end = lambda w: (w["layers_0"]["kernel"] @ w["layers_1"]["kernel"])[:, 0]  # noqa: E731
+    solve = lambda h: jnp.linalg.solve(x.T @ x / 100 + jnp.diag(jnp.exp(h)), x.T @ y / 100)  # noqa: E731
+    exact, got = (jax.jacfwd(f)(h) for f in (solve, lambda h: end(tuned.response.weights(learned, h))))
+    assert relative_error(got, exact) < 0.05
+    gradient = hg.hypergrad(hg.direct(noisy))(learned, h, (x, y), (xv, yv), key=0)
+    true = jax.grad(lambda h: jnp.mean((xv @ solve(h) - yv) ** 2))(h)
+    assert float(jnp.vdot(gradient, true) / jnp.linalg.norm(gradient) / jnp.linalg.norm(true)) > 0.99
+    if form == "delta":  # law: the centre is w*(λ) whatever the scale
+        assert relative_error(end(learned.params), solve(h)) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batch_norm_keeps_its_statistics(form):
+    model, x = Normalized(), inputs("vectors", 8)
+    first = model.init(jax.random.key(0), x)
+
+    def inner(w, h, x, key, stats):
+        y, new = model.apply({"params": w, "batch_stats": stats}, x, mutable=["batch_stats"])
+        return jnp.mean(jnp.exp(h) * jnp.mean((y - 1.0) ** 2, 1)), new["batch_stats"]
+
+    def outer(w, h, x, key, stats):
+        return jnp.mean((model.apply({"params": w, "batch_stats": stats}, x, train=False) - 1.0) ** 2), stats
+
+    problem = responses.self_tuning(hg.BilevelProblem(inner, outer, stateful=True), form=FORMS[form])
+    problem = responses.perturbed(problem, scale=0.5)
+    stats, h = first["batch_stats"], jnp.array(0.0)
+    start = responses.init(problem, 0, first["params"], h, x, model_state=stats)
+    tx = hg.bilevel(hg.direct(problem), inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1), every=2,
+                    window=2, model_state=stats)  # fmt: skip
+    variables = hg.BilevelParams(start, h)
+    state = tx.init(variables)
+    step = jax.jit(tx.update)
+    for _ in range(2):
+        updates, state = step(None, state, variables, inner_batch=jnp.stack([x, x]), outer_batch=x)
+        variables = optax.apply_updates(variables, updates)
+    assert not bool(state.info.skipped)
+    assert relative_error(state.model_state, stats) > 0.01
+    if form == "delta":  # the weights' own pass alone makes the statistics: those of a plain run
+        w, plain = first["params"], stats
+        for _ in range(4):
+            grads, plain = jax.grad(inner, has_aux=True)(w, jnp.zeros(8), x, None, plain)
+            w = jax.tree.map(lambda a, g: a - 0.1 * g, w, grads)
+        assert relative_error(state.model_state, plain) < 1e-6  # statistics are kept in float32
+        assert relative_error(variables.params.params, w) < 1e-6
+
+
+def test_a_rate_through_which_nothing_differentiates_gets_the_exact_hypergradient():
+    """Dropout at rate p on the inputs of a linear model is ridge regression, in closed form (Wager et al., 1307.1493).
+
+    E ‖y − (X ∘ m/(1−p)) w‖²/n = ‖y − X w‖²/n + p/(1−p) Σⱼ wⱼ² ‖Xⱼ‖²/n
+    """
+    rng = np.random.default_rng(1)
+    x, xv = (jnp.asarray(rng.normal(size=(n, 4)) * np.geomspace(2.0, 0.5, 4)) for n in (20, 200))
+    y, yv = (m @ jnp.array([1.0, -1.0, 0.5, 2.0]) + jnp.asarray(rng.normal(size=len(m))) for m in (x, xv))
+    model = nn.Dense(1, use_bias=False, **F64)
+    apply = lambda w, x: model.apply({"params": w}, x)[:, 0]  # noqa: E731
+
+    def inner(w, rate, batch, key):
+        return jnp.mean((apply(w, hg.hyper.dropout(key, batch[0], rate)) - batch[1]) ** 2)
+
+    outer = lambda w, rate, batch, key: jnp.mean((apply(w, batch[0]) - batch[1]) ** 2)  # noqa: E731
+    problem = hg.reparameterize(hg.BilevelProblem(inner, outer), hg.bijectors.sigmoid())
+    problem = responses.perturbed(responses.self_tuning(problem), scale=0.3)
+    h, many = jnp.array(-1.0), (jnp.tile(x, (100, 1)), jnp.tile(y, 100))  # 2,000 masks and perturbations a step
+    start = responses.init(problem, 0, model.init(jax.random.key(0), x)["params"], h, many)
+    steps = 4000
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
+
+    @jax.jit
+    def train(params):
+        def step(carry, key):
+            grads = jax.grad(problem.inner_loss)(carry[0], h, many, key)
+            updates, state = optimizer.update(grads, carry[1])
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        keys = jax.random.split(jax.random.key(1), steps)
+        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
+
+    def ridge(h):
+        odds = jax.nn.sigmoid(h) / jax.nn.sigmoid(-h)
+        weights = jnp.linalg.solve(x.T @ x + odds * jnp.diag(jnp.sum(x**2, 0)), x.T @ y)
+        return jnp.mean((xv @ weights - yv) ** 2)
+
+    got = hg.hypergrad(hg.direct(problem))(train(start), h, many, (xv, yv), key=0)
+    assert float(got) == pytest.approx(float(jax.grad(ridge)(h)), rel=0.1)
+    assert abs(float(got)) > 0.01
+
+
+@pytest.mark.parametrize("through", ["msgpack", "orbax"])
+def test_response_parameters_are_saved_and_restored(through, tmp_path):
+    apply, params, x = linen("transformer")
+    problem = responses.self_tuning(squares(apply))
+    tree = (moved(responses.init(problem, 0, params, hyper(), x)), responses.Perturbed(hyper(), jnp.array(0.1)))
+    blank = jax.tree.map(jnp.zeros_like, tree)
+    if through == "msgpack":
+        restored = flax.serialization.from_bytes(blank, flax.serialization.to_bytes(tree))
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", tree)
+            checkpointer.wait_until_finished()
+            restored = checkpointer.restore(tmp_path / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, blank))
+    assert jax.tree.structure(restored) == jax.tree.structure(tree)
+    assert relative_error(restored, tree) == 0.0
+
+
+class Positions(nn.Module):
+    """A positional embedding looked up without the batch's axis."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8, **F64)(x) + nn.Embed(4, 8, name="places", **F64)(jnp.arange(3)).mean(0)
+
+
+class Body(nn.Module):
+    """One of several layers that a scan runs."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(4, **F64)(x), None
+
+
+class Scanned(nn.Module):
+    """Layers under a scan over their weights."""
+
+    @nn.compact
+    def __call__(self, x):
+        body = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return nn.Dense(3, **F64)(body(name="inner")(x, None)[0])
+
+
+def test_refusals_of_models():
+    x, h = inputs("vectors"), hyper()
+    problem_of = lambda m: responses.self_tuning(squares(lambda w, x: m.apply({"params": w}, x)))  # noqa: E731
+    params_of = lambda m: m.init(jax.random.key(0), x)["params"]  # noqa: E731
+
+    places = Positions()
+    start = responses.init(problem_of(places), 0, params_of(places), h, x)
+    with pytest.raises(ValueError, match="layer places to have outputs with one row for each of 5"):
+        responses.perturbed(problem_of(places), scale=0.1).inner_loss(start, h, x, jax.random.key(0))
+    chosen = responses.self_tuning(
+        squares(lambda w, x: places.apply({"params": w}, x)), layers=lambda path: path != "places"
+    )
+    start = responses.init(chosen, 0, params_of(places), h, x)
+    assert list(start.layers) == ["Dense_0"]
+    assert np.isfinite(responses.perturbed(chosen, scale=0.1).inner_loss(start, h, x, jax.random.key(0)))
+
+    scanned = Scanned()
+    with pytest.raises(ValueError, match=r"layer inner/Dense_0 to run with weights .*nn\.scan"):
+        responses.init(problem_of(scanned), 0, params_of(scanned), h, x)
+
+    plain = responses.self_tuning(squares(lambda w, x: x @ w))
+    with pytest.raises(ValueError, match="runs layers that can be tuned; got none"):
+        responses.init(plain, 0, jnp.ones((4, 2)), h, x)
+    with pytest.raises(ValueError, match="a batch, to look for layers"):
+        responses.init(problem_of(Mlp()), 0, params_of(Mlp()), h)
+    start = responses.init(problem_of(Mlp()), 0, params_of(Mlp()), h, x)
+    two = lambda w, h, b, k: jnp.mean(Mlp().apply({"params": w}, b[0])) * jnp.mean(h["a"])  # noqa: E731
+    odd = responses.perturbed(responses.self_tuning(hg.BilevelProblem(two, two)), scale=0.1)
+    with pytest.raises(ValueError, match="share their leading axis"):
+        odd.inner_loss(start, h, (x, jnp.ones(3)), jax.random.key(0))
+    for wrong in ({"form": "stn"}, {"per_example": "yes"}):
+        with pytest.raises(TypeError, match="expected"):
+            responses.self_tuning(squares(lambda w, x: x), **wrong)
+    with pytest.raises(TypeError, match="self-tuning params"):
+        problem_of(Mlp()).inner_loss(params_of(Mlp()), h, x, None)
+    with pytest.raises(TypeError, match=r"flax.nnx.Module"):
+        responses.self_tunable(Mlp())
+    with pytest.raises(ValueError, match="linear in its weights"):
+        responses.self_tunable(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+
+
+def test_two_models_in_one_loss_and_one_that_is_not_tuned():
+    """Models are found by where their weights are, not by their layers' names; a teacher is left alone."""
+    model, x = MODELS["mlp"][0], inputs("vectors")
+    parts = {name: model.init(jax.random.key(i), x)["params"] for i, name in enumerate(("left", "right"))}
+    teacher = model.init(jax.random.key(9), x)["params"]
+    apply = lambda w, x: model.apply({"params": w["left"]}, x) * model.apply({"params": w["right"]}, x)  # noqa: E731
+    distilled = lambda w, x: apply(w, x) - model.apply({"params": teacher}, x)  # noqa: E731
+    problem = responses.self_tuning(squares(distilled))
+    start = moved(responses.init(problem, 0, parts, hyper(), x))
+    assert set(start.layers) == {f"{part}/{layer}" for part in parts for layer in ("Dense_0", "DenseGeneral_0")}
+    displacement = 0.3 * jax.random.normal(jax.random.key(1), (len(x), 3))
+
+    @jax.jit  # so that constants can be told from weights
+    def gated(start):
+        with intercepted(Run(start.params, start.layers, displacement)):
+            return distilled(start.params, x)
+
+    exact = outputs_by_definition(distilled, start.params, start.layers, displacement, x)
+    assert relative_error(gated(start), exact) < 1e-12
+
+
+def test_weights_that_the_loss_changes_are_found_by_their_structure():
+    """Weight drop hands the model other arrays than the loss was given."""
+    apply, params, x = linen("mlp")
+    dropped = lambda w, x: apply(jax.tree.map(lambda v: 0.5 * v, w), x)  # noqa: E731
+    problem = responses.self_tuning(squares(dropped))
+    start = moved(responses.init(problem, 0, params, hyper(), x))
+    assert len(start.layers) == 2
+    displacement = 0.3 * jax.random.normal(jax.random.key(1), (len(x), 3))
+    with intercepted(Run(start.params, start.layers, displacement)):
+        got = dropped(start.params, x)
+    halved = jax.tree.map(lambda v: 0.5 * v, start.params)
+    assert relative_error(got, outputs_by_definition(apply, halved, start.layers, displacement, x)) < 1e-12
