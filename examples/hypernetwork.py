@@ -9,7 +9,8 @@ bottleneck of 10: it learns few directions of λ, those that move the weights mo
 one batch, since the noise of smaller ones would hide what a perturbation of a single decay does.
 
 Beside it stand the first decay held fixed, the best single decay of a grid, and every learned decay held fixed in
-training from scratch. The test split is read once, for the table.
+training from scratch. Budgets differ: the table counts gradients. Read the retrained rows for what the decays are
+worth: weights that were trained under perturbations are regularised by these too. The test split is read once.
 
     python examples/hypernetwork.py                                            # scikit-learn digits
     HYPERGRAD_DATA=... python examples/hypernetwork.py --data mnist            # 7,850 decays
