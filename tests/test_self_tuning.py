@@ -233,9 +233,9 @@ def test_a_linear_network_learns_its_exact_response(form):
     h, many = jnp.array([-1.0, 0.0, -2.0]), (jnp.tile(x, (16, 1)), jnp.tile(y, 16))  # 1,600 perturbations a step
     start = responses.init(noisy, 1, net.init(jax.random.key(0), x)["params"], h, many)
     steps = 6000
+    rates = {"weights": 3e-3, "response": 3e-2}
     optimizer = optax.partition(
-        {"weights": optax.adam(3e-3), "response": optax.adam(optax.cosine_decay_schedule(3e-2, steps))},
-        responses.labels,
+        {part: optax.adam(optax.cosine_decay_schedule(rate, steps)) for part, rate in rates.items()}, responses.labels
     )
 
     @jax.jit

@@ -32,10 +32,9 @@ def test_race(tmp_path):
             assert one["trials"] == record["race"]["full"]
         else:
             assert 0.9 * budget < one["gradients"] <= budget
-        spent, best = zip(*one["curve"], strict=True)
-        assert list(spent) == sorted(set(spent))
-        assert list(best) == sorted(best, reverse=True)
-        assert best[-1] == pytest.approx(one["valid_loss"], abs=1e-5)
+            assert len(one["curve"]) == budget // record["race"]["look"]
+            assert one["curve"] == sorted(one["curve"], reverse=True)
+            assert one["curve"][-1] == pytest.approx(one["valid_loss"], abs=1e-4)
         assert len(one["values"]) == 5
     assert found["random search"]["trials"] >= record["trials"]["random search"]
     assert set(record["choice"]["valid_loss"]) == set(record["trials"])

@@ -40,6 +40,20 @@ class LayerResponse(NamedTuple):
     bias_gate: Any
 
 
+class Gates(NamedTuple):
+    """A layer's response at the displacements of a batch, worked out before the loss runs, not in each step of a scan.
+
+    Attributes:
+      weight: W₁.
+      gate: V d, (B, *features).
+      shift: (C d) ⊙ b₁, (B, *features); () for a layer without bias.
+    """
+
+    weight: Array
+    gate: Array
+    shift: Any
+
+
 class Found(NamedTuple):
     """A layer that a run came by.
 
@@ -68,6 +82,7 @@ class Run:
       replay: outputs to return from the outermost calls, in order, in place of their own; None for their own.
       found: layers met, by path.
       outputs: what the outermost calls returned.
+      gates: of each layer by path, from ``layers`` and ``displacement``.
       depth: of the call under way.
       prefix: where in ``params`` the outermost module's own weights begin; None: they are not in it.
     """
@@ -79,8 +94,19 @@ class Run:
     replay: list[Any] | None = None
     found: dict[str, Found] = dataclasses.field(default_factory=dict)
     outputs: list[Any] = dataclasses.field(default_factory=list)
+    gates: dict[str, Gates] = dataclasses.field(init=False)
     depth: int = 0
     prefix: str | None = ""
+
+    def __post_init__(self) -> None:
+        """Work out all gates."""
+        known = {} if self.layers is None or self.displacement is None else self.layers
+        self.gates = {path: self._gates(layer) for path, layer in known.items()}
+
+    def _gates(self, layer: LayerResponse) -> Gates:
+        along = lambda gate: jnp.tensordot(self.displacement.astype(gate.dtype), gate, 1)  # type: ignore[union-attr]  # noqa: E731
+        shift = () if isinstance(layer.bias, tuple) else along(layer.bias_gate) * layer.bias
+        return Gates(layer.weight, along(layer.gate), shift)
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
@@ -102,33 +128,27 @@ class Run:
             raise ValueError(_checks.message(f"{len(self.replay)} calls of a model", f"call {place + 1}", fix))
         return self.replay[place]
 
-    def response_of(self, path: str, found: Found) -> LayerResponse | None:
-        """Return a layer's response, or None where there is none to add; notes that the layer was met."""
+    def gates_of(self, path: str, found: Found) -> Gates | None:
+        """Return a layer's gates, or None where there is nothing to add; notes that the layer was met."""
         self.found[path] = found
-        if self.layers is None or self.displacement is None:
-            return None
-        return self.layers.get(path)
+        return self.gates.get(path)
 
-    def add(
-        self, path: str, output: Array, inputs: Array, response: LayerResponse, again: Callable[..., Array]
-    ) -> Array:
+    def add(self, path: str, output: Array, inputs: Array, gates: Gates, again: Callable[..., Array]) -> Array:
         """Return the layer's output with its response: ``again(weight, inputs)`` is the layer without bias.
 
         Where the derivative at t = 0 alone is wanted, W₁ sees inputs that are held fixed: what their own displacement
         would add is of second order in t.
         """
-        gate = self.gate(path, response.gate, output)
-        total = output + self._scaled(gate * again(response.weight, self._held(inputs)))
-        if isinstance(response.bias, tuple):
-            return total
-        return total + self._scaled(self.gate(path, response.bias_gate, output) * response.bias.astype(output.dtype))
+        gate = _beside(path, gates.gate, output)
+        total = output + self._scaled(gate * again(gates.weight, self._held(inputs)))
+        return total if isinstance(gates.shift, tuple) else total + self._scaled(_beside(path, gates.shift, output))
 
     def add_transposed(
-        self, path: str, output: Array, inputs: Array, response: LayerResponse, again: Callable[..., Array]
+        self, path: str, output: Array, inputs: Array, gates: Gates, again: Callable[..., Array]
     ) -> Array:
         """Return what ``add`` does, of an embedding that is multiplied by: the gates are on its inputs."""
         inputs = self._held(inputs)
-        return output + self._scaled(again(response.weight, self.gate(path, response.gate, inputs) * inputs))
+        return output + self._scaled(again(gates.weight, _beside(path, gates.gate, inputs) * inputs))
 
     def _held(self, inputs: Array) -> Array:
         return inputs if self.linear is None else lax.stop_gradient(inputs)
@@ -136,20 +156,19 @@ class Run:
     def _scaled(self, term: Array) -> Array:
         return term if self.linear is None else self.linear.astype(term.dtype) * term
 
-    def gate(self, path: str, gate: Array, output: Array) -> Array:
-        """Return V d of shape (B, 1, …, 1, *features), for an output (B, …, *features)."""
-        assert self.displacement is not None
-        rows, features = self.displacement.shape[0], gate.shape[1:]
-        between = output.ndim - len(features) - 1
-        if between < 0 or output.shape[0] not in (1, rows):
-            fix = (
-                "Give the layer inputs with the batch's examples along their leading axis (or 1), leave it out "
-                "(self_tuning(layers=...)), or use one perturbation a batch (per_example=False)."
-            )
-            wanted = f"layer {path} to have outputs with one row for each of {rows} examples"
-            raise ValueError(_checks.message(wanted, f"shape {output.shape}", fix))
-        value = jnp.tensordot(self.displacement.astype(gate.dtype), gate, 1)
-        return value.reshape(rows, *(1,) * between, *features).astype(output.dtype)
+
+def _beside(path: str, gate: Array, output: Array) -> Array:
+    """Return a gate (B, *features) in the form (B, 1, …, 1, *features) of an output (B, …, *features)."""
+    rows, *features = gate.shape
+    between = output.ndim - len(features) - 1
+    if between < 0 or output.shape[0] not in (1, rows):
+        fix = (
+            "Give the layer inputs with the batch's examples along their leading axis (or 1), leave it out "
+            "(self_tuning(layers=...)), or use one perturbation a batch (per_example=False)."
+        )
+        wanted = f"layer {path} to have outputs with one row for each of {rows} examples"
+        raise ValueError(_checks.message(wanted, f"shape {output.shape}", fix))
+    return gate.reshape(rows, *(1,) * between, *features).astype(output.dtype)
 
 
 def found_in(weight: Array, bias: Array | None, *, embedding: bool) -> Found:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from hypergrad import _checks
-from hypergrad._layers._base import LayerResponse, Run, active, current, found_in
+from hypergrad._layers._base import Gates, Run, active, current, found_in
 from hypergrad._types import Array, PyTree
 
 _KINDS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.Embed)
@@ -54,9 +54,9 @@ def _layer(run: Run, next_fun: Callable[..., Any], args: Any, kwargs: Any, conte
         return next_fun(*args, **kwargs)
     inputs, *rest = args or [kwargs.pop(key) for key in ("inputs", "query") if key in kwargs]
     found = found_in(weights[name], weights.get("bias"), embedding=isinstance(module, nn.Embed))
-    response = run.response_of(path, found)
+    gates = run.gates_of(path, found)
     output = next_fun(inputs, *rest, **kwargs)
-    if response is None:
+    if gates is None:
         return output
     changes = {} if isinstance(module, nn.Embed) else {"use_bias": False}
     clone = module.clone(parent=None, name=None, **changes)
@@ -66,17 +66,17 @@ def _layer(run: Run, next_fun: Callable[..., Any], args: Any, kwargs: Any, conte
             return clone.apply({"params": {name: weight}}, inputs, *rest, method=method, **kwargs)
 
     add = run.add_transposed if method == "attend" else run.add
-    return add(path, output, inputs, response, again)
+    return add(path, output, inputs, gates, again)
 
 
 def _lstm(run: Run, path: str, module: Any, next_fun: Any, carry: Any, inputs: Array) -> Any:
     """Compute an ``OptimizedLSTMCell`` whose eight matrices have gates, with one product for each four."""
     weights = module.variables["params"]
-    responses = {}
+    gates = {}
     for name in ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho"):
         found = found_in(weights[name]["kernel"], weights[name].get("bias"), embedding=False)
-        responses[name] = run.response_of(f"{path}/{name}", found)
-    if all(response is None for response in responses.values()):
+        gates[name] = run.gates_of(f"{path}/{name}", found)
+    if all(gate is None for gate in gates.values()):
         return next_fun(carry, inputs)
     cell, hidden = carry
 
@@ -87,15 +87,14 @@ def _lstm(run: Run, path: str, module: Any, next_fun: Any, carry: Any, inputs: A
         bias = jnp.concatenate([layer["bias"] for layer in layers], -1) if kind == "h" else None
         x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=module.dtype)
         output = x @ kernel if bias is None else x @ kernel + bias
-        found = [responses[name] for name in names]
-        joined = _joined([r for r in found if r is not None])
-        if joined is None:
+        own = [found for name in names if (found := gates[name]) is not None]
+        if not own:
             return output
-        if len([r for r in found if r is not None]) < len(names):
+        if len(own) < len(names):
             fix = "Select all of a cell's matrices, or none."
             raise ValueError(_checks.message(f"layers to hold all or none of {path}", "a part", fix))
         again = lambda weight, x: x @ weight.astype(x.dtype)  # noqa: E731
-        return run.add(f"{path}/{kind}", output, x, joined, again)
+        return run.add(f"{path}/{kind}", output, x, _joined(own), again)
 
     split = jnp.split(product("i", inputs) + product("h", hidden), 4, axis=-1)
     i, f, o = (module.gate_fn(split[k]) for k in (0, 1, 3))
@@ -104,14 +103,11 @@ def _lstm(run: Run, path: str, module: Any, next_fun: Any, carry: Any, inputs: A
     return (cell, hidden), hidden
 
 
-def _joined(responses: list[LayerResponse]) -> LayerResponse | None:
-    if not responses:
-        return None
-
+def _joined(gates: list[Gates]) -> Gates:
     def join(*parts: Any) -> Any:
         return () if isinstance(parts[0], tuple) else jnp.concatenate(parts, -1)
 
-    return LayerResponse(*(join(*parts) for parts in zip(*responses, strict=True)))
+    return Gates(*(join(*parts) for parts in zip(*gates, strict=True)))
 
 
 def _locate(run: Run, module: nn.Module) -> str | None:

@@ -72,9 +72,9 @@ def _output(run: Run, layer: Any, plain: Any, way: str, inputs: Array, *args: An
     bias = getattr(layer, "bias", None)
     bias = None if bias is None or bias[...] is None else bias[...]
     path = layer.self_tuning_path
-    response = run.response_of(path, found_in(getattr(layer, name)[...], bias, embedding=embedding))
+    gates = run.gates_of(path, found_in(getattr(layer, name)[...], bias, embedding=embedding))
     output = plain(layer, inputs, *args)
-    if response is None:
+    if gates is None:
         return output
 
     def again(weight: Array, inputs: Array) -> Array:
@@ -85,7 +85,7 @@ def _output(run: Run, layer: Any, plain: Any, way: str, inputs: Array, *args: An
         with active(None):
             return plain(nnx.merge(graphdef, state), inputs, *args)
 
-    return getattr(run, way)(path, output, inputs, response, again)
+    return getattr(run, way)(path, output, inputs, gates, again)
 
 
 class SelfTuningLinear(nnx.Linear):

@@ -77,8 +77,9 @@ class SelfTuningForm(NamedTuple):
 def delta_stn(*, linearized: bool = True) -> SelfTuningForm:
     """Return the form of Δ-STN: centred, V = 0 at first and, unless told otherwise, linearised.
 
-    An inner step costs about 2.5 plain ones, 2 without the linearisation (response and weights are then trained by
-    one loss). Give the response its own optimizer: it starts from zero, and learns slowly at the weights' rate.
+    An inner step costs about 2.5 plain ones for an MLP, more where elementwise work weighs as much as products; about 2
+    without the linearisation (response and weights are then trained by one loss). Give the response its own optimizer:
+    it starts from zero, and learns slowly at the weights' rate.
 
     >>> delta_stn().centered
     True
