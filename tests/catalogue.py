@@ -47,7 +47,7 @@ SOLVERS = [
     _row("foreign_warm", lambda: hg.solvers.from_callable(_foreign, warm_start=True), 1e-4, keeps_state=True),
 ]
 
-_HYPERNETWORK = hg.responses.hypernetwork(lambda size: nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(size)]))
+_HYPERNETWORK = hg.responses.hypernetwork(lambda size: nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(size)]))
 
 
 def _learned(problem: hg.BilevelProblem, response: hg.responses.Response) -> hg.HypergradEstimator:

@@ -81,10 +81,11 @@ def hypernetwork(
       TypeError: ``module`` is not a Linen module, nor a function that returns one.
       ValueError: sizes < 1; from ``init``, a module whose output has another size.
 
-    Right where h_φ can hold w*(λ) over what it is trained on.
+    Right where h_φ can hold w*(λ) over what it is trained on. Rectified units that are dead at λ (all are, at λ = 0
+    with zero biases) make the hypergradient zero: take another nonlinearity, or none.
 
     >>> import flax.linen as nn, jax.numpy as jnp
-    >>> response = hypernetwork(lambda size: nn.Sequential([nn.Dense(10), nn.relu, nn.Dense(size)]))
+    >>> response = hypernetwork(lambda size: nn.Sequential([nn.Dense(10), nn.tanh, nn.Dense(size)]))
     >>> start = response.init(0, {"w": jnp.ones((4, 3))}, jnp.zeros(5))
     >>> response.apply(start, jnp.zeros(5))["w"].shape
     (4, 3)

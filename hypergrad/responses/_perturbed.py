@@ -44,7 +44,8 @@ def learned_scale(entropy: float = 1e-3, low: float = 0.05, high: float = 1.5) -
     """Return the scale of ``perturbed`` that is learned: hyperparameters become ``Perturbed(hyperparams, log_scale)``.
 
     σ = clip(exp(log_scale), low, high); the gradient that would push ``log_scale`` further out of its bounds is zero.
-    The outer loss loses τ Σ log(σᵢ √(2πe)), the sum over all entries of the hyperparameters.
+    The outer loss loses τ Σ log(σᵢ √(2πe)), the sum over all entries of the hyperparameters. σ moves at the outer
+    optimizer's rate: where it falls too soon, raise ``low``.
 
     Args:
       entropy: τ; 0 lets σ collapse to ``low``, large values send it to ``high``. 1e-3 to 1e-5 are usual.
@@ -84,7 +85,8 @@ def perturbed(
       scale: σ ≥ 0: one number or a tree prefix of the hyperparameters; or ``learned_scale()``.
       num_samples: S ≥ 1, perturbations of everything; costs S times as much.
       num_groups: parts of the batch with a perturbation each; divides the batch. Right for losses that are means over
-        examples. None: the whole batch, or one an example where the problem takes that.
+        examples, and noisy where the parts' data differ by more than the perturbations do: for decays rather take
+        ``num_samples``. None: the whole batch, or one an example where the problem takes that.
 
     Returns:
       A ``BilevelProblem``; both losses want a ``key`` where they are perturbed. Model state and aux of several samples
