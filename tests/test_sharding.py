@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +73,41 @@ def test_eight_devices_give_the_answer_of_one(name, window):
     kernel = eight[0].params["first"]["kernel"]
     assert len({shard.device for shard in kernel.addressable_shards}) == 8
     assert kernel.addressable_shards[0].data.shape == (kernel.shape[0], kernel.shape[1] // 8)
+
+
+def test_self_tuning_on_eight_devices_gives_the_answer_of_one():
+    """Examples and a kernel's columns are spread over devices; each example's perturbation stays what it was."""
+    mesh = Mesh(np.array(jax.devices()), ("d",))
+    net = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(3)])
+    x, y = jax.random.normal(jax.random.key(0), (32, 4)), jnp.arange(32) % 3
+
+    def loss(w, rate, batch, key):
+        logits = net.apply({"params": w}, hg.hyper.dropout(key, batch[0], rate) if key is not None else batch[0])
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    plain = hg.BilevelProblem(loss, lambda w, rate, batch, key: loss(w, rate, batch, None))
+    problem = hg.reparameterize(plain, hg.bijectors.interval(0.0, 0.9))
+    problem = hg.responses.perturbed(hg.responses.self_tuning(problem), scale=0.5)
+    tx = hg.bilevel(hg.direct(problem), inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(1.0), every=2)
+    weights, rate = net.init(jax.random.key(1), x)["params"], jnp.array(-1.0)
+    split = jax.tree.map(
+        lambda w: jax.device_put(w, NamedSharding(mesh, P(*(None,) * (w.ndim - 1), "d") if w.shape[-1] == 16 else P())),
+        weights,
+    )
+    results = []
+    for start, place in ((weights, P()), (split, P("d"))):
+        batch = (x, y) if start is weights else jax.device_put((x, y), NamedSharding(mesh, place))
+        variables = hg.BilevelParams(hg.responses.init(problem, 0, start, rate, batch), rate)
+        state, step = tx.init(variables), jax.jit(tx.update)
+        for _ in range(4):
+            updates, state = step(None, state, variables, inner_batch=batch, outer_batch=batch)
+            variables = optax.apply_updates(variables, updates)
+        results.append(variables)
+    one, eight = results
+    assert relative_error(eight, one) < 1e-5
+    assert float(one.hyperparams) != -1.0
+    kernel = eight.params.params["layers_0"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (4, 2)
 
 
 def test_init_keeps_shardings_in_the_solver_state():
