@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 FULL = "16 random runs, each the whole budget"
+START = "first values of self-tuning, held fixed"
 _LEARNING = "self-tuning"
 
 
@@ -26,7 +27,7 @@ def table(record: dict[str, Any]) -> str:
             ("method", "gradients", "trials begun", "valid loss", "test loss", "test error, %"),
             [_row(name, [found[name] for found in seeds.values()]) for name in _methods(record)],
         ),
-        "Not at equal cost: the last row.",
+        f"No search: {START}. Not at equal cost: the {FULL}.",
         "## By seed",
         *(_versus(record, name) for name in _methods(record) if name.startswith(_LEARNING)),
         "## Rivals' trials",
@@ -38,34 +39,38 @@ def table(record: dict[str, Any]) -> str:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Save the picture: lowest validation loss so far against gradients spent; crosses: test loss at the end."""
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for place, name in enumerate(_methods(record)):
+    """Save the picture: lowest validation loss so far against gradients spent, and what each seed ends with."""
+    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    names, lowest = _methods(record), np.inf
+    for place, name in enumerate(names):
         found = [seed[name] for seed in record["seeds"].values()]
-        losses = np.asarray([[loss for _, loss in one["curve"]] for one in found])
-        test = float(np.mean([one["test_loss"] for one in found]))
-        ours = name.startswith(_LEARNING)
-        if name == FULL:
-            label = f"best of {record['race']['full']} random runs, each the whole budget: at the end"
-            axes.axhline(losses[:, -1].mean(), label=label, color="0.4", linestyle=":")
+        ours, whole = name.startswith(_LEARNING), name == FULL
+        colour = "0.4" if whole else f"C{place}"
+        ends = [one["valid_loss"] for one in found]
+        lowest = min(lowest, *ends)
+        right.plot(ends, [-place + 0.12] * len(ends), "o", color=colour, markersize=4)
+        right.plot([one["test_loss"] for one in found], [-place - 0.12] * len(ends), "x", color=colour, markersize=5)
+        if whole:
+            left.axhline(np.mean(ends), color=colour, linestyle=":")
             continue
-        colour, style = f"C{place}", "-" if ours else "--"
-        spent = np.asarray([g for g, _ in found[0]["curve"]])
-        axes.plot(spent, losses.mean(0), style, label=name, linewidth=2 if ours else 1.4, color=colour)
-        axes.fill_between(spent, losses.min(0), losses.max(0), color=colour, alpha=0.12, linewidth=0)
-        axes.plot(spent[-1], test, "x", color=colour, clip_on=False)
-    axes.plot([], [], "x", color="black", label="test loss, read once at the end")
-    curves = [one["curve"] for seed in record["seeds"].values() for name, one in seed.items() if name != FULL]
-    bottom = min(loss for curve in curves for _, loss in curve)
-    axes.set(ylim=(0.97 * bottom, min(2.3, 2.2 * bottom)), xlim=(0, None))
-    axes.set(xlabel="gradients of the training loss spent", ylabel="lowest validation loss so far, nats")
-    axes.set_title(f"mean and range over {len(record['seeds'])} seeds ({record['race']['data']})", fontsize="medium")
-    axes.legend(frameon=False, fontsize="small")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2)
+        losses = np.asarray([one["curve"] for one in found])
+        spent = record["race"]["look"] * np.arange(1, losses.shape[1] + 1)
+        style = ("-." if "random point" in name else "-") if ours else "--"
+        left.plot(spent, losses.mean(0), style, linewidth=2 if ours else 1.4, color=colour)
+    left.set(ylim=(0.95 * lowest, min(2.3, 2.2 * lowest)), xlim=(0, None))
+    left.set(xlabel="gradients of the training loss spent", ylabel="lowest validation loss so far, nats")
+    left.set_title(f"mean over {len(record['seeds'])} seeds ({record['race']['data']})", fontsize="medium")
+    right.set_yticks(-np.arange(len(names)), [name.replace(", from", ",\nfrom") for name in names], fontsize="small")
+    for label, line in zip(right.get_yticklabels(), right.lines[::2], strict=True):
+        label.set_color(line.get_color())
+    right.set(xlabel="loss at the end, nats")
+    right.set_title("each seed: validation (dot), test (cross)", fontsize="medium")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=85, pil_kwargs={"optimize": True})
 
 
 def _methods(record: dict[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ def test_race(tmp_path):
     record = json.loads((tmp_path / "self_tuning.json").read_text())
     assert {"cpu", "cores", "python", "jax", "jaxlib", "optax", "numpy"} <= set(record["machine"])
     found, budget = record["seeds"]["0"], record["race"]["budget"]
-    assert len(found) == 7
+    assert len(found) == 10
     for name, one in found.items():
         if name.endswith("whole budget"):  # of which runs that stop early leave some
             assert budget / 4 <= one["gradients"] <= record["race"]["full"] * budget
