@@ -15,10 +15,10 @@ The unit is one gradient of the plain training loss on one batch. Charged are
 
 so that self-tuning takes fewer, dearer steps. Looks are free, and everyone has as many. A rival's budget is cut into
 trials. Into how many is chosen for each rival by itself with ``--choose``, by the validation loss on seeds 100 and 101;
-self-tuning's settings were chosen on seeds 100 to 102; the race is run on seeds 0 to 4. A trial whose validation loss has not
-fallen for a quarter of the budget ends. Self-tuning begins at a quarter of each interval, which is a good guess: so it
-is run from a random point of the box too. Beside it, for orientation: one run at that guess, held fixed, and the best
-of 16 random runs, each of which may use the whole budget.
+self-tuning's settings were chosen on seeds 100 to 102; the race is run on seeds 0 to 4. A trial whose validation loss
+has not fallen for a quarter of the budget ends. Self-tuning begins at a quarter of each interval, which is a good
+guess: so it is run from a random point of the box too. Beside it, for orientation: one run at that guess, held fixed,
+and the best of 16 random runs, each of which may use the whole budget.
 
 Writes ``self_tuning.json``, ``self_tuning.md`` and the picture.
 """
