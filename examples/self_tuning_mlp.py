@@ -25,7 +25,7 @@ import datasets
 import flax.linen as nn
 import jax
 import optax
-from _self_tuning_mlp_run import NONE, START, STOP, TUNED
+from _self_tuning_mlp_report import NONE, START, STOP, TUNED, Run, table
 from tqdm import tqdm
 
 import hypergrad as hg
@@ -105,7 +105,7 @@ def self_tune(problem: hg.BilevelProblem, settings: Settings, form: Any = None) 
     return problem, tx
 
 
-def compare(name: str, settings: Settings, seed: int) -> dict[str, run.Run]:
+def compare(name: str, settings: Settings, seed: int) -> dict[str, Run]:
     """Run every method once, from the same weights; return the runs by name."""
     splits, key, model = datasets.load(name, seed), jax.random.key(seed), MLP(settings.hidden)
     plain = make_problem(model)
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     losses, title = {which: one.losses for which, one in runs.items()}, f"an MLP that tunes itself ({args.data})"
     _trajectories.draw(tuned.history(), tuned.gradients, losses, title, picture, xlabel="gradients")
     results = {which: one.row() for which, one in runs.items()}
-    print(f"\n{run.table(results)}\n\npicture: {picture}")
+    print(f"\n{table(results)}\n\npicture: {picture}")
     return results
 
 
