@@ -118,13 +118,15 @@ def best_response(estimator: HypergradEstimator, inner_optimizer: Any = None) ->
 
     ``implicit`` returns ``params`` as they are, with derivative −H⁻¹ ∂²L_in/∂w∂λ in the hyperparameters and zero in
     ``params``. ``unrolled`` runs the window from a fresh optimizer state and returns the weights that it reaches,
-    differentiable in both. Call it inside the loss of another problem: two stages are an outer loss that fine-tunes,
-    three levels an inner loss that holds a response. ``jax.grad``, ``jax.jvp``, their compositions and ``hg`` calls
-    go through; of an unroll's ``mode`` only ``checkpoint_every`` and ``unroll`` matter here, and it may not truncate.
+    differentiable in both. ``direct`` applies the response: of response parameters it returns the model's weights,
+    differentiable in both (with an optimizer, which trains the response first, in the hyperparameters). Call it inside
+    the loss of another problem: two stages are an outer loss that fine-tunes, three levels an inner loss that holds a
+    response. ``jax.grad``, ``jax.jvp``, their compositions and ``hg`` calls go through; of an unroll's ``mode`` only
+    ``checkpoint_every`` and ``unroll`` matter here, and it may not truncate.
     Unlike in an estimate, a hyperparameter that has no effect is not refused: its derivative is zero.
 
     Args:
-      estimator: ``hg.implicit(...)`` or ``hg.unrolled(...)``.
+      estimator: ``hg.implicit(...)``, ``hg.unrolled(...)`` or ``hg.direct(...)``.
       inner_optimizer: as for ``value_and_hypergrad``; with ``implicit`` steps are taken first, undifferentiated.
 
     Returns:

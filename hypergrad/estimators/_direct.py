@@ -153,7 +153,9 @@ def _refuse_unseen(
 
     def losses(values: tuple[Hyperparams, Params]) -> Array:
         at = BilevelParams(values[1], values[0])
-        inner = evaluate_inner(plain, at, inner_batch, key, model_state).value
+        # The outer loss alone is evaluated: without a key for it, the inner one is still looked at with some key.
+        inner_key = jax.random.key(0) if key is None else key
+        inner = evaluate_inner(plain, at, inner_batch, inner_key, model_state).value
         return jnp.stack([inner, evaluate_outer(plain, at, outer_batch, key, model_state).value])
 
     count, total = len(jax.tree.leaves(center)), len(jax.tree.leaves((center, weights)))
