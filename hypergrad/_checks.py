@@ -95,7 +95,9 @@ def same_structure(what: str, tree: PyTree, like_what: str, like: PyTree) -> Non
             raise ValueError(message(f"{what} leaf {name} of shape {jnp.shape(b)}", f"shape {jnp.shape(a)}", fix))
 
 
-def by_prefix(name: str, what: str, params: PyTree, coefficients: PyTree) -> list[tuple[str, Any, Any]]:
+def by_prefix(
+    name: str, what: str, params: PyTree, coefficients: PyTree, *, of: str = "params"
+) -> list[tuple[str, Any, Any]]:
     """Return (path, weight, coefficient) for every weight, each coefficient spread over the subtree below it.
 
     Refuses coefficients that are no tree prefix of ``params``, or that do not broadcast to their weight's shape.
@@ -103,8 +105,8 @@ def by_prefix(name: str, what: str, params: PyTree, coefficients: PyTree) -> lis
     try:
         spread = jax.tree.map(lambda c, sub: jax.tree.map(lambda _: c, sub), coefficients, params)
     except (ValueError, TypeError) as error:
-        wanted = f"{what} to be a tree prefix of params"
-        fix = "Use one number, or params' own structure with numbers or arrays in place of subtrees."
+        wanted = f"{what} to be a tree prefix of {of}"
+        fix = f"Use one number, or the own structure of {of} with numbers or arrays in place of subtrees."
         got = f"{jax.tree.structure(coefficients)} for {jax.tree.structure(params)}"
         raise ValueError(f"{name}: " + message(wanted, got, fix)) from error
     leaves = jax.tree.leaves(params)
@@ -112,7 +114,7 @@ def by_prefix(name: str, what: str, params: PyTree, coefficients: PyTree) -> lis
     for path, weight, coefficient in found:
         shape, own = jnp.shape(weight), jnp.shape(coefficient)
         if len(own) > len(shape) or any(a not in (1, b) for a, b in zip(own[::-1], shape[::-1], strict=False)):
-            fix = "Pass one number, or an array of the weight's shape."
+            fix = "Pass one number, or an array of that shape; one value an example cannot act on weights."
             raise ValueError(
                 f"{name}: " + message(f"{what} for {path} that broadcast to its shape {shape}", f"shape {own}", fix)
             )

@@ -1,5 +1,6 @@
 """Self-tuning layers: gates equal weights of each example's own; what STN and Δ-STN train; what they learn."""
 
+import contextlib
 import functools
 
 import flax.linen as nn
@@ -163,6 +164,31 @@ def test_linen_and_nnx_agree_with_the_definition():
     assert jax.tree.structure(weights) == jax.tree.structure(params)
     tuned = jax.jit(problem.outer_loss)(start, hyper(), x, None)
     assert float(tuned) == pytest.approx(float(jax.jit(squares(plain).outer_loss)(weights, None, x, None)), rel=1e-12)
+
+
+class Shared(nnx.Module):
+    """One layer called twice, and once more under another name."""
+
+    def __init__(self, rngs):
+        self.one = nnx.Linear(4, 4, rngs=rngs, **F64)
+        self.again = self.one
+
+    def __call__(self, x):
+        return self.again(nnx.tanh(self.one(nnx.tanh(self.one(x)))))
+
+
+def test_a_layer_of_nnx_may_run_several_times_and_keeps_its_weights():
+    tunable, params, rest = nnx.split(responses.self_tunable(Shared(nnx.Rngs(0))), nnx.Param, ...)
+    apply = lambda w, x: nnx.merge(tunable, w, rest)(x)  # noqa: E731  no copy: variables are shared with params
+    x = inputs("vectors")
+    start = moved(responses.init(responses.self_tuning(squares(apply)), 0, params, hyper(), x))
+    before = jax.tree.map(jnp.copy, start.params)
+    displacement = 0.3 * jax.random.normal(jax.random.key(1), (len(x), 3))
+    with intercepted(Run(start.params, start.layers, displacement)):
+        got = apply(start.params, x)
+    assert relative_error(start.params, before) == 0.0
+    exact = outputs_by_definition(apply, start.params, start.layers, displacement, x)
+    assert relative_error(got, exact) < 1e-12
 
 
 def test_nnx_is_linearized_too():
@@ -409,7 +435,15 @@ def test_refusals_of_models():
     odd = responses.perturbed(responses.self_tuning(hg.BilevelProblem(two, two)), scale=0.1)
     with pytest.raises(ValueError, match="share their leading axis"):
         odd.inner_loss(start, h, (x, jnp.ones(3)), jax.random.key(0))
-    for wrong in ({"form": "stn"}, {"per_example": "yes"}):
+    short = responses.self_tuning(squares(lambda w, x: Mlp().apply({"params": w}, x)), per_example={"a": True})
+    with pytest.raises(ValueError, match="per_example to be a tree prefix of hyperparams"):
+        responses.init(short, 0, params_of(Mlp()), h, x)
+    fixed = responses.perturbed(problem_of(Mlp()), scale=0.1)
+    with pytest.raises(TypeError, match="without a scale"):
+        fixed.inner_loss(start, responses.Perturbed(h, jnp.array(0.0)), x, jax.random.key(0))
+    with pytest.raises(ValueError, match="as many hyperparameters as the response was made for, 3"):
+        fixed.inner_loss(start, {**h, "c": jnp.zeros(2)}, x, jax.random.key(0))
+    for wrong in ({"form": "stn"}, {"per_example": "yes"}, {"per_example": None}):
         with pytest.raises(TypeError, match="expected"):
             responses.self_tuning(squares(lambda w, x: x), **wrong)
     with pytest.raises(TypeError, match="self-tuning params"):
@@ -439,6 +473,110 @@ def test_two_models_in_one_loss_and_one_that_is_not_tuned():
 
     exact = outputs_by_definition(distilled, start.params, start.layers, displacement, x)
     assert relative_error(gated(start), exact) < 1e-12
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
+def test_a_trace_that_the_loss_keeps_has_the_gates_of_its_run(wrap):
+    """The loss's own jit was traced without gates before, by itself and by init."""
+    apply, params, x = linen("mlp")
+    wrapped = wrap(apply)
+    wrapped(params, x)
+    for form in ("stn", "delta, nonlinear"):
+        plain, kept = (responses.self_tuning(squares(f), form=FORMS[form]) for f in (apply, wrapped))
+        start = moved(responses.init(kept, 0, params, hyper(), x))
+        want, got = (
+            jax.grad(responses.perturbed(p, scale=0.3).inner_loss)(start, hyper(), x, jax.random.key(0))
+            for p in (plain, kept)
+        )
+        assert relative_error(got, want) < 1e-12
+    linearized = responses.perturbed(responses.self_tuning(squares(wrapped)), scale=0.3)
+    with pytest.raises(ValueError, match=r"outside of jax.grad, jit, .*linearized=False"):
+        linearized.inner_loss(start, hyper(), x, jax.random.key(0))
+
+
+def test_a_model_under_vmap_over_examples_is_refused():
+    """Each example has a leading axis of 1 there, which is not that of the gates."""
+    apply, params, x = linen("mlp")
+    one_by_one = lambda w, x: jax.vmap(lambda e: apply(w, e[None])[0])(x)  # noqa: E731
+    problem = responses.self_tuning(squares(one_by_one), form=responses.stn())
+    start = responses.init(problem, 0, params, hyper(), x)
+    with pytest.raises(ValueError, match=r"one row for each of 5 examples; got shape \(1, 7\)"):
+        responses.perturbed(problem, scale=0.3).inner_loss(start, hyper(), x, jax.random.key(0))
+
+
+def test_an_average_of_the_weights_is_refused_unless_it_is_marked():
+    apply, params, x = linen("mlp")
+
+    def inner(mark):
+        def loss(w, h, x, key, mean):
+            with responses.untuned() if mark else contextlib.nullcontext():
+                target = apply(mean, x)
+            return jnp.mean(jnp.exp(h["a"]) * jnp.mean((apply(w, x) - target) ** 2, (1, 2))), mean
+
+        return loss
+
+    def value(mark):
+        problem = hg.BilevelProblem(inner(mark), inner(mark), stateful=True)
+        problem = responses.self_tuning(problem, form=responses.stn())
+        start = moved(responses.init(problem, 0, params, hyper(), x, model_state=params))
+        noisy = responses.perturbed(problem, scale=0.0)
+        mean = jax.tree.map(lambda w: 0.9 * w, params)
+        run = lambda s, mean: noisy.inner_loss(s, hyper(), x, jax.random.key(0), mean)[0]  # noqa: E731
+        student = apply(responses.weights_at(hg.BilevelParams(start, hyper())), x)
+        return jax.jit(run)(start, mean), jnp.exp(hyper()["a"]) * jnp.mean((student - apply(mean, x)) ** 2)
+
+    with pytest.raises(ValueError, match=r"two models .*untuned"):
+        value(mark=False)
+    got, want = value(mark=True)
+    assert float(got) == pytest.approx(float(want), rel=1e-12)
+
+
+class Named(nn.Module):
+    """Layers with names of arrays, normalised weights, and a cell of one's own."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(11, 8, name="embedding", **F64)(ids)
+        x = nn.WeightNorm(nn.Dense(6, **F64))(x)
+        x = nn.RNN(OwnCell(6, **F64))(x)
+        return nn.DenseGeneral((2, 3), use_bias=False, name="kernel", **F64)(x)
+
+
+class OwnCell(nn.OptimizedLSTMCell):
+    """Adds its inputs to what an LSTM gives."""
+
+    @nn.compact
+    def __call__(self, carry, inputs):
+        carry, output = super().__call__(carry, inputs)
+        return carry, output + 7.0 * inputs
+
+
+def test_odd_names_own_cells_and_normalised_weights():
+    """What cannot respond stays as it is; what can has one gate an output unit, with or without bias."""
+    model, ids = Named(), inputs("tokens")
+    params = model.init(jax.random.key(0), ids)["params"]
+    apply = lambda w, x: model.apply({"params": w}, x)  # noqa: E731
+    start = moved(responses.init(responses.self_tuning(squares(apply)), 0, params, hyper(), ids))
+    assert set(start.layers) == {"embedding", "kernel"}
+    assert start.layers["kernel"].gate.shape == (3, 2, 3)
+    displacement = 0.3 * jax.random.normal(jax.random.key(1), (len(ids), 3))
+    with intercepted(Run(start.params, start.layers, displacement)):
+        got = apply(start.params, ids)
+    assert relative_error(got, outputs_by_definition(apply, start.params, start.layers, displacement, ids)) < 1e-12
+
+
+def test_a_bare_cell_a_batch_by_index_and_a_cast():
+    cell, x = nn.OptimizedLSTMCell(6, **F64), inputs("vectors")
+    carry = (jnp.zeros((5, 6)), jnp.zeros((5, 6)))
+    params = cell.init(jax.random.key(0), carry, x)["params"]
+    problem = responses.self_tuning(squares(lambda w, x: cell.apply({"params": w}, carry, x)[1]))
+    start = responses.init(problem, 0, params, hyper(), hg.IndexedBatch(jnp.tile(x, (3, 1)), jnp.arange(5)))
+    assert {"ii", "ho"} < set(start.layers)
+
+    apply, params, x = linen("mlp")
+    half = lambda w, x: apply(jax.tree.map(lambda v: v.astype(jnp.float32), w), x.astype(jnp.float32))  # noqa: E731
+    start = responses.init(responses.self_tuning(squares(half)), 0, params, hyper(), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(start)} == {jnp.dtype(jnp.float64)}  # as the weights, not the cast
 
 
 def test_weights_that_the_loss_changes_are_found_by_their_structure():

@@ -1,6 +1,6 @@
 """Flax layers that are linear in their weights, run a second time with other weights and a gate an example."""
 
-from hypergrad._layers._base import Found, LayerResponse, Run, active, displaced_weights, weights_by_path
+from hypergrad._layers._base import Found, LayerResponse, Run, active, displaced_weights, untuned, weights_by_path
 from hypergrad._layers._linen import intercepted
 from hypergrad._layers._nnx import self_tunable
 
@@ -12,5 +12,6 @@ __all__ = [
     "displaced_weights",
     "intercepted",
     "self_tunable",
+    "untuned",
     "weights_by_path",
 ]

@@ -11,6 +11,7 @@ Reference: MacKay et al., Self-tuning networks, arXiv 1903.03088.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.core import tracers
 from jax import lax
 
 from hypergrad import _checks
@@ -83,6 +85,9 @@ class Run:
       found: layers met, by path.
       outputs: what the outermost calls returned.
       gates: of each layer by path, from ``layers`` and ``displacement``.
+      roots: places in ``params`` where models were found, by the very arrays ("same") or by structure ("alike").
+      trace: the transformation under which the loss runs.
+      apart: the outermost call under way is inside of a transformation of the loss's own.
       depth: of the call under way.
       prefix: where in ``params`` the outermost module's own weights begin; None: they are not in it.
     """
@@ -95,6 +100,9 @@ class Run:
     found: dict[str, Found] = dataclasses.field(default_factory=dict)
     outputs: list[Any] = dataclasses.field(default_factory=list)
     gates: dict[str, Gates] = dataclasses.field(init=False)
+    roots: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    trace: Any = None
+    apart: bool = False
     depth: int = 0
     prefix: str | None = ""
 
@@ -102,15 +110,20 @@ class Run:
         """Work out all gates."""
         known = {} if self.layers is None or self.displacement is None else self.layers
         self.gates = {path: self._gates(layer) for path, layer in known.items()}
+        self.trace = tracers.current_trace()
 
     def _gates(self, layer: LayerResponse) -> Gates:
-        along = lambda gate: jnp.tensordot(self.displacement.astype(gate.dtype), gate, 1)  # type: ignore[union-attr]  # noqa: E731
+        def along(gate: Array) -> Array:
+            return _along(self.displacement, gate)
+
         shift = () if isinstance(layer.bias, tuple) else along(layer.bias_gate) * layer.bias
         return Gates(layer.weight, along(layer.gate), shift)
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
         """Count a call of a module."""
+        if self.depth == 0:
+            self.apart = tracers.current_trace() != self.trace
         self.depth += 1
         try:
             yield
@@ -119,6 +132,10 @@ class Run:
 
     def returned(self, output: Any) -> Any:
         """Note what an outermost call returned, and return what stands in its place."""
+        if self.apart and (self.linear is not None or self.replay is not None):
+            fix = "Use hg.responses.delta_stn(linearized=False), or move the model's call out of the transformation."
+            wanted = "a linearised loss to call its model outside of jax.grad, jit, vmap, checkpoint, scan, …"
+            raise ValueError(_checks.message(wanted, "a call inside of one", fix))
         self.outputs.append(output)
         if self.replay is None:
             return output
@@ -139,16 +156,41 @@ class Run:
         Where the derivative at t = 0 alone is wanted, W₁ sees inputs that are held fixed: what their own displacement
         would add is of second order in t.
         """
-        gate = _beside(path, gates.gate, output)
+        gate = self._beside(path, gates.gate, output)
         total = output + self._scaled(gate * again(gates.weight, self._held(inputs)))
-        return total if isinstance(gates.shift, tuple) else total + self._scaled(_beside(path, gates.shift, output))
+        return (
+            total if isinstance(gates.shift, tuple) else total + self._scaled(self._beside(path, gates.shift, output))
+        )
 
     def add_transposed(
         self, path: str, output: Array, inputs: Array, gates: Gates, again: Callable[..., Array]
     ) -> Array:
         """Return what ``add`` does, of an embedding that is multiplied by: the gates are on its inputs."""
         inputs = self._held(inputs)
-        return output + self._scaled(again(gates.weight, _beside(path, gates.gate, inputs) * inputs))
+        return output + self._scaled(again(gates.weight, self._beside(path, gates.gate, inputs) * inputs))
+
+    def _beside(self, path: str, gate: Array, output: Array) -> Array:
+        """Return a gate (B, *features) in the form (B, 1, …, 1, *features) of an output (B, …, *features)."""
+        rows, *features = gate.shape
+        between = output.ndim - len(features) - 1
+        # Under the loss's own vmap over examples, each has a leading axis of 1, and gates of its own: not of all rows.
+        allowed = (rows,) if self.apart else (1, rows)
+        if between < 0 or output.shape[0] not in allowed:
+            fix = (
+                "Give the layer inputs with the batch's examples along their leading axis, not under jax.vmap (or 1), "
+                "leave it out (self_tuning(layers=...)), or use one perturbation a batch (per_example=False)."
+            )
+            wanted = f"layer {path} to have outputs with one row for each of {rows} examples"
+            raise ValueError(_checks.message(wanted, f"shape {output.shape}", fix))
+        return gate.reshape(rows, *(1,) * between, *features).astype(output.dtype)
+
+    def check(self) -> None:
+        """Refuse a run that left out layers, or took two models for one."""
+        double = [root for root, how in self.roots.items() if len(how) == 2]
+        if double and self.gates:
+            got = f"two models whose weights are like those at {double[0]!r}, of which one's are other arrays"
+            fix = "Run a model that is not tuned (a teacher, an average of weights) inside of hg.responses.untuned()."
+            raise ValueError(_checks.message("one model for each part of params", got, fix))
 
     def _held(self, inputs: Array) -> Array:
         return inputs if self.linear is None else lax.stop_gradient(inputs)
@@ -157,24 +199,10 @@ class Run:
         return term if self.linear is None else self.linear.astype(term.dtype) * term
 
 
-def _beside(path: str, gate: Array, output: Array) -> Array:
-    """Return a gate (B, *features) in the form (B, 1, …, 1, *features) of an output (B, …, *features)."""
-    rows, *features = gate.shape
-    between = output.ndim - len(features) - 1
-    if between < 0 or output.shape[0] not in (1, rows):
-        fix = (
-            "Give the layer inputs with the batch's examples along their leading axis (or 1), leave it out "
-            "(self_tuning(layers=...)), or use one perturbation a batch (per_example=False)."
-        )
-        wanted = f"layer {path} to have outputs with one row for each of {rows} examples"
-        raise ValueError(_checks.message(wanted, f"shape {output.shape}", fix))
-    return gate.reshape(rows, *(1,) * between, *features).astype(output.dtype)
-
-
-def found_in(weight: Array, bias: Array | None, *, embedding: bool) -> Found:
-    """Describe a layer. Its features are the shape of its bias or, without one, the last axis of its weight."""
+def found_in(weight: Array, bias: Array | None, features: Any, *, embedding: bool) -> Found:
+    """Describe a layer."""
     of = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.asarray(x).dtype)  # noqa: E731
-    features = tuple(jnp.shape(weight)[-1:] if bias is None else jnp.shape(bias))
+    features = (features,) if isinstance(features, int) else tuple(features)
     inputs = jnp.shape(weight)[: jnp.ndim(weight) - len(features)]
     fan_in = math.prod(features if embedding else inputs)
     return Found(of(weight), None if bias is None else of(bias), features, fan_in)
@@ -183,21 +211,54 @@ def found_in(weight: Array, bias: Array | None, *, embedding: bool) -> Found:
 _RUNS = threading.local()
 
 
+_CONTEXT, _NUMBERS = jax.make_user_context(default_value=0), itertools.count(1)
+
+
 @contextlib.contextmanager
 def active(run: Run | None) -> Iterator[None]:
-    """Make ``run`` the one that layers look at; None: layers run as they are."""
+    """Make ``run`` the one that layers look at; None: layers run as they are.
+
+    What the loss has jitted or checkpointed itself is traced anew in each run: a trace kept from another one has its
+    gates, or none.
+    """
     stack = _RUNS.__dict__.setdefault("stack", [])
-    stack.append(run)
-    try:
+    with _CONTEXT(next(_NUMBERS)):
+        stack.append(run)
+        try:
+            yield
+        finally:
+            stack.pop()
+
+
+@contextlib.contextmanager
+def untuned() -> Iterator[None]:
+    """Run models inside as they are, without response: a teacher, an average of weights, a target network.
+
+    Needed where such a model has weights of the same structure as the one that is tuned, and they are no constants.
+
+    >>> import hypergrad as hg
+    >>> with hg.responses.untuned():
+    ...     pass  # teacher.apply(...)
+
+    Reference: none; a model is found by its weights' structure where they are not the very arrays of ``params``.
+    """
+    with active(None):
         yield
-    finally:
-        stack.pop()
 
 
 def current() -> Run | None:
     """Return the run under way, if any."""
     stack = _RUNS.__dict__.get("stack")
     return stack[-1] if stack else None
+
+
+def _along(displacement: Any, gate: Array) -> Array:
+    """Return V d, checked."""
+    if displacement.shape[-1] != gate.shape[0]:
+        fix = "Make response parameters anew (hg.responses.init) for other hyperparameters."
+        wanted = f"as many hyperparameters as the response was made for, {gate.shape[0]}"
+        raise ValueError(_checks.message(wanted, str(displacement.shape[-1]), fix))
+    return jnp.tensordot(displacement.astype(gate.dtype), gate, 1)
 
 
 def displaced_weights(params: Params, layers: dict[str, LayerResponse], displacement: Array) -> Params:
@@ -211,7 +272,7 @@ def displaced_weights(params: Params, layers: dict[str, LayerResponse], displace
             moved[bias] = (response.bias, response.bias_gate)
     leaves, structure = jax.tree.flatten(params)
     for place, (direction, gate) in moved.items():
-        step = jnp.tensordot(displacement.astype(gate.dtype), gate, 1) * direction
+        step = _along(displacement, gate) * direction
         leaves[place] = leaves[place] + step.astype(leaves[place].dtype)
     return jax.tree.unflatten(structure, leaves)
 
@@ -224,7 +285,8 @@ def weights_by_path(params: Params) -> dict[str, tuple[int, int | None]]:
     found: dict[str, dict[str, int]] = {}
     for place, (keys, _) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0]):
         words = [_word(key) for key in keys]
-        if len(words) > 1 and words[-2] in _NAMES:  # an NNX variable: its value is a level below
+        if len(words) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and words[-2] in _NAMES:
+            # An NNX variable, or a boxed array: its value is a level below.
             words.pop()
         found.setdefault("/".join(words[:-1]), {})[words[-1] if words else ""] = place
     result = {}

@@ -6,6 +6,7 @@ computed here. Layers are found by their path in the weights that the loss was g
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from hypergrad._layers._base import Gates, Run, active, current, found_in
 from hypergrad._types import Array, PyTree
 
 _KINDS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.Embed)
+_OWN_WEIGHTS = (nn.WeightNorm, nn.SpectralNorm)  # they hand their layer other weights than those in params
 
 
 @contextlib.contextmanager
@@ -27,6 +29,7 @@ def intercepted(run: Run) -> Iterator[None]:
     """Run Linen modules called inside with the gates of ``run``."""
     with active(run), nn.intercept_methods(functools.partial(_intercept, run)):
         yield
+    run.check()
 
 
 def _intercept(run: Run, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -44,26 +47,30 @@ def _intercept(run: Run, next_fun: Callable[..., Any], args: Any, kwargs: Any, c
 def _layer(run: Run, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module, method = context.module, context.method_name
     path = "/".join(word for word in (run.prefix, *module.path) if word)
-    if isinstance(module, nn.OptimizedLSTMCell) and method == "__call__":
+    if isinstance(module, _OWN_WEIGHTS):
+        with active(None):
+            return next_fun(*args, **kwargs)
+    if type(module).__call__ is nn.OptimizedLSTMCell.__call__ and method == "__call__":
         return _lstm(run, path, module, next_fun, *args, **kwargs)
-    if not any(type(module).__call__ is kind.__call__ for kind in _KINDS):
+    if not isinstance(module, _KINDS) or all(type(module).__call__ is not kind.__call__ for kind in _KINDS):
         return next_fun(*args, **kwargs)
-    weights = module.variables.get("params", {})
+    weights = nn.unbox(module.variables).get("params", {})
     name = "embedding" if isinstance(module, nn.Embed) else "kernel"
     if method not in ("__call__", "attend") or name not in weights:
         return next_fun(*args, **kwargs)
     inputs, *rest = args or [kwargs.pop(key) for key in ("inputs", "query") if key in kwargs]
-    found = found_in(weights[name], weights.get("bias"), embedding=isinstance(module, nn.Embed))
-    gates = run.gates_of(path, found)
+    embedding = isinstance(module, nn.Embed)
+    gates = run.gates_of(path, found_in(weights[name], weights.get("bias"), module.features, embedding=embedding))
     output = next_fun(inputs, *rest, **kwargs)
     if gates is None:
         return output
-    changes = {} if isinstance(module, nn.Embed) else {"use_bias": False}
+    changes = {} if embedding else {"use_bias": False}
     clone = module.clone(parent=None, name=None, **changes)
 
-    def again(weight: Array, inputs: Array) -> Array:
+    def again(weight: Array, inputs: Array) -> Any:
         with active(None):
-            return clone.apply({"params": {name: weight}}, inputs, *rest, method=method, **kwargs)
+            own = {name: weight.astype(weights[name].dtype)}
+            return clone.apply({"params": own}, inputs, *rest, method=method, **kwargs)
 
     add = run.add_transposed if method == "attend" else run.add
     return add(path, output, inputs, gates, again)
@@ -71,11 +78,11 @@ def _layer(run: Run, next_fun: Callable[..., Any], args: Any, kwargs: Any, conte
 
 def _lstm(run: Run, path: str, module: Any, next_fun: Any, carry: Any, inputs: Array) -> Any:
     """Compute an ``OptimizedLSTMCell`` whose eight matrices have gates, with one product for each four."""
-    weights = module.variables["params"]
+    weights = nn.unbox(module.variables)["params"]
     gates = {}
     for name in ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho"):
-        found = found_in(weights[name]["kernel"], weights[name].get("bias"), embedding=False)
-        gates[name] = run.gates_of(f"{path}/{name}", found)
+        found = found_in(weights[name]["kernel"], weights[name].get("bias"), module.features, embedding=False)
+        gates[name] = run.gates_of(f"{path}/{name}" if path else name, found)
     if all(gate is None for gate in gates.values()):
         return next_fun(carry, inputs)
     cell, hidden = carry
@@ -128,6 +135,7 @@ def _locate(run: Run, module: nn.Module) -> str | None:
             continue
         root = "/".join(path[: len(path) - len(module.path)])
         if ids & {id(x) for x in jax.tree.leaves(node)}:
+            run.roots.setdefault(root, set()).add("same")
             return root
         alike.append(root)
     traced = lambda tree: any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))  # noqa: E731
@@ -137,7 +145,10 @@ def _locate(run: Run, module: nn.Module) -> str | None:
         fix = "Hand each model its part of params unchanged, or give the models parts of different structure."
         got = f"equal ones at {', '.join(repr(root) for root in alike)}"
         raise ValueError(_checks.message("one place in params for the weights of a model", got, fix))
-    return alike[0] if alike else None
+    if not alike:
+        return None
+    run.roots.setdefault(alike[0], set()).add("alike")
+    return alike[0]
 
 
 def _nodes(tree: PyTree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -146,8 +157,11 @@ def _nodes(tree: PyTree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
         for key, node in tree.items():
             yield from _nodes(node, (*path, str(key)))
     elif isinstance(tree, tuple | list):
-        for i, node in enumerate(tree):
-            yield from _nodes(node, (*path, str(i)))
+        for name, node in zip(getattr(tree, "_fields", range(len(tree))), tree, strict=True):
+            yield from _nodes(node, (*path, str(name)))
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for field in dataclasses.fields(tree):
+            yield from _nodes(getattr(tree, field.name), (*path, field.name))
 
 
 def _plain(tree: PyTree) -> PyTree:

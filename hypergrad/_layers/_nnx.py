@@ -20,6 +20,8 @@ def self_tunable(model: Any) -> Any:
 
     Recurrent cells and attention are made of these. The copy computes what the model does, and its state has the same
     structure; split it where the model would be split: ``graphdef, params, rest = nnx.split(copy, nnx.Param, ...)``.
+    Subclasses of these layers stay as they are. For the linearised Delta-STN call the model itself in the losses: of
+    another of its methods each layer is linearised apart.
 
     Args:
       model: a ``flax.nnx.Module``.
@@ -72,18 +74,19 @@ def _output(run: Run, layer: Any, plain: Any, way: str, inputs: Array, *args: An
     bias = getattr(layer, "bias", None)
     bias = None if bias is None or bias[...] is None else bias[...]
     path = layer.self_tuning_path
-    gates = run.gates_of(path, found_in(getattr(layer, name)[...], bias, embedding=embedding))
+    features = layer.features if embedding else layer.out_features
+    gates = run.gates_of(path, found_in(getattr(layer, name)[...], bias, features, embedding=embedding))
     output = plain(layer, inputs, *args)
     if gates is None:
         return output
 
     def again(weight: Array, inputs: Array) -> Array:
-        graphdef, state = nnx.split(layer)
-        state[name][...] = weight
+        clone = nnx.clone(layer)  # split and merge would share the layer's own variables
+        getattr(clone, name)[...] = weight.astype(getattr(layer, name)[...].dtype)
         if bias is not None:
-            state["bias"][...] = jnp.zeros_like(bias)
+            clone.bias[...] = jnp.zeros_like(bias)
         with active(None):
-            return plain(nnx.merge(graphdef, state), inputs, *args)
+            return plain(clone, inputs, *args)
 
     return getattr(run, way)(path, output, inputs, gates, again)
 

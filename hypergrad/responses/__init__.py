@@ -1,6 +1,6 @@
 """Learned best responses w(λ): problem transforms that make them the inner variable, for ``hg.direct``."""
 
-from hypergrad._layers import self_tunable
+from hypergrad._layers import self_tunable, untuned
 from hypergrad.responses._base import Encoding, Perturbed, Response, init, labels, weights_at
 from hypergrad.responses._hypernetwork import HypernetworkParams, hypernetwork, magnitude_invariant
 from hypergrad.responses._linear import GatedParams, LinearParams, gated, linear
@@ -39,6 +39,7 @@ __all__ = [
     "self_tunable",
     "self_tuning",
     "stn",
+    "untuned",
     "weights_at",
     "with_response",
 ]

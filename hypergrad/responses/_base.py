@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from hypergrad import _checks, _tree
+from hypergrad import _batches, _checks, _tree
 from hypergrad._problem import BilevelProblem, check_model_state, check_problem, check_variables
 from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
@@ -112,7 +112,7 @@ def init(
     _checks.floating_leaves("params", params)
     _checks.floating_leaves("hyperparams", hyperparams)
     state = check_model_state(problem, model_state)
-    first = problem.response.init(_checks.as_key(key), params, hyperparams, batch, state)
+    first = problem.response.init(_checks.as_key(key), params, hyperparams, _batches.gathered(batch), state)
     return _tree.unalias(_tree.strip_weak_types(first), params, hyperparams)
 
 
@@ -178,6 +178,23 @@ def flat(hyperparams: Hyperparams) -> Array:
     """Return all hyperparameters as one vector (n,), in at least float32, leaf after leaf."""
     leaves = [jnp.ravel(leaf) for leaf in jax.tree.leaves(_tree.promote(hyperparams))]
     return jnp.concatenate(leaves)
+
+
+def marks_of(per_example: PyTree, hyperparams: Hyperparams) -> PyTree:
+    """Return a bool for every hyperparameter leaf: does it take one value an example."""
+    try:
+        return jax.tree.map(lambda mark, sub: jax.tree.map(lambda _: mark, sub), per_example, hyperparams)
+    except (ValueError, TypeError) as error:
+        got = f"{jax.tree.structure(per_example)} for {jax.tree.structure(hyperparams)}"
+        fix = "Pass True, False, or the hyperparameters' structure with bools in place of subtrees."
+        raise ValueError(_checks.message("per_example to be a tree prefix of hyperparams", got, fix)) from error
+
+
+def same_size(name: str, got: int, want: int) -> None:
+    """Refuse hyperparameters of another number than a response was made for."""
+    if got != want:
+        fix = "Make response parameters anew (hg.responses.init) for other hyperparameters."
+        raise ValueError(_checks.message(f"{want} hyperparameters, which the {name} response has", str(got), fix))
 
 
 def checked(name: str, response_params: Any, kind: type) -> Any:

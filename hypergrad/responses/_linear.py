@@ -18,7 +18,7 @@ from jax import lax
 
 from hypergrad import _checks
 from hypergrad._types import Array, Hyperparams, Key, Params, PyTree
-from hypergrad.responses._base import Encoding, Response, checked, flat
+from hypergrad.responses._base import Encoding, Response, checked, flat, same_size
 
 
 class LinearParams(NamedTuple):
@@ -99,6 +99,8 @@ def linear(rank: int | None = None, *, encoding: Encoding | None = None) -> Resp
     def apply(response_params: LinearParams, hyperparams: Hyperparams, center: Hyperparams | None = None) -> Params:
         params, basis, mixing = checked("linear", response_params, LinearParams)
         weight = _displacement(encode, hyperparams, center)
+        rows = jnp.shape(jax.tree.leaves(basis)[0] if isinstance(mixing, tuple) else mixing)[0]
+        same_size("linear", weight.size, rows)
         weight = weight if isinstance(mixing, tuple) else weight @ mixing
         return jax.tree.map(lambda w, u: w + jnp.tensordot(weight.astype(u.dtype), u, 1), params, basis)
 
@@ -143,6 +145,7 @@ def gated(*, encoding: Encoding | None = None) -> Response:
     def apply(response_params: GatedParams, hyperparams: Hyperparams, center: Hyperparams | None = None) -> Params:
         params, direction, gate = checked("gated", response_params, GatedParams)
         weight = _displacement(encode, hyperparams, center)
+        same_size("gated", weight.size, jnp.shape(jax.tree.leaves(gate)[0])[0])
         return jax.tree.map(lambda w, d, v: w + (weight.astype(v.dtype) @ v) * d, params, direction, gate)
 
     return Response(init, apply)

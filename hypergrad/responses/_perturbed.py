@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from hypergrad import _checks, _tree
 from hypergrad._problem import BilevelProblem, ResponseView, check_problem
 from hypergrad._types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
-from hypergrad.responses._base import Perturbed
+from hypergrad.responses._base import Perturbed, marks_of
 
 _ENTROPY_OF_ONE = 0.5 * math.log(2 * math.pi * math.e)
 
@@ -141,7 +142,7 @@ def sampled(
 
     Raises:
       TypeError: ``draw`` is not callable; as for ``perturbed``.
-      ValueError: as for ``perturbed``; hyperparameters that are taken one an example, without ``num_groups``.
+      ValueError: as for ``perturbed``; hyperparameters that are taken one an example.
 
     Right where the response can hold w*(λ) over all of the distribution, which must cover where λ goes.
 
@@ -188,7 +189,7 @@ def _averaged(
     def perturb(which: int) -> Loss:
         def loss(params: Params, hyperparams: Hyperparams, batch: Batch, key: Any, *state: ModelState) -> Any:
             of_center = around(lax.stop_gradient(strip(hyperparams)))[which]
-            marks = _marks(view.per_example, strip(hyperparams))
+            marks = marks_of(view.per_example, strip(hyperparams))
 
             def one(key: Array, batch: Batch, size: int | None) -> Any:
                 draw_key, loss_key = jax.random.split(key)
@@ -259,19 +260,17 @@ def _group_size(batch: Batch, groups: int) -> int:
     return size // groups
 
 
-def _marks(per_example: PyTree, hyperparams: Hyperparams) -> PyTree:
-    """Return a bool for every hyperparameter leaf."""
-    return jax.tree.map(lambda mark, sub: jax.tree.map(lambda _: mark, sub), per_example, hyperparams)
-
-
 def _spread(hyperparams: Hyperparams, scale: PyTree | LearnedScale) -> tuple[Hyperparams, PyTree]:
     """Return the centre and σ, leaf by leaf."""
     if isinstance(scale, LearnedScale):
         center, log_scale = _check_perturbed(hyperparams)
         sigma = jax.tree.map(jnp.exp, log_scale)
     else:
+        if isinstance(hyperparams, Perturbed):
+            fix = "Pass the hyperparameters alone, or scale=hg.responses.learned_scale()."
+            raise TypeError(_checks.message("hyperparams without a scale, for a fixed one", "a Perturbed", fix))
         center, sigma = hyperparams, scale
-    found = _checks.by_prefix("perturbed", "scale", center, sigma)
+    found = _checks.by_prefix("perturbed", "scale", center, sigma, of="hyperparams")
     return center, jax.tree.unflatten(jax.tree.structure(center), [s for _, _, s in found])
 
 
@@ -290,7 +289,7 @@ def _noisy(key: Array, center: Hyperparams, sigma: PyTree, shape: PyTree) -> Hyp
 
 def _entropy(hyperparams: Any) -> Array:
     """Return Σ log(σᵢ √(2πe)) over all entries of the hyperparameters."""
-    found = _checks.by_prefix("perturbed", "log_scale", *_check_perturbed(hyperparams))
+    found = _checks.by_prefix("perturbed", "log_scale", *_check_perturbed(hyperparams), of="hyperparams")
     terms = [jnp.sum(jnp.broadcast_to(s, jnp.shape(h)) + _ENTROPY_OF_ONE) for _, h, s in found]
     return _tree.total(terms)
 
@@ -340,7 +339,7 @@ def _check_scale(scale: PyTree) -> None:
         fix = "Pass one number, a tree prefix of the hyperparameters, or hg.responses.learned_scale()."
         raise ValueError(_checks.message("scale with at least one number", _checks.describe(scale), fix))
     for leaf in jax.tree.leaves(scale):
-        if not isinstance(leaf, jax.core.Tracer) and isinstance(leaf, jax.Array) and jnp.ndim(leaf):
+        if not isinstance(leaf, jax.core.Tracer) and isinstance(leaf, jax.Array | np.ndarray) and jnp.ndim(leaf):
             leaf = jnp.min(leaf)
         _checks.number("scale", leaf, low=0.0)
 

@@ -25,7 +25,7 @@ from hypergrad import _checks
 from hypergrad._layers import Found, LayerResponse, Run, displaced_weights, intercepted, weights_by_path
 from hypergrad._problem import BilevelProblem, ResponseView, check_problem, refuse_response
 from hypergrad._types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
-from hypergrad.responses._base import flat
+from hypergrad.responses._base import flat, marks_of
 
 
 class CenteredParams(NamedTuple):
@@ -134,10 +134,11 @@ def self_tuning(
 
     Right where the best response is close to a gate an output unit near λ, and where each example's loss depends on its
     own hyperparameters alone (batch statistics mix examples: of second order in σ). A penalty on weights sees those at
-    the centre: mark its hyperparameters False in ``per_example``. The linearised form needs the loss to call its model
-    outside of ``jax.vmap``, ``jax.checkpoint`` and other transformations, and reads the response's gradient alone: the
-    value is that of the weights' loss. A second model of equal structure in the loss is taken for the same one if the
-    loss changes the weights on the way (casts them, drops some).
+    the centre: mark its hyperparameters False in ``per_example``. Call the model on the batch, not under ``jax.vmap``
+    over examples. The linearised form further needs that call outside of all transformations, and is trained on what
+    the model returns: not on what it sows (return activations to penalise them). The value is the weights' loss; of the
+    response only the gradient is added. Models are found by the very arrays of ``params``, changed ones (cast, dropped)
+    by their structure: run a second model of equal structure under ``untuned()``.
 
     >>> import flax.linen as nn, hypergrad as hg, jax, jax.numpy as jnp
     >>> model, x = nn.Dense(2), jnp.ones((4, 3))
@@ -155,7 +156,7 @@ def self_tuning(
     if not isinstance(form, SelfTuningForm):
         fix = "Pass hg.responses.delta_stn() or hg.responses.stn()."
         raise TypeError(_checks.message("form to be a SelfTuningForm", _checks.describe(form), fix))
-    for mark in jax.tree.leaves(per_example):
+    for mark in jax.tree.leaves(per_example, is_leaf=lambda x: x is None):
         _checks.flag("per_example", mark)
     kind = CenteredParams if form.centered else UncenteredParams
     extended = bool(problem.has_aux or problem.stateful)
@@ -229,10 +230,13 @@ def self_tuning(
             fix = "Layers are nn.Dense, DenseGeneral, Conv, Embed and recurrent cells; NNX models need self_tunable."
             got = f"{', '.join(found) or 'none'}, of which layers() chose none" if found else "none"
             raise ValueError(_checks.message("an inner loss that runs layers that can be tuned", got, fix))
-        _check_weights(params, chosen)
+        dtypes = _check_weights(params, chosen)
         size = int(flat(hyperparams).size)
         keys = jax.random.split(_checks.required_key(key), len(chosen))
-        own = {p: _start(k, layer, size, form.gate_std) for k, (p, layer) in zip(keys, chosen.items(), strict=True)}
+        own = {
+            path: _start(k, layer, dtypes[path], size, form.gate_std)
+            for k, (path, layer) in zip(keys, chosen.items(), strict=True)
+        }
         return kind(jax.tree.map(jnp.copy, params), own)
 
     def around(center: Hyperparams) -> tuple[Loss, Loss]:
@@ -274,17 +278,17 @@ def _per_example(per_example: PyTree, hyperparams: Hyperparams, batch: Batch) ->
         return hyperparams
     size = _checks.batch_size(batch)
 
-    def spread(mark: bool, tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda h: jnp.broadcast_to(h, (size, *jnp.shape(h))) if mark else h, tree)
+    def spread(mark: bool, h: Array) -> Array:
+        return jnp.broadcast_to(h, (size, *jnp.shape(h))) if mark else h
 
-    return jax.tree.map(spread, per_example, hyperparams)
+    return jax.tree.map(spread, marks_of(per_example, hyperparams), hyperparams)
 
 
 def _displacement(
     form: SelfTuningForm, per_example: PyTree, hyperparams: Hyperparams, center: Hyperparams
 ) -> tuple[Array | None, Array | None]:
     """Return h̃ in two parts: a row an example (B, n) or None, and what all examples share (n,) or None."""
-    marks = jax.tree.leaves(jax.tree.map(lambda mark, sub: jax.tree.map(lambda _: mark, sub), per_example, center))
+    marks = jax.tree.leaves(marks_of(per_example, center))
     rows: list[Array] = []
     shared: list[Array] = []
     sizes = {jnp.shape(h)[0] for h, mark in zip(jax.tree.leaves(hyperparams), marks, strict=True) if mark}
@@ -319,22 +323,24 @@ def _find(
     return found
 
 
-def _check_weights(params: Params, layers: dict[str, Found]) -> None:
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
-    places = weights_by_path(params)
+def _check_weights(params: Params, layers: dict[str, Found]) -> dict[str, Any]:
+    """Return the dtype of each layer's weights in ``params``, which need be those that it runs with."""
+    leaves, places, dtypes = jax.tree.leaves(params), weights_by_path(params), {}
     for path, layer in layers.items():
-        if path not in places or shapes[places[path][0]] != layer.weight.shape:
-            got = f"{'no such array' if path not in places else f'shape {shapes[places[path][0]]}'} in params"
+        shape = jnp.shape(leaves[places[path][0]]) if path in places else None
+        if shape != layer.weight.shape or (layer.bias is not None and layer.bias.shape != layer.features):
+            got = f"{'no such array' if shape is None else f'shape {shape}'} in params"
             fix = "Layers under nn.scan or nn.vmap over weights cannot respond: leave them out with layers=..."
             raise ValueError(_checks.message(f"layer {path} to run with weights {layer.weight.shape}", got, fix))
+        dtypes[path] = jnp.asarray(leaves[places[path][0]]).dtype
+    return dtypes
 
 
-def _start(key: Array, layer: Found, size: int, gate_std: float) -> LayerResponse:
+def _start(key: Array, layer: Found, dtype: Any, size: int, gate_std: float) -> LayerResponse:
     weight_key, bias_key, *gate_keys = jax.random.split(key, 4)
     std = 1.0 / math.sqrt(max(layer.fan_in, 1))
-    dtype = layer.weight.dtype
     gates = [gate_std * jax.random.normal(k, (size, *layer.features), dtype) for k in gate_keys]
     weight = std * jax.random.normal(weight_key, layer.weight.shape, dtype)
     if layer.bias is None:
         return LayerResponse(weight, (), gates[0], ())
-    return LayerResponse(weight, std * jax.random.normal(bias_key, layer.bias.shape, layer.bias.dtype), *gates)
+    return LayerResponse(weight, std * jax.random.normal(bias_key, layer.bias.shape, dtype), *gates)
