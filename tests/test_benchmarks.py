@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["step_cost", "hessian_modes", "unroll_memory"])
+@pytest.mark.parametrize("name", ["step_cost", pytest.param("hessian_modes", marks=pytest.mark.slow), "unroll_memory"])
 def test_quick_run(name, tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--out", str(tmp_path)]

@@ -43,6 +43,7 @@ def test_race(tmp_path):
     assert 10_000 < (tmp_path / "race.png").stat().st_size < 100_000
 
 
+@pytest.mark.slow
 def test_cost(tmp_path):
     benchmark("self_tuning_cost", "--quick", "--out", tmp_path)
     record = json.loads((tmp_path / "self_tuning_cost.json").read_text())
