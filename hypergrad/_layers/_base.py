@@ -158,9 +158,9 @@ class Run:
         """
         gate = self._beside(path, gates.gate, output)
         total = output + self._scaled(gate * again(gates.weight, self._held(inputs)))
-        return (
-            total if isinstance(gates.shift, tuple) else total + self._scaled(self._beside(path, gates.shift, output))
-        )
+        if isinstance(gates.shift, tuple):
+            return total
+        return total + self._scaled(self._beside(path, gates.shift, output))
 
     def add_transposed(
         self, path: str, output: Array, inputs: Array, gates: Gates, again: Callable[..., Array]
@@ -185,7 +185,7 @@ class Run:
         return gate.reshape(rows, *(1,) * between, *features).astype(output.dtype)
 
     def check(self) -> None:
-        """Refuse a run that left out layers, or took two models for one."""
+        """Refuse a run that took two models for one."""
         double = [root for root, how in self.roots.items() if len(how) == 2]
         if double and self.gates:
             got = f"two models whose weights are like those at {double[0]!r}, of which one's are other arrays"
