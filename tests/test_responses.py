@@ -56,7 +56,7 @@ def test_hypergradients_by_two_other_routes(name):
     fn = jax.jit(functools.partial(hg.hypergrad(hg.direct(problem)), key=None))
     got = fn(learned, h, case().inner_batch, case().outer_batch)
 
-    apply = lambda h, center: RESPONSES[name].apply(learned, h, center)  # noqa: E731
+    apply = lambda h, center: RESPONSES[name].apply(learned, h, center=center)  # noqa: E731
     outer = lambda w, h: case().problem.outer_loss(w, h, case().outer_batch, None)  # noqa: E731
     jacobian = jax.jit(jax.jacfwd(lambda x: apply(x, h)))(h)
     slope, straight = jax.jit(jax.grad(outer, argnums=(0, 1)))(apply(h, h), h)

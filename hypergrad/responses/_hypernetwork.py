@@ -130,8 +130,9 @@ def hypernetwork(
         return HypernetworkParams(jax.tree.map(jnp.copy, params), variables["params"], embeddings, network)
 
     def apply(
-        response_params: HypernetworkParams, hyperparams: Hyperparams, _center: Hyperparams | None = None
+        response_params: HypernetworkParams, hyperparams: Hyperparams, center: Hyperparams | None = None
     ) -> Params:
+        del center  # nothing is centred here
         return _weights(checked("hypernetwork", response_params, HypernetworkParams), hyperparams)
 
     return Response(init, apply)
