@@ -112,6 +112,7 @@ def test_library_manners(path):
             "functools",
             "math",
             "contextlib",
+            "itertools",
             "threading",
             "types",
             "typing",

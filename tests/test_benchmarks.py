@@ -11,7 +11,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["step_cost", pytest.param("hessian_modes", marks=pytest.mark.slow), "unroll_memory"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("hessian_modes", "unroll_memory")]
+
+
+@pytest.mark.parametrize("name", ["step_cost", *SLOW])
 def test_quick_run(name, tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--out", str(tmp_path)]

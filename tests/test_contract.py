@@ -13,7 +13,10 @@ import hypergrad as hg
 from tests.catalogue import ESTIMATORS
 from tests.problems import network, relative_error, window_of
 
-rows = pytest.mark.parametrize("row", ESTIMATORS, ids=lambda r: r.name)
+SLOW = ("implicit_dense", "unrolled_truncated", "direct_gated")  # their neighbours in the catalogue run each time
+rows = pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=[pytest.mark.slow] * (row.name in SLOW), id=row.name) for row in ESTIMATORS]
+)
 
 
 @functools.cache

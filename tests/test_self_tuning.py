@@ -57,7 +57,10 @@ def linen(name):
         return (lambda w, x: model.apply({"params": w}, x)), params, x
 
 
-@pytest.mark.parametrize("name", MODELS)
+RARER = ("LSTMCell", "GRUCell", "MGUCell", "SimpleCell")
+
+
+@pytest.mark.parametrize("name", [pytest.param(m, marks=[pytest.mark.slow] * (m in RARER)) for m in MODELS])
 def test_gates_an_example_equal_weights_an_example(name):
     """Two products a layer, and no copies: the outputs are those of weights W₀ + (V h̃) ⊙ W₁ of each example's own."""
     apply, params, x = linen(name)
@@ -76,7 +79,9 @@ def test_gates_an_example_equal_weights_an_example(name):
     assert len(start.layers) == kernels  # every layer that is linear in its weights responds
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "OptimizedLSTMCell"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "cnn", pytest.param("transformer", marks=pytest.mark.slow), "OptimizedLSTMCell"]
+)
 def test_the_linearized_loss_trains_weights_plainly_and_the_response_on_one_jvp(name):
     """Its gradient by definition: of L(net(x; 0); λ) in the weights, of L(o + ȯ; λ + σε) in the response."""
     apply, params, x = linen(name)
