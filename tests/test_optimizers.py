@@ -94,7 +94,7 @@ def differences(make, h):
     return fn
 
 
-COMMON = {"adabelief", "adam", "adamw", "lion", "rmsprop", "sgd with momentum", "chain(clip_by_global_norm, sgd)"}
+COMMON = {"adam", "adamw", "lion", "rmsprop", "sgd with momentum", "chain(clip_by_global_norm, sgd)"}
 
 
 def by_row(rows):

@@ -243,7 +243,7 @@ def test_what_acts_on_weights_is_perturbed_once_a_batch_and_seen_by_penalties():
     assert np.isfinite(float(drawn.inner_loss(start, h, x, jax.random.key(0))))
 
 
-@pytest.mark.parametrize("form", ["delta", "stn"])
+@pytest.mark.parametrize("form", ["delta", pytest.param("stn", marks=pytest.mark.slow)])
 def test_a_linear_network_learns_its_exact_response(form):
     """Two linear layers with a Jacobian penalty an input: w*(λ) in closed form, of the gates' own form."""
     rng = np.random.default_rng(0)
@@ -480,7 +480,7 @@ def test_two_models_in_one_loss_and_one_that_is_not_tuned():
     assert relative_error(gated(start), exact) < 1e-12
 
 
-@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
+@pytest.mark.parametrize("wrap", [jax.jit, pytest.param(jax.checkpoint, marks=pytest.mark.slow)])
 def test_a_trace_that_the_loss_keeps_has_the_gates_of_its_run(wrap):
     """The loss's own jit was traced without gates before, by itself and by init."""
     apply, params, x = linen("mlp")

@@ -36,7 +36,9 @@ def sharded_over(mesh, variables, batch):
     )
 
 
-@pytest.mark.parametrize(("name", "window"), [("neumann", 1), ("cg", 2), ("unrolled", 4)])
+@pytest.mark.parametrize(
+    ("name", "window"), [("neumann", 1), pytest.param("cg", 2, marks=pytest.mark.slow), ("unrolled", 4)]
+)
 def test_eight_devices_give_the_answer_of_one(name, window):
     assert jax.device_count() == 8
     mesh = Mesh(np.array(jax.devices()), ("d",))

@@ -82,7 +82,9 @@ def test_a_response_whose_solve_is_not_finite_has_no_finite_derivative():
     assert not jnp.isfinite(jax.grad(lambda a: respond(jnp.array(1.0), a, (), key=None))(jnp.array(1.0)))
 
 
-@pytest.mark.parametrize("mode", [hg.reverse(), hg.reverse(2), hg.forward()])
+@pytest.mark.parametrize(
+    "mode", [hg.reverse(), *(pytest.param(mode, marks=pytest.mark.slow) for mode in (hg.reverse(2), hg.forward()))]
+)
 def test_an_unrolled_response_is_differentiable_in_both(mode):
     base, length = logistic(), 5
     optimizer = optax.adam(0.05, eps_root=1e-8)
@@ -183,7 +185,7 @@ def test_a_second_stage_that_does_nothing_is_one_stage():
     assert relative_error(grad["examples"], want) < 1e-12
 
 
-@pytest.mark.parametrize("middle", ["implicit", "unrolled"])
+@pytest.mark.parametrize("middle", ["implicit", pytest.param("unrolled", marks=pytest.mark.slow)])
 def test_three_levels_against_finite_differences(middle):
     """Weights w solve level one at (λ, μ), λ solves level two at μ through w, μ is judged through both."""
     rng = np.random.default_rng(1)

@@ -237,7 +237,7 @@ def test_no_second_forward_pass(window):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mode", ["default", "two levels", "autodiff", "forward"])
+@pytest.mark.parametrize("mode", ["default", pytest.param("two levels", marks=pytest.mark.slow), "autodiff", "forward"])
 def test_model_state_is_differentiated_through(mode):
     """The outer loss reads running statistics that the inner steps wrote: they depend on weights and decay."""
     problem, variables, stats, batch = jax.tree.map(
@@ -305,7 +305,7 @@ def test_a_loss_may_close_over_traced_values(mode):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mode", ["default", "forward"])
+@pytest.mark.parametrize("mode", ["default", pytest.param("forward", marks=pytest.mark.slow)])
 def test_a_fresh_optimizer_state_may_depend_on_the_hyperparameters(mode):
     base = logistic()
     problem = hg.BilevelProblem(
