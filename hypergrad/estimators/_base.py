@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hypergrad import _checks, _tree
-from hypergrad._problem import BilevelProblem
-from hypergrad._rollout import depends_on_hyperparams
-from hypergrad._types import Array, Hyperparams, ModelState, Params, PyTree
+from hypergrad import _batches, _checks, _tree
+from hypergrad._problem import BilevelProblem, inner_gradient
+from hypergrad._rollout import Rollout, depends_on_hyperparams, make_window, resolve_optimizer, rollout
+from hypergrad._types import Array, Batch, Hyperparams, ModelState, Params, PyTree
 
 
 class HypergradInfo(NamedTuple):
@@ -132,6 +132,26 @@ def refuse_optimizer_function(inner_optimizer: Any) -> None:
         wanted = "inner_optimizer to be an optax transformation, for an estimator that does not differentiate steps"
         fix = "The inner optimum does not depend on how it is reached: tune optimizer settings with hg.unrolled."
         raise TypeError(_checks.message(wanted, "a function of the hyperparameters", fix))
+
+
+def end_of_window(
+    problem: BilevelProblem,
+    start: Rollout,
+    hyperparams: Hyperparams,
+    inner_batch: Batch,
+    key: Array | None,
+    inner_optimizer: Any,
+) -> tuple[Rollout, Batch]:
+    """Take a window's inner steps, for methods that do not differentiate them; return their end and the last batch.
+
+    An ``inner_state`` of None in ``start`` is a fresh one.
+    """
+    refuse_optimizer_function(inner_optimizer)
+    optimizer = resolve_optimizer(inner_optimizer, None)
+    if start.inner_state is None:
+        start = start._replace(inner_state=optimizer.init(start.params))
+    reached = rollout(inner_gradient(problem, hyperparams), optimizer, start, make_window(inner_batch, key))
+    return reached, _batches.take(inner_batch, -1)
 
 
 def refuse_zeros(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hypergrad import _batches, _checks
+from hypergrad import _checks
 from hypergrad._problem import (
     BilevelParams,
     BilevelProblem,
@@ -24,15 +24,14 @@ from hypergrad._problem import (
     check_variables,
     evaluate_inner,
     evaluate_outer,
-    inner_gradient,
 )
-from hypergrad._rollout import Rollout, make_window, resolve_optimizer, rollout, split_keys
+from hypergrad._rollout import Rollout, split_keys
 from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 from hypergrad.estimators._base import (
     Estimate,
     HypergradEstimator,
     describe_estimate,
-    refuse_optimizer_function,
+    end_of_window,
     refuse_zeros,
 )
 
@@ -87,13 +86,11 @@ def direct(problem: BilevelProblem) -> HypergradEstimator:
         model_state = check_model_state(problem, model_state)
         keys = split_keys(_checks.as_key(key))
         if inner_optimizer is not None:
-            refuse_optimizer_function(inner_optimizer)
-            optimizer = resolve_optimizer(inner_optimizer, problem.constrain(variables.hyperparams))
             start = Rollout(variables.params, inner_state, model_state)
-            window = make_window(inner_batch, keys.inner)
-            gradient = inner_gradient(problem, variables.hyperparams)
-            params, inner_state, model_state = rollout(gradient, optimizer, start, window)
-            variables, inner_batch = BilevelParams(params, variables.hyperparams), _batches.take(inner_batch, -1)
+            window = inner_batch, keys.inner, inner_optimizer
+            reached, inner_batch = end_of_window(problem, start, variables.hyperparams, *window)
+            params, inner_state, model_state = reached
+            variables = BilevelParams(params, variables.hyperparams)
         params, hyperparams = variables
 
         def outer(hyperparams: Hyperparams) -> tuple[Array, Any]:
@@ -119,12 +116,10 @@ def direct(problem: BilevelProblem) -> HypergradEstimator:
             fix = "Apply hg.responses.with_response or hg.responses.self_tuning to the problem."
             raise ValueError(_checks.message("a problem with a response, for its weights", "one without", fix))
         if inner_optimizer is not None:
-            refuse_optimizer_function(inner_optimizer)
-            optimizer = resolve_optimizer(inner_optimizer, None)
-            gradient = inner_gradient(problem, lax.stop_gradient(hyperparams))
-            start = Rollout(params, optimizer.init(params), check_model_state(problem, model_state))
-            params = rollout(gradient, optimizer, start, make_window(inner_batch, split_keys(key).inner)).params
-            params = lax.stop_gradient(params)
+            start = Rollout(params, None, check_model_state(problem, model_state))
+            window = inner_batch, split_keys(key).inner, inner_optimizer
+            reached, _ = end_of_window(problem, start, lax.stop_gradient(hyperparams), *window)
+            params = lax.stop_gradient(reached.params)
         return problem.response.weights(params, hyperparams)
 
     return HypergradEstimator(problem, init, estimate, needs_rollout=False, respond=respond)

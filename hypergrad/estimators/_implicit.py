@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from hypergrad import _batches, _checks, _curvature, _tree
+from hypergrad import _checks, _curvature, _tree
 from hypergrad._problem import (
     BilevelParams,
     BilevelProblem,
@@ -28,13 +28,13 @@ from hypergrad._problem import (
     evaluate_outer,
     inner_gradient,
 )
-from hypergrad._rollout import Rollout, make_window, resolve_optimizer, rollout, split_keys
+from hypergrad._rollout import Rollout, split_keys
 from hypergrad._types import Array, Batch, Hyperparams, Key, MatVec, ModelState, Params, PyTree
 from hypergrad.estimators._base import (
     Estimate,
     HypergradEstimator,
     describe_estimate,
-    refuse_optimizer_function,
+    end_of_window,
     refuse_zeros,
 )
 from hypergrad.solvers import LinearSolver, SolveInfo
@@ -97,13 +97,11 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
         model_state = check_model_state(problem, model_state)
         keys = split_keys(_checks.as_key(key))
         if inner_optimizer is not None:
-            refuse_optimizer_function(inner_optimizer)
-            optimizer = resolve_optimizer(inner_optimizer, problem.constrain(variables.hyperparams))
             start = Rollout(variables.params, inner_state, model_state)
-            gradient = inner_gradient(problem, variables.hyperparams)
-            window = make_window(inner_batch, keys.inner)
-            params, inner_state, model_state = rollout(gradient, optimizer, start, window)
-            variables, inner_batch = BilevelParams(params, variables.hyperparams), _batches.take(inner_batch, -1)
+            window = inner_batch, keys.inner, inner_optimizer
+            reached, inner_batch = end_of_window(problem, start, variables.hyperparams, *window)
+            params, inner_state, model_state = reached
+            variables = BilevelParams(params, variables.hyperparams)
 
         def inner(params: Params, hyperparams: Hyperparams) -> Array:
             at = BilevelParams(params, hyperparams)
@@ -139,12 +137,9 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
         model_state = check_model_state(problem, model_state)
         keys, params = split_keys(key), lax.stop_gradient(params)
         if inner_optimizer is not None:
-            refuse_optimizer_function(inner_optimizer)
-            optimizer = resolve_optimizer(inner_optimizer, None)
-            gradient = inner_gradient(problem, lax.stop_gradient(hyperparams))
-            start = Rollout(params, optimizer.init(params), model_state)
-            params, _, model_state = rollout(gradient, optimizer, start, make_window(inner_batch, keys.inner))
-            inner_batch = _batches.take(inner_batch, -1)
+            start, window = Rollout(params, None, model_state), (inner_batch, keys.inner, inner_optimizer)
+            reached, inner_batch = end_of_window(problem, start, lax.stop_gradient(hyperparams), *window)
+            params, _, model_state = reached
 
         def slope(params: Params) -> Params:
             return inner_gradient(problem, hyperparams)(params, inner_batch, keys.solve, model_state)[0]
