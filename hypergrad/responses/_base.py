@@ -180,6 +180,19 @@ def flat(hyperparams: Hyperparams) -> Array:
     return jnp.concatenate(leaves)
 
 
+def as_encoding(encoding: Encoding | None) -> Encoding:
+    """Return ``encoding``, checked; None is the identity."""
+    if encoding is None:
+        return _IDENTITY
+    if not isinstance(encoding, Encoding):
+        fix = "Pass e.g. hg.responses.magnitude_invariant(low, high), or None."
+        raise TypeError(_checks.message("encoding to be an Encoding", _checks.describe(encoding), fix))
+    return encoding
+
+
+_IDENTITY = Encoding(encode=lambda vector: vector, check=lambda _: None)
+
+
 def marks_of(per_example: PyTree, hyperparams: Hyperparams) -> PyTree:
     """Return a bool for every hyperparameter leaf: does it take one value an example."""
     try:

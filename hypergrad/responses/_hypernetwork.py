@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from hypergrad import _checks
 from hypergrad._types import Array, Hyperparams, Key, Params, PyTree
-from hypergrad.responses._base import Encoding, Response, checked, flat
+from hypergrad.responses._base import Encoding, Response, as_encoding, checked, flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Network:
 
     module: nn.Module
     chunk_size: int | None
-    encoding: Encoding | None
+    encoding: Encoding
 
 
 @flax.struct.dataclass
@@ -98,9 +98,7 @@ def hypernetwork(
     if chunk_size is not None:
         chunk_size = _checks.positive_int("chunk_size", chunk_size)
     embedding_size = _checks.positive_int("embedding_size", embedding_size)
-    if encoding is not None and not isinstance(encoding, Encoding):
-        fix = "Pass e.g. hg.responses.magnitude_invariant(low, high), or None."
-        raise TypeError(_checks.message("encoding to be an Encoding", _checks.describe(encoding), fix))
+    encoding = as_encoding(encoding)
 
     def init(key: Key, params: Params, hyperparams: Hyperparams) -> HypernetworkParams:
         _checks.floating_leaves("params", params)
@@ -112,9 +110,8 @@ def hypernetwork(
             raise TypeError(_checks.message("module(size) to be a flax.linen.Module", _checks.describe(made), fix))
         network = _Network(made, chunk_size, encoding)
         vector = flat(hyperparams)
-        if encoding is not None:
-            encoding.check(vector)
-        inputs = _encoded(network, vector)
+        encoding.check(vector)
+        inputs = encoding.encode(vector)
         embeddings: Any = ()
         if chunk_size is not None:
             embeddings = jax.random.normal(embedding_key, (math.ceil(size / chunk_size), embedding_size), inputs.dtype)
@@ -183,13 +180,9 @@ def magnitude_invariant(low: Any, high: Any) -> Encoding:
     return Encoding(encode, check)
 
 
-def _encoded(network: _Network, vector: Array) -> Array:
-    return vector if network.encoding is None else network.encoding.encode(vector)
-
-
 def _weights(response_params: HypernetworkParams, hyperparams: Hyperparams) -> Params:
     network = response_params.network
-    inputs = _encoded(network, flat(hyperparams))
+    inputs = network.encoding.encode(flat(hyperparams))
     run = lambda x: network.module.apply({"params": response_params.variables}, x)  # noqa: E731
     if network.chunk_size is None:
         output = run(inputs)

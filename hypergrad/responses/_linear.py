@@ -18,7 +18,7 @@ from jax import lax
 
 from hypergrad import _checks
 from hypergrad._types import Array, Hyperparams, Key, Params, PyTree
-from hypergrad.responses._base import Encoding, Response, checked, flat, same_size
+from hypergrad.responses._base import Encoding, Response, as_encoding, checked, flat, same_size
 
 
 class LinearParams(NamedTuple):
@@ -85,7 +85,7 @@ def linear(rank: int | None = None, *, encoding: Encoding | None = None) -> Resp
     """
     if rank is not None:
         rank = _checks.positive_int("rank", rank)
-    encode = _encoder(encoding)
+    encoding = as_encoding(encoding)
 
     def init(key: Key, params: Params, hyperparams: Hyperparams) -> LinearParams:
         size = _encoded_size(encoding, hyperparams)
@@ -98,7 +98,7 @@ def linear(rank: int | None = None, *, encoding: Encoding | None = None) -> Resp
 
     def apply(response_params: LinearParams, hyperparams: Hyperparams, center: Hyperparams | None = None) -> Params:
         params, basis, mixing = checked("linear", response_params, LinearParams)
-        weight = _displacement(encode, hyperparams, center)
+        weight = _displacement(encoding, hyperparams, center)
         rows = jnp.shape(jax.tree.leaves(basis)[0] if isinstance(mixing, tuple) else mixing)[0]
         same_size("linear", weight.size, rows)
         weight = weight if isinstance(mixing, tuple) else weight @ mixing
@@ -132,7 +132,7 @@ def gated(*, encoding: Encoding | None = None) -> Response:
 
     Reference: MacKay et al., arXiv 1903.03088; Bae & Grosse, arXiv 2010.13514.
     """
-    encode = _encoder(encoding)
+    encoding = as_encoding(encoding)
 
     def init(key: Key, params: Params, hyperparams: Hyperparams) -> GatedParams:
         size = _encoded_size(encoding, hyperparams)
@@ -144,31 +144,22 @@ def gated(*, encoding: Encoding | None = None) -> Response:
 
     def apply(response_params: GatedParams, hyperparams: Hyperparams, center: Hyperparams | None = None) -> Params:
         params, direction, gate = checked("gated", response_params, GatedParams)
-        weight = _displacement(encode, hyperparams, center)
+        weight = _displacement(encoding, hyperparams, center)
         same_size("gated", weight.size, jnp.shape(jax.tree.leaves(gate)[0])[0])
         return jax.tree.map(lambda w, d, v: w + (weight.astype(v.dtype) @ v) * d, params, direction, gate)
 
     return Response(init, apply)
 
 
-def _encoder(encoding: Encoding | None) -> Any:
-    if encoding is not None and not isinstance(encoding, Encoding):
-        fix = "Pass e.g. hg.responses.magnitude_invariant(low, high), or None."
-        raise TypeError(_checks.message("encoding to be an Encoding", _checks.describe(encoding), fix))
-    return (lambda vector: vector) if encoding is None else encoding.encode
-
-
-def _encoded_size(encoding: Encoding | None, hyperparams: Hyperparams) -> int:
+def _encoded_size(encoding: Encoding, hyperparams: Hyperparams) -> int:
     vector = flat(hyperparams)
-    if encoding is None:
-        return int(vector.size)
     encoding.check(vector)
     return int(jax.eval_shape(encoding.encode, vector).size)
 
 
-def _displacement(encode: Any, hyperparams: Hyperparams, center: Hyperparams | None) -> Array:
+def _displacement(encoding: Encoding, hyperparams: Hyperparams, center: Hyperparams | None) -> Array:
     center = lax.stop_gradient(hyperparams) if center is None else center
-    return encode(flat(hyperparams)) - encode(flat(center))
+    return encoding.encode(flat(hyperparams)) - encoding.encode(flat(center))
 
 
 def _direction(key: Array, weight: Array) -> Array:
