@@ -41,10 +41,10 @@ class Splits(NamedTuple):
     test: Split
 
 
-def load(name: str, seed: int) -> Splits:
-    """Return the splits of ``digits``, ``mnist`` or ``fashion_mnist`` for one seed."""
+def load(name: str, seed: int, train: int | None = None) -> Splits:
+    """Return the splits of ``digits``, ``mnist`` or ``fashion_mnist`` for one seed, with so many training images."""
     rng = np.random.default_rng(seed)
-    return _digits(rng) if name == "digits" else _from_idx(name, _IDX_TRAIN[name], rng)
+    return _digits(train or _DIGITS_TRAIN, rng) if name == "digits" else _from_idx(name, train or _IDX_TRAIN[name], rng)
 
 
 def draw(split: Split, size: int, key: jax.Array) -> Split:
@@ -55,9 +55,9 @@ def draw(split: Split, size: int, key: jax.Array) -> Split:
     return Split(split.x[index], split.y[index])
 
 
-def _digits(rng: np.random.Generator) -> Splits:
+def _digits(size: int, rng: np.random.Generator) -> Splits:
     x, y = load_digits(return_X_y=True)
-    order = np.split(rng.permutation(len(y)), [_DIGITS_TRAIN, _DIGITS_TRAIN + _DIGITS_VALID])
+    order = np.split(rng.permutation(len(y)), [size, size + _DIGITS_VALID])
     return Splits(*(_split(x[index] / 16.0, y[index]) for index in order))
 
 
