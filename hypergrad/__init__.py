@@ -1,6 +1,6 @@
 """hypergrad: gradient-based hyperparameter optimization for JAX, behind one optax interface."""
 
-from hypergrad import bijectors, hyper, optimizers, penalties, responses, solvers
+from hypergrad import bijectors, diagnostics, hyper, optimizers, penalties, responses, solvers
 from hypergrad._bilevel import BilevelState, bilevel
 from hypergrad._functional import best_response, hypergrad, value_and_hypergrad
 from hypergrad._modes import UnrollMode, forward, reverse
@@ -40,6 +40,7 @@ __all__ = [
     "LinearSolver",
     "SolveInfo",
     "UnrollMode",
+    "diagnostics",
     "direct",
     "forward",
     "hyper",

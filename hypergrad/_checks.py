@@ -5,7 +5,7 @@ traces is ``independent_leaves``: it follows data through a jaxpr to find output
 an input, which is how a hypergradient that is zero by construction is refused instead of returned.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -202,15 +202,33 @@ def dependence(fn: Callable[[PyTree], PyTree], argument: PyTree) -> Callable[[Se
 
 def operations(jaxpr: Any) -> set[str]:
     """Return the names of all primitives in a jaxpr and in the jaxprs inside it."""
-    found = set()
+    return {eqn.primitive.name for eqn in _equations(jaxpr)}
+
+
+def working_precision(fn: Callable[[PyTree], PyTree], argument: PyTree) -> Any:
+    """Return the dtype of lowest precision that ``fn`` casts a wider floating-point value down to.
+
+    The widest dtype of the argument where it casts none: what rounds the result of ``fn``.
+    """
+    found = _tree.wider(*(jnp.result_type(leaf) for leaf in jax.tree.leaves(argument)))
+    for eqn in _equations(jax.make_jaxpr(fn)(argument).jaxpr):
+        if eqn.primitive.name == "convert_element_type":
+            before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+            floating = all(jnp.issubdtype(dtype, jnp.floating) for dtype in (before, after))
+            if floating and before.itemsize > after.itemsize and jnp.finfo(after).eps > jnp.finfo(found).eps:
+                found = after
+    return found
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """Yield the equations of a jaxpr and of the jaxprs inside it."""
     for eqn in jaxpr.eqns:
-        found.add(eqn.primitive.name)
+        yield eqn
         for parameter in eqn.params.values():
             for item in parameter if isinstance(parameter, list | tuple) else [parameter]:
                 inner = getattr(item, "jaxpr", item)
                 if hasattr(inner, "eqns"):
-                    found |= operations(inner)
-    return found
+                    yield from _equations(inner)
 
 
 def _follow(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:

@@ -50,7 +50,7 @@ def value_and_hypergrad(
 
     Reference: the estimator's.
     """
-    estimate = _estimator_function(estimator, inner_optimizer)
+    estimate = estimator_function(estimator, inner_optimizer)
 
     def fn(
         params: Params,
@@ -179,7 +179,8 @@ def _check_estimator(estimator: Any, inner_optimizer: Any) -> None:
         )
 
 
-def _estimator_function(estimator: HypergradEstimator, inner_optimizer: Any) -> Callable[..., Estimate]:
+def estimator_function(estimator: HypergradEstimator, inner_optimizer: Any) -> Callable[..., Estimate]:
+    """Return ``(variables, inner_batch, outer_batch, key, model_state) -> Estimate``, with fresh states."""
     _check_estimator(estimator, inner_optimizer)
     problem = estimator.problem
 

@@ -2,9 +2,10 @@
 
     L0  _types, _tree, _checks, _batches          in this order
     L1  _curvature, _modes, _probe, _layers/, hyper, penalties, optimizers, solvers/, bijectors/
-    L2  _problem, _rollout
+    L2  _problem, _rollout, _optimum; _differences above them
     L3  estimators/, responses/
     L4  _bilevel, _functional
+    L5  diagnostics/
 
 A module imports lower layers and its own folder's ``_base``; inside L0 also what stands before it.
 """
@@ -12,12 +13,14 @@ A module imports lower layers and its own folder's ``_base``; inside L0 also wha
 import ast
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
 
 import hypergrad as hg
-from hypergrad import bijectors, hyper, optimizers, penalties, responses, solvers
+from hypergrad import bijectors, diagnostics, hyper, optimizers, penalties, responses, solvers
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "hypergrad"
@@ -37,16 +40,21 @@ LAYERS = {
     "bijectors": 1,
     "_problem": 2,
     "_rollout": 2,
+    "_optimum": 2,
+    "_differences": 2.5,
     "estimators": 3,
     "responses": 3,
     "_bilevel": 4,
     "_functional": 4,
+    "diagnostics": 5,
 }
 COMPUTES = {
     *("cg", "dense", "neumann", "l1", "l2", "implicit", "unrolled", "reverse", "forward", "best_response", "bilevel"),
     *("add_decayed_weights", "scale_by_learning_rate", "schedule", "direct", "with_response", "perturbed", "sampled"),
     *("self_tuning", "self_tunable", "linear", "gated", "hypernetwork", "magnitude_invariant", "init", "weights_at"),
+    *("check_hypergrad", "compare", "extreme_eigenvalues", "horizon_bias", "retrain"),
 }
+PLOTS = PACKAGE / "diagnostics" / "_plots.py"  # an extra: imported where a picture is asked for, not with the library
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [f for f in FILES if f.name != "__init__.py"]
 names = lambda f: str(f.relative_to(ROOT))  # noqa: E731
@@ -96,6 +104,11 @@ def test_files_are_short_and_say_what_they_are(path):
     assert ast.get_docstring(ast.parse(text))
 
 
+def test_the_library_does_not_import_what_only_pictures_need():
+    code = "import sys, hypergrad; assert not any(name.startswith('matplotlib') for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("path", FILES, ids=names)
 def test_library_manners(path):
     """No prints, no configuration, no private modules, core dependencies only."""
@@ -107,6 +120,8 @@ def test_library_manners(path):
             assert not (node.attr == "config" and isinstance(node.value, ast.Name) and node.value.id == "jax")
     for module in imports(path):
         assert "._src" not in module
+        if path == PLOTS and module == "matplotlib.figure":
+            continue
         assert module.split(".")[0] in {"hypergrad", "jax", "optax", "flax", "numpy", "collections"} | {
             "dataclasses",
             "functools",
@@ -123,7 +138,7 @@ def test_library_manners(path):
 def public():
     """Return every public name of the library with its object."""
     found = {f"hg.{name}": getattr(hg, name) for name in hg.__all__}
-    for module in (bijectors, responses, solvers):
+    for module in (bijectors, diagnostics, responses, solvers):
         found |= {f"{module.__name__}.{name}": getattr(module, name) for name in module.__all__}
     found |= {f"hg.penalties.{name}": getattr(penalties, name) for name in ("l1", "l2")}
     pieces = ("add_decayed_weights", "scale_by_learning_rate", "schedule")

@@ -1,0 +1,25 @@
+"""Whether to trust a hypergradient and what was learned by it: checks, comparisons, the retrain audit, pictures."""
+
+from hypergrad.diagnostics._check import Direction, HypergradCheck, check_hypergrad
+from hypergrad.diagnostics._compare import Agreement, Comparison, HorizonBias, compare, horizon_bias
+from hypergrad.diagnostics._plots import plot_layers, plot_solver, plot_trajectories
+from hypergrad.diagnostics._retrain import Retrained, retrain
+from hypergrad.diagnostics._spectrum import Spectrum, extreme_eigenvalues
+
+__all__ = [
+    "Agreement",
+    "Comparison",
+    "Direction",
+    "HorizonBias",
+    "HypergradCheck",
+    "Retrained",
+    "Spectrum",
+    "check_hypergrad",
+    "compare",
+    "extreme_eigenvalues",
+    "horizon_bias",
+    "plot_layers",
+    "plot_solver",
+    "plot_trajectories",
+    "retrain",
+]

@@ -1,0 +1,335 @@
+"""The gradient check: an estimator's hypergradient beside finite differences on the user's own problem.
+
+    ⟨hypergrad, d⟩   against   [φ(λ + hd) − φ(λ − hd)] / 2h,      extrapolated from h and h/2 (Richardson)
+
+    φ(λ) = L_out(w_K(λ), λ)  for methods that differentiate steps: the window is run again
+    φ(λ) = L_out(w*(λ), λ)   for all others: the inner problem is solved again, to rounding, from the weights given
+
+Neither differentiates anything in λ. Two step sizes tell how far the difference quotient itself can be trusted.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hypergrad import _batches, _checks, _differences, _tree
+from hypergrad._functional import estimator_function
+from hypergrad._problem import BilevelParams, BilevelProblem, check_model_state, check_variables, evaluate_inner
+from hypergrad._rollout import split_keys
+from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
+from hypergrad.diagnostics._base import align, digits, table
+from hypergrad.estimators import Estimate, HypergradEstimator
+from hypergrad.solvers import SolveInfo
+
+_STEPS, _WIDE_STEPS = (1e-3, 1e-5, 3e-2), (1e-2, 3e-2, 1e-1)  # in float64, or less: until differences can be trusted
+_FLOOR = 1e-3  # of the whole hypergradient's norm: what a leaf's error is measured against at the least
+
+
+class Direction(NamedTuple):
+    """One directional derivative, by both routes.
+
+    Attributes:
+      leaf: path of the hyperparameter leaf that moves.
+      kind: "along" the estimate, or "random" signs.
+      estimated: ⟨hypergrad, d⟩.
+      measured: by finite differences.
+      uncertainty: of ``measured``, relative as ``error`` is: what halving the step changed, or rounding may have.
+      error: |estimated − measured| over the size that the derivative has in such a direction.
+    """
+
+    leaf: str
+    kind: str
+    estimated: float
+    measured: float
+    uncertainty: float
+    error: float
+
+
+class HypergradCheck(NamedTuple):
+    """The verdict of a gradient check. ``str()`` of it is a report.
+
+    Attributes:
+      passed: whether every direction agrees within ``rtol``, by differences that can be trusted that far.
+      reasons: why not, most certain first; empty if passed.
+      rows: one ``Direction`` for each leaf, and one more of random signs for each leaf of more than one number.
+      rtol: the tolerance asked for.
+      step: the last h tried, by which a leaf was moved relative to its root mean square.
+      dtype: of the lowest precision in which the losses computed.
+      outer_loss: at the weights of the estimate.
+      inner_gradient_norm: ‖∇_w L_in‖ there, on the batch and with the key that the linear solve sees.
+      error_at_optimum: the largest error of an estimate at the inner optimum instead; NaN where none was needed.
+      residual: of the estimate's linear solve; NaN without one.
+    """
+
+    passed: bool
+    reasons: tuple[str, ...]
+    rows: tuple[Direction, ...]
+    rtol: float
+    step: float
+    dtype: str
+    outer_loss: float
+    inner_gradient_norm: float
+    error_at_optimum: float
+    residual: float
+
+    def __str__(self) -> str:
+        """Return verdict, table and reasons."""
+        verdict = "passed" if self.passed else "FAILED"
+        head = f"hypergradient check {verdict}: tolerance {self.rtol:g}, step {self.step:g}, {self.dtype}"
+        lines: list[tuple[str, ...]] = [("hyperparameters", "direction", "estimated", "measured", "±", "error")]
+        lines += [(row.leaf, row.kind, *map(digits, row[2:])) for row in self.rows]
+        reasons = "".join(f"\n- {reason}" for reason in self.reasons)
+        return f"{head}\n{table(lines)}{reasons}"
+
+
+def check_hypergrad(
+    estimator: HypergradEstimator,
+    variables: BilevelParams,
+    inner_batch: Batch,
+    outer_batch: Batch,
+    *,
+    key: Key,
+    inner_optimizer: Any = None,
+    model_state: ModelState = None,
+    rtol: float = 1e-2,
+    step: float | None = None,
+) -> HypergradCheck:
+    """Compare a hypergradient with directional finite differences, on the user's own problem, and say why it fails.
+
+    For every leaf of the hyperparameters two directions: along the estimate, which tells its length, and random signs,
+    which every entry enters. ⟨hypergrad, d⟩ stands against [φ(λ + hd) − φ(λ − hd)]/2h, φ the outer loss after the
+    window's steps (methods that differentiate them) or at the inner optimum, found again by Newton's method (all
+    others; for a learned response that of the problem over plain weights).
+
+    Args:
+      estimator: with any problem small enough to be solved again, eight times a leaf. Take a smaller batch first.
+      variables: where. For ``hg.implicit`` at weights that solve the inner problem on ``inner_batch`` with the key's
+        dropout mask, if it has one: elsewhere the check fails and says so, with the error that is left at the optimum.
+      inner_batch: with an ``inner_optimizer``, leaves carry a window axis.
+      outer_batch: of the outer loss.
+      key: of the losses, or None.
+      inner_optimizer: as for ``hg.value_and_hypergrad``.
+      model_state: of a stateful problem.
+      rtol: the error up to which a direction agrees.
+      step: h; None: 1e-3, and where differences are not smooth enough 1e-5, then 3e-2; in float32 1e-2, 3e-2, 1e-1.
+
+    Returns:
+      A ``HypergradCheck`` of Python numbers; ``print`` it. Everything is computed in float64, floating-point leaves
+      cast to it, as far as the losses do not cast them down; in their own dtype where they do not run in float64.
+
+    Raises:
+      TypeError: no estimator, or variables that are no ``BilevelParams``.
+      ValueError: what the estimator itself refuses; ``rtol`` or ``step`` not positive.
+
+    Right where φ is smooth: across the kinks of ReLUs, or a basin's edge, differences of two step sizes disagree, and
+    the check fails as inconclusive. A pass is no proof for entries that are far smaller than their leaf's others.
+
+    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> inner = lambda w, h, batch, key: jnp.sum(0.5 * jnp.exp(h) * w**2 - w)                  # w* = exp(-h)
+    >>> problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w))
+    >>> at = hg.BilevelParams(jnp.exp(-jnp.array([0.0, 2.0])), jnp.array([0.0, 2.0]))
+    >>> check_hypergrad(hg.implicit(problem, hg.solvers.cg(5)), at, (), (), key=None).passed
+    True
+    >>> print(check_hypergrad(hg.implicit(problem, hg.solvers.neumann(2)), at, (), (), key=None).reasons[0][:34])
+    the linear solve stopped at residu
+
+    Reference: Pedregosa, arXiv 1602.02355 (the derivative that is checked).
+    """
+    if not isinstance(estimator, HypergradEstimator):
+        fix = "Pass e.g. hg.implicit(problem, hg.solvers.neumann(20))."
+        raise TypeError(_checks.message("a HypergradEstimator", _checks.describe(estimator), fix))
+    check_variables(variables)
+    _checks.number("rtol", rtol, low=0.0, strict=True)
+    if step is not None:
+        _checks.number("step", step, low=0.0, strict=True)
+    case = _Case(estimator, inner_optimizer, variables, inner_batch, outer_batch, _checks.as_key(key), model_state)
+    try:
+        with jax.enable_x64(True):
+            return _judged(case.in_float64(), rtol, step)
+    except Exception:  # whatever a model that is fixed to float32 raises; what is wrong in itself raises again below
+        return _judged(case, rtol, step)
+
+
+class _Case(NamedTuple):
+    """What is checked, and where."""
+
+    estimator: HypergradEstimator
+    inner_optimizer: Any
+    variables: BilevelParams
+    inner_batch: Batch
+    outer_batch: Batch
+    key: Array | None
+    model_state: ModelState
+
+    @property
+    def problem(self) -> BilevelProblem:
+        return self.estimator.problem
+
+    def in_float64(self) -> "_Case":
+        def cast(leaf: Any) -> Any:
+            return jnp.asarray(leaf, jnp.float64) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
+
+        data = self.variables, self.inner_batch, self.outer_batch, self.model_state
+        variables, inner_batch, outer_batch, model_state = jax.tree.map(cast, data)
+        return self._replace(
+            variables=variables, inner_batch=inner_batch, outer_batch=outer_batch, model_state=model_state
+        )
+
+
+def _judged(case: _Case, rtol: float, step: float | None) -> HypergradCheck:
+    model_state = check_model_state(case.problem, case.model_state)
+    estimate_fn = jax.jit(estimator_function(case.estimator, case.inner_optimizer))
+    estimate = estimate_fn(case.variables, case.inner_batch, case.outer_batch, case.key, case.model_state)
+    at = BilevelParams(estimate.params, case.variables.hyperparams)
+    last = case.inner_batch if case.inner_optimizer is None else _batches.take(case.inner_batch, -1)
+    problem, keys, view = case.problem, split_keys(case.key), case.problem.response
+    read: Callable[[PyTree], PyTree] = lambda tree: tree  # noqa: E731
+    if case.estimator.needs_rollout:
+        data = case.variables.params, case.inner_batch, case.outer_batch
+        options: dict[str, Any] = {"inner_optimizer": case.inner_optimizer, "model_state": model_state}
+        reference = _differences.rolled_out(problem, *data, keys=keys, **options)
+    else:
+        here = at
+        if view is not None and view.weights is not None:
+            problem, read = view.plain, view.center
+            here = BilevelParams(view.weights(*at), read(at.hyperparams))
+        options = {"keys": keys, "model_state": estimate.model_state}
+        reference = _differences.resolved(problem, here, last, case.outer_batch, **options)
+
+    base, gradient = read(at.hyperparams), read(estimate.hypergrad)
+    along = _differences.probes(gradient)
+    precision = _checks.working_precision(functools.partial(_inner, case, last, estimate.model_state, keys.solve), at)
+    steps, epsilon = _STEPS if precision == jnp.float64 else _WIDE_STEPS, float(jnp.finfo(precision).eps)
+    measured = [(float("nan"), float("inf"))] * len(along)
+    rows = _rows(gradient, along, measured)
+    for length in steps if step is None else (step,):
+        vague = [i for i, row in enumerate(rows) if not row.uncertainty <= rtol]
+        if not vague:
+            break
+        tried = _differences.measure(reference.value_at, base, [along[i] for i in vague], length, epsilon=epsilon)
+        for i, new in zip(vague, tried, strict=True):
+            # Beyond what both allow, a new difference is not a better one: it reached another basin or branch.
+            compatible = not abs(new[0] - measured[i][0]) > 3 * (new[1] + measured[i][1])
+            measured[i] = new if compatible and not measured[i][1] < new[1] else measured[i]
+        rows, last_step = _rows(gradient, along, measured), length
+    solver = estimate.info.solver
+    found = HypergradCheck(
+        passed=all(row.error <= rtol and row.uncertainty <= rtol for row in rows),
+        reasons=(),
+        rows=rows,
+        rtol=rtol,
+        step=last_step,
+        dtype=str(precision),
+        outer_loss=float(estimate.value),
+        inner_gradient_norm=float(_tree.norm(_slope(case, at, last, estimate.model_state, keys.solve))),
+        error_at_optimum=float("nan"),
+        residual=float(solver.residual) if isinstance(solver, SolveInfo) else float("nan"),
+    )
+    if found.passed:
+        return found
+    there = None
+    if reference.optimum is not None and view is None:
+        solved = at._replace(params=reference.optimum.params)
+        state = estimate.model_state if problem.stateful else None
+        there = jax.jit(estimator_function(case.estimator, None))(solved, last, case.outer_batch, case.key, state)
+        rows = _rows(there.hypergrad, along, measured)
+        found = found._replace(error_at_optimum=max(row.error for row in rows))
+    return found._replace(reasons=tuple(_reasons(case, found, at, last, estimate, there)))
+
+
+def _rows(
+    gradient: Hyperparams, along: list[_differences.Probe], measured: list[tuple[float, float]]
+) -> tuple[Direction, ...]:
+    sizes = [float(np.linalg.norm(np.asarray(leaf, np.float64))) for leaf in jax.tree.leaves(gradient)]
+    whole, found = float(np.linalg.norm(sizes)), []
+    for probe, (slope, change) in zip(along, measured, strict=True):
+        estimated = _differences.derivative(gradient, probe)
+        # In a direction of signs the derivative is about ‖gradient‖; along the gradient, scaled to 1, it is no less.
+        usual = np.nanmax([abs(estimated), abs(slope), sizes[probe.place], _FLOOR * whole])
+        apart = [float(a / usual) if usual > 0 else 0.0 for a in (change, abs(estimated - slope))]
+        found.append(Direction(probe.leaf, probe.kind, estimated, slope, *apart))
+    return tuple(found)
+
+
+def _inner(case: _Case, batch: Batch, model_state: ModelState, key: Array | None, at: BilevelParams) -> Array:
+    return evaluate_inner(case.problem, at, batch, key, model_state).value
+
+
+def _slope(case: _Case, at: BilevelParams, batch: Batch, model_state: ModelState, key: Array | None) -> Params:
+    """Return ∇_w L_in, traced anew at every call."""
+    inner = functools.partial(_inner, case, batch, model_state, key)
+    return _tree.promote(jax.jit(jax.grad(lambda at: inner(at)))(at).params)
+
+
+def _reasons(
+    case: _Case, found: HypergradCheck, at: BilevelParams, last: Batch, estimate: Estimate, there: Estimate | None
+) -> Iterator[str]:
+    """Yield why a check failed, most certain first."""
+    rtol, key = found.rtol, split_keys(case.key).solve
+    if not _tree.all_finite(estimate.hypergrad):
+        yield "the estimate is not finite: look for inf or NaN in the losses and in their derivatives"
+    slopes = [_slope(case, at, last, estimate.model_state, key) for _ in range(2)]
+    if align(*slopes).error > 1e-6:
+        yield (
+            f"the inner loss is no function of its arguments: with the same key its gradient changed by "
+            f"{digits(align(*slopes).error)} of its norm. Draw all random numbers from the key that the loss is given"
+        )
+    vague = [row for row in found.rows if not row.uncertainty <= rtol]
+    if any(np.isnan(row.uncertainty) for row in vague):
+        yield (
+            "inconclusive: the inner problem could not be solved to rounding near these hyperparameters, or a loss is "
+            "not finite there. A kink (ReLU) at the solution does that: check with a smooth activation, or more decay"
+        )
+    elif vague:
+        worst = max(vague, key=lambda row: row.uncertainty)
+        yield (
+            f"inconclusive for {worst.leaf}: halving the step changed its difference quotient by "
+            f"{digits(worst.uncertainty)}. "
+            + (
+                "Kinks, chaotic steps or rounding: try another step, or a smooth activation"
+                if found.dtype == "float64"
+                else f"Rounding: a loss casts to {found.dtype}; check it without the cast"
+            )
+        )
+    wrong = [row.error for row in found.rows if row.uncertainty <= rtol and not row.error <= rtol]
+    if not wrong:
+        return
+    residual, explained = found.residual, False
+    if there is not None:
+        error = found.error_at_optimum
+        if not error > 0.5 * max(wrong):
+            explained = error <= rtol
+            left = "the estimate is right" if explained else "more is wrong"
+            yield (
+                f"the inner problem is not solved at these weights, with this batch and key: ‖∇_w L_in‖ = "
+                f"{digits(found.inner_gradient_norm)}. At its solution {left} (error {digits(error)}). Train longer, "
+                "or check there"
+            )
+        if isinstance(there.info.solver, SolveInfo):
+            residual = float(there.info.solver.residual)
+    if not explained and residual > rtol:
+        explained = True
+        yield (
+            f"the linear solve stopped at residual {digits(residual)}: more terms or steps, a larger step size "
+            "(see diagnostics.extreme_eigenvalues), or cg. Few terms have the right direction and too small a norm"
+        )
+    if explained:
+        return
+    if case.problem.response is not None:
+        yield "the response has not learned the best response: train it longer, or on perturbations of another scale"
+    other = None if key is None else _slope(case, at, last, estimate.model_state, jax.random.fold_in(key, 1))
+    if other is not None and align(other, slopes[0]).error > 1e-6:
+        yield (
+            f"the inner loss is random (another key changes its gradient by {digits(align(other, slopes[0]).error)} of "
+            "its norm): do all products of a solve and the mixed product share one key, keys.solve? Fresh masks a "
+            "product are another matrix each"
+        )
+    yield (
+        "not the derivative of these steps: a truncated unroll, a stop_gradient, or a custom derivative that is wrong"
+        if case.estimator.needs_rollout
+        else "not explained by residual or weights: a stop_gradient or a custom derivative in a loss, or the estimator"
+    )

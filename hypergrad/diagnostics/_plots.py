@@ -1,0 +1,196 @@
+"""Pictures of a run, drawn with matplotlib (``pip install "hypergrad-jax[plot]"``): each returns a ``Figure``.
+
+    plot_trajectories   how hyperparameters moved: a line each, a median and a band for a tensor of them
+    plot_layers         what was learned, a histogram for every layer
+    plot_solver         outer loss, norm of the hypergradient and residual of its solve over training
+
+Nothing is shown or saved here: call ``figure.savefig``. Matplotlib is imported when a picture is asked for.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from hypergrad import _checks, _tree
+from hypergrad._types import PyTree
+from hypergrad.solvers import SolveInfo
+
+_MANY = 8  # leaves of one number each that get a colour and a name of their own
+
+
+def plot_trajectories(
+    steps: Sequence[float],
+    snapshots: Sequence[PyTree],
+    *,
+    losses: Mapping[str, Sequence[float]] | None = None,
+    title: str = "",
+    xlabel: str = "steps",
+) -> Any:
+    """Draw how hyperparameters moved during a run.
+
+    Leaves that stay within [0, 1] share a panel, other positive ones one with a log axis, the rest a third. A leaf of
+    several numbers is drawn as their median with the range from the 10th to the 90th percentile.
+
+    Args:
+      steps: where on the horizontal axis, one for each snapshot.
+      snapshots: trees of hyperparameters, best constrained ones: ``problem.constrain(variables.hyperparams)``.
+      losses: by name, one number for each snapshot, in a panel of their own.
+      title: of the picture.
+      xlabel: what ``steps`` count.
+
+    Returns:
+      A ``matplotlib.figure.Figure``.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: no snapshots, or not one for each step.
+
+    >>> import hypergrad as hg
+    >>> figure = hg.diagnostics.plot_trajectories([0, 1], [{"rate": 0.1}, {"rate": 0.2}])
+    >>> figure.axes[0].get_ylabel()
+    'in [0, 1]'
+    """
+    if not snapshots or len(snapshots) != len(steps):
+        got = f"{len(snapshots)} for {len(steps)} steps"
+        raise ValueError(_checks.message("one snapshot for each step, at least one", got, "Keep one at every look."))
+    tensors: dict[str, np.ndarray] = {
+        name: np.stack([np.ravel(np.asarray(leaf, np.float64)) for leaf in leaves])
+        for name, *leaves in zip(_tree.leaf_names(snapshots[0]), *map(jax.tree.leaves, snapshots), strict=True)
+    }
+    panels: dict[str, dict[str, np.ndarray]] = {"in [0, 1]": {}, "positive": {}, "any": {}}
+    for name, rows in tensors.items():
+        kind = "in [0, 1]" if rows.min() >= 0 and rows.max() <= 1 else "positive" if rows.min() > 0 else "any"
+        panels[kind][_readable(name)] = rows
+    panels = {kind: rows for kind, rows in panels.items() if rows}
+    figure = _figure(4.0 * (len(panels) + bool(losses)), 3.6)
+    axes = figure.subplots(1, len(panels) + bool(losses), squeeze=False)[0]
+    for panel, (kind, drawn) in zip(axes, panels.items(), strict=False):
+        for name, one in drawn.items():
+            (line,) = panel.plot(steps, np.median(one, 1), linewidth=1.4, label=name)
+            if one.shape[1] > 1:
+                panel.fill_between(steps, *np.quantile(one, (0.1, 0.9), axis=1), color=line.get_color(), alpha=0.15)
+        panel.set(xlabel=xlabel, ylabel=kind, yscale="log" if kind == "positive" else "linear")
+        if len(drawn) <= _MANY:
+            panel.legend(frameon=False, fontsize="small")
+    if losses:
+        for name, line_of in losses.items():
+            axes[-1].plot(steps, line_of, linewidth=1.4, label=name)
+        axes[-1].set(xlabel=xlabel, ylabel="loss")
+        axes[-1].legend(frameon=False, fontsize="small")
+    return _finished(figure, title)
+
+
+def plot_layers(tree: PyTree, *, start: float | None = None, title: str = "", xlabel: str = "") -> Any:
+    """Draw learned tensors layer by layer: a histogram for every leaf, over one common axis.
+
+    Args:
+      tree: of arrays, best constrained: one decay a weight, weights of examples, rates.
+      start: where all of them began, drawn as a line.
+      title: of the picture.
+      xlabel: what the numbers are.
+
+    Returns:
+      A ``matplotlib.figure.Figure``; the axis is logarithmic where all numbers are positive and span a decade.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: a tree without numbers, or with one that is not finite.
+
+    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> figure = hg.diagnostics.plot_layers({"kernel": jnp.array([[1e-4, 1.0]]), "bias": jnp.array([0.1])})
+    >>> figure.axes[0].get_xscale()
+    'log'
+    """
+    leaves = [np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)]
+    flat = np.concatenate(leaves) if leaves else np.zeros(0)
+    if not flat.size or not np.isfinite(flat).all():
+        got = f"{int((~np.isfinite(flat)).sum())} of {flat.size} not finite"
+        raise ValueError(_checks.message("at least one number, all of them finite", got, "Look at state.info first."))
+    low, high = flat.min(), flat.max()
+    logarithmic = bool(low > 0 and high >= 10 * low)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    bins = np.geomspace(low, high, 61) if logarithmic else np.linspace(low, high, 61)
+    figure = _figure(6.0, 1.2 + 0.55 * len(leaves))
+    axes = figure.subplots()
+    for place, values in enumerate(leaves):
+        share = np.histogram(values, bins)[0] / max(1, len(values))
+        axes.stairs(-place + 0.8 * share / max(share.max(), 1e-12), bins, baseline=-place, fill=True, alpha=0.6)
+    names = [f"{_readable(n)}\n{len(v):,}" for n, v in zip(_tree.leaf_names(tree), leaves, strict=True)]
+    axes.set_yticks(0.4 - np.arange(len(leaves)), names, fontsize="small")
+    axes.tick_params(axis="y", length=0)
+    axes.set(xscale="log" if logarithmic else "linear", xlabel=xlabel)
+    if start is not None:
+        axes.axvline(start, color="0.4", linestyle=":", linewidth=1)
+    return _finished(figure, title)
+
+
+def plot_solver(infos: Sequence[Any], *, title: str = "") -> Any:
+    """Draw outer loss, norm of the hypergradient, and residual of its linear solve over training.
+
+    Args:
+      infos: ``state.info`` kept at several calls, or infos of ``hg.value_and_hypergrad``. Those from before the first
+        outer step are left out; the horizontal axis is ``info.step`` where it counts.
+      title: of the picture.
+
+    Returns:
+      A ``matplotlib.figure.Figure``; solves that did not converge, and skipped steps, are marked.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: no info of an estimate.
+
+    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> solve = hg.SolveInfo(jnp.array(5), jnp.array(0.1), jnp.array(True))
+    >>> info = hg.HypergradInfo(jnp.array(1.0), jnp.array(2.0), solve, (), jnp.array(False), jnp.array(10))
+    >>> len(hg.diagnostics.plot_solver([info, info]).axes)
+    3
+    """
+    counted = [info for info in infos if hasattr(info, "aux") or int(info.step) >= 0]
+    if not counted:
+        raise ValueError(_checks.message("infos of estimates", f"{len(infos)} from before the first", "Train longer."))
+    counts = [int(info.step) for info in counted]
+    steps = counts if min(counts) >= 0 else list(range(len(counted)))
+    solves = [info.solver for info in counted if isinstance(info.solver, SolveInfo)]
+    figure = _figure(10.5 if solves else 7.0, 3.2)
+    axes = figure.subplots(1, 3 if solves else 2)
+    skipped = np.array([bool(info.skipped) for info in counted])
+    lines = {"outer loss": [info.outer_loss for info in counted], "|hypergrad|": [i.hypergrad_norm for i in counted]}
+    for panel, (name, values) in zip(axes, lines.items(), strict=False):
+        numbers = np.array([float(value) for value in values])
+        panel.plot(steps, numbers, linewidth=1.4)
+        panel.plot(np.array(steps)[skipped], np.zeros(skipped.sum()), "rx", label="skipped")
+        panel.set(xlabel="step", ylabel=name)
+    if solves:
+        residuals = np.array([float(solve.residual) for solve in solves])
+        failed = np.array([not bool(solve.converged) for solve in solves])
+        axes[2].semilogy(steps, np.maximum(residuals, np.finfo(np.float32).tiny), linewidth=1.4)
+        axes[2].semilogy(np.array(steps)[failed], residuals[failed], "rx", label="not converged")
+        axes[2].set(xlabel="step", ylabel="residual of the solve")
+    for panel in axes:
+        if panel.get_legend_handles_labels()[0] and (skipped.any() or panel is axes[-1]):
+            panel.legend(frameon=False, fontsize="small")
+    return _finished(figure, title)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('hg.diagnostics.plot_* need matplotlib: pip install "hypergrad-jax[plot]"') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _finished(figure: Any, title: str) -> Any:
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _readable(path: str) -> str:
+    """Return a leaf's path without brackets: ``['dense']['kernel']`` as ``dense.kernel``."""
+    return path.replace("']['", ".").strip("[]'").strip(".") or path
