@@ -40,13 +40,13 @@ class Retrained(NamedTuple):
       carried: tree of scalars, the score of the weights given.
       retrained: tree of arrays (num_starts,), the scores after training from fresh weights.
       params: tree like the weights, each leaf with a leading axis of the starts.
-      finite: bool (num_starts,), whether that start's weights stayed finite.
+      finite: bool array (num_starts,), whether that start's weights stayed finite.
     """
 
     carried: PyTree
     retrained: PyTree
     params: Params
-    finite: Array
+    finite: np.ndarray
 
     def __str__(self) -> str:
         """Return the scores as a table, and how far the carried one lies outside the retrained ones."""
