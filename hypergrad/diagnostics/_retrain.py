@@ -53,7 +53,8 @@ class Retrained(NamedTuple):
         lines = [("score", "carried", "retrained", "spread", "apart")]
         outside = []
         scores = jax.tree.leaves(self.carried), jax.tree.leaves(self.retrained)
-        for name, one, many in zip(_tree.leaf_names(self.carried), *scores, strict=True):
+        names = _tree.leaf_names(self.carried) if isinstance(self.carried, dict) else ["score"] * len(scores[0])
+        for name, one, many in zip(names, *scores, strict=True):
             mean, spread = float(np.mean(many)), float(np.std(many))
             lines.append((name, digits(float(one)), digits(mean), digits(spread), digits(float(one) - mean)))
             if not float(np.min(many)) <= float(one) <= float(np.max(many)):
