@@ -49,6 +49,20 @@ class Probe(NamedTuple):
     direction: np.ndarray
 
 
+class Difference(NamedTuple):
+    """A derivative by central differences.
+
+    Attributes:
+      slope: extrapolated from h and h/2; NaN where φ is not finite or its inner problem could not be solved.
+      uncertainty: what halving h changed in the quotient, or what rounding of φ may have; NaN with ``slope``.
+      step: h, relative to the leaf's root mean square.
+    """
+
+    slope: float
+    uncertainty: float
+    step: float
+
+
 def rolled_out(
     problem: BilevelProblem,
     params: Params,
@@ -124,15 +138,15 @@ def measure(
     value_at: Callable[[Hyperparams], tuple[Array, Array]],
     tree: Hyperparams,
     along: Sequence[Probe],
-    step: float,
+    steps: Sequence[float],
     *,
     epsilon: float,
-) -> list[tuple[float, float]]:
-    """Return for each direction the derivative of φ, and its uncertainty.
+    enough: Callable[[Probe, Difference], bool],
+) -> list[Difference]:
+    """Return the derivative of φ along each direction, by the first of ``steps`` whose difference is good ``enough``.
 
-    That is what halving the step changed in its quotient, or what rounding of φ in a precision of ``epsilon`` may have.
-    The step is relative to the root mean square of the leaf that moves, absolute where that is 0. NaN where φ is not
-    finite or its inner problem could not be solved.
+    Where none is, by the one of least uncertainty. Steps are relative to the root mean square of the leaf that moves,
+    absolute where that is 0; φ rounds in a precision of ``epsilon``.
     """
     leaves, structure = jax.tree.flatten(tree)
 
@@ -145,12 +159,24 @@ def measure(
             values.append(float(value) if sound else float("nan"))
         return (values[0] - values[1]) / (2 * length), epsilon * max(map(abs, values)) / length
 
-    found = []
-    for probe in along:
+    def difference(probe: Probe, step: float) -> Difference:
         length = step * (float(jnp.sqrt(jnp.mean(jnp.square(leaves[probe.place])))) or 1.0)
         (wide, _), (narrow, rounding) = quotient(probe, length), quotient(probe, length / 2)
-        found.append(((4 * narrow - wide) / 3, float(np.maximum(abs(narrow - wide), rounding))))
-    return found
+        return Difference((4 * narrow - wide) / 3, float(np.maximum(abs(narrow - wide), rounding)), step)
+
+    def best(probe: Probe) -> Difference:
+        found = difference(probe, steps[0])
+        for step in steps[1:]:
+            if enough(probe, found):
+                break
+            new = difference(probe, step)
+            # A wider step that disagrees by more than both allow has reached another basin, or beyond a kink.
+            elsewhere = step > found.step and abs(new.slope - found.slope) > 3 * (new.uncertainty + found.uncertainty)
+            if np.isnan(found.uncertainty) or (new.uncertainty < found.uncertainty and not elsewhere):
+                found = new
+        return found
+
+    return [best(probe) for probe in along]
 
 
 def derivative(gradient: Hyperparams, probe: Probe) -> float:

@@ -57,7 +57,7 @@ class HypergradCheck(NamedTuple):
       reasons: why not, most certain first; empty if passed.
       rows: one ``Direction`` for each leaf, and one more of random signs for each leaf of more than one number.
       rtol: the tolerance asked for.
-      step: the last h tried, by which a leaf was moved relative to its root mean square.
+      step: the widest h of those taken, by which a leaf was moved relative to its root mean square.
       dtype: of the lowest precision in which the losses computed.
       outer_loss: at the weights of the estimate.
       inner_gradient_norm: ‖∇_w L_in‖ there, on the batch and with the key that the linear solve sees.
@@ -203,26 +203,24 @@ def _judged(case: _Case, rtol: float, step: float | None) -> HypergradCheck:
     base, gradient = read(at.hyperparams), read(estimate.hypergrad)
     along = _differences.probes(gradient)
     precision = _checks.working_precision(functools.partial(_inner, case, last, estimate.model_state, keys.solve), at)
-    steps, epsilon = _STEPS if precision == jnp.float64 else _WIDE_STEPS, float(jnp.finfo(precision).eps)
-    measured = [(float("nan"), float("inf"))] * len(along)
+    steps = _STEPS if precision == jnp.float64 else _WIDE_STEPS
+    usual = _usual(gradient)
+    measured = _differences.measure(
+        reference.value_at,
+        base,
+        along,
+        steps if step is None else (step,),
+        epsilon=float(jnp.finfo(precision).eps),
+        enough=lambda probe, found: found.uncertainty <= rtol * max(usual[probe.place], abs(found.slope)),
+    )
     rows = _rows(gradient, along, measured)
-    for length in steps if step is None else (step,):
-        vague = [i for i, row in enumerate(rows) if not row.uncertainty <= rtol]
-        if not vague:
-            break
-        tried = _differences.measure(reference.value_at, base, [along[i] for i in vague], length, epsilon=epsilon)
-        for i, new in zip(vague, tried, strict=True):
-            # Beyond what both allow, a new difference is not a better one: it reached another basin or branch.
-            compatible = not abs(new[0] - measured[i][0]) > 3 * (new[1] + measured[i][1])
-            measured[i] = new if compatible and not measured[i][1] < new[1] else measured[i]
-        rows, last_step = _rows(gradient, along, measured), length
     solver = estimate.info.solver
     found = HypergradCheck(
         passed=all(row.error <= rtol and row.uncertainty <= rtol for row in rows),
         reasons=(),
         rows=rows,
         rtol=rtol,
-        step=last_step,
+        step=max((one.step for one in measured), default=0.0),
         dtype=str(precision),
         outer_loss=float(estimate.value),
         inner_gradient_norm=float(_tree.norm(_slope(case, at, last, estimate.model_state, keys.solve))),
@@ -241,16 +239,23 @@ def _judged(case: _Case, rtol: float, step: float | None) -> HypergradCheck:
     return found._replace(reasons=tuple(_reasons(case, found, at, last, estimate, there)))
 
 
+def _usual(gradient: Hyperparams) -> list[float]:
+    """Return for each leaf the size that a derivative has in the directions probed.
+
+    In one of random signs it is about ‖gradient‖ of the leaf; along it, scaled to 1, it is no less.
+    """
+    sizes = np.array([np.linalg.norm(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(gradient)])
+    return np.maximum(sizes, _FLOOR * np.linalg.norm(sizes)).tolist()
+
+
 def _rows(
-    gradient: Hyperparams, along: list[_differences.Probe], measured: list[tuple[float, float]]
+    gradient: Hyperparams, along: list[_differences.Probe], measured: list[_differences.Difference]
 ) -> tuple[Direction, ...]:
-    sizes = [float(np.linalg.norm(np.asarray(leaf, np.float64))) for leaf in jax.tree.leaves(gradient)]
-    whole, found = float(np.linalg.norm(sizes)), []
-    for probe, (slope, change) in zip(along, measured, strict=True):
+    usual, found = _usual(gradient), []
+    for probe, (slope, uncertainty, _) in zip(along, measured, strict=True):
         estimated = _differences.derivative(gradient, probe)
-        # In a direction of signs the derivative is about ‖gradient‖; along the gradient, scaled to 1, it is no less.
-        usual = np.nanmax([abs(estimated), abs(slope), sizes[probe.place], _FLOOR * whole])
-        apart = [float(a / usual) if usual > 0 else 0.0 for a in (change, abs(estimated - slope))]
+        size = np.nan_to_num([usual[probe.place], abs(estimated), abs(slope)]).max()
+        apart = [float(x / size) if size > 0 else float(x) for x in (uncertainty, abs(estimated - slope))]
         found.append(Direction(probe.leaf, probe.kind, estimated, slope, *apart))
     return tuple(found)
 
@@ -272,6 +277,7 @@ def _reasons(
     rtol, key = found.rtol, split_keys(case.key).solve
     if not _tree.all_finite(estimate.hypergrad):
         yield "the estimate is not finite: look for inf or NaN in the losses and in their derivatives"
+        return
     slopes = [_slope(case, at, last, estimate.model_state, key) for _ in range(2)]
     if align(*slopes).error > 1e-6:
         yield (

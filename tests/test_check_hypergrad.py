@@ -1,0 +1,264 @@
+"""The gradient check passes what is right, fails what is wrong, and says why; each fault is tried and mended."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad._optimum import minimize
+from hypergrad._rollout import split_keys
+from hypergrad.estimators._base import Estimate, HypergradEstimator, describe_estimate
+from tests import problems
+
+check = hg.diagnostics.check_hypergrad
+CG = hg.solvers.cg(50, rtol=1e-10)
+
+
+def on(example, estimator, **options):
+    return check(estimator, example.variables, example.inner_batch, example.outer_batch, key=None, **options)
+
+
+def test_passes_a_solved_problem_in_float64_also_from_float32():
+    example = problems.ridge()
+    found = on(example, hg.implicit(example.problem, CG))
+    assert found.passed
+    assert found.reasons == ()
+    assert found.dtype == "float64"
+    assert jax.tree.leaves(example.variables)[0].dtype == jnp.float32
+    assert [row.leaf for row in found.rows] == ["['a']"] * 2 + ["['b'][0]"] * 2 + ["['b'][1]['c']"]  # one number: once
+    assert max(row.error for row in found.rows) < 1e-4  # weights that float32 has rounded
+    assert max(row.uncertainty for row in found.rows) < 1e-4
+    assert "passed" in str(found)
+
+
+@pytest.mark.usefixtures("x64")
+def test_agrees_with_an_exact_hypergradient_beyond_its_tolerance():
+    example = problems.ridge()
+    found = on(example, hg.implicit(example.problem, CG), rtol=1e-5)
+    assert found.passed, str(found)
+    assert max(row.error for row in found.rows) < 1e-9
+    exact = jax.tree.leaves(example.exact)[0]
+    assert found.rows[0].measured == pytest.approx(float((exact * exact).sum() / jnp.abs(exact).max()), rel=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_too_few_neumann_terms_fail_and_more_pass():
+    example = problems.ridge()
+    few, many = (on(example, hg.implicit(example.problem, hg.solvers.neumann(k, 0.3))) for k in (3, 200))
+    assert not few.passed
+    assert "linear solve stopped at residual" in few.reasons[0]
+    assert few.residual > 0.01
+    assert len(few.reasons) == 1
+    assert many.passed, str(many)
+
+
+@pytest.mark.usefixtures("x64")
+def test_unconverged_weights_fail_and_the_solution_passes():
+    bend = jnp.array([1.0, -2.0, 3.0])
+    inner = lambda w, h, batch, key: jnp.sum(jnp.cosh(w) - bend * w + 0.5 * jnp.exp(h) * w**2)  # noqa: E731
+    problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w**3))
+    h = jnp.array([0.1, -0.2, 0.3])
+    solved = minimize(lambda w: inner(w, h, None, None), jnp.zeros(3)).params
+    early, late = (check(hg.implicit(problem, CG), hg.BilevelParams(c * solved, h), (), (), key=None) for c in (0.7, 1))
+    assert not early.passed
+    assert early.reasons[0].startswith("the inner problem is not solved at these weights")
+    assert "the estimate is right" in early.reasons[0]
+    assert early.error_at_optimum < 1e-6
+    assert early.inner_gradient_norm > 1e-3
+    assert late.passed
+
+
+@pytest.mark.usefixtures("x64")
+def test_unconverged_weights_and_few_terms_are_both_named():
+    example = problems.ridge()
+    early = example.variables._replace(params=jax.tree.map(lambda w: 0.5 * w, example.variables.params))
+    found = on(example._replace(variables=early), hg.implicit(example.problem, hg.solvers.identity()))
+    assert "residual" in "".join(found.reasons)
+    assert found.error_at_optimum > 0.01
+
+
+def dropped_out(key):
+    """Ridge regression with dropout on its inputs, solved under the mask that an estimate's products share."""
+    rng = np.random.default_rng(0)
+    x, y, xv, yv = (jnp.asarray(rng.normal(size=s)) for s in ((30, 4), 30, (20, 4), 20))
+
+    def inner(w, h, batch, key):
+        mask = jax.random.bernoulli(key, 0.5, x.shape)
+        return 0.5 * jnp.mean(((2 * mask * x) @ w["w"] - y) ** 2) + 0.5 * jnp.exp(h["decay"]) * jnp.sum(w["w"] ** 2)
+
+    def outer(w, h, batch, key):
+        return 0.5 * jnp.mean((xv @ w["w"] - yv) ** 2)
+
+    problem, hyper = hg.BilevelProblem(inner, outer), {"decay": jnp.array(-1.0)}
+    solved = minimize(lambda w: inner(w, hyper, None, split_keys(key).solve), {"w": jnp.zeros(4)})
+    return problem, hg.BilevelParams(solved.params, hyper)
+
+
+def by_hand(problem, *, fresh):
+    """A Neumann series as one writes it by hand: all products with one key, or each with a key of its own."""
+
+    def estimate(
+        variables, inner_state, state, inner_batch, outer_batch, *, key, inner_optimizer=None, model_state=None
+    ):
+        keys = split_keys(key)
+        w, h = variables
+
+        def product(v, number):
+            own = jax.random.fold_in(keys.solve, number) if fresh else keys.solve
+            return jax.jvp(lambda w: jax.grad(problem.inner_loss)(w, h, inner_batch, own), (w,), (v,))[1]
+
+        value, slope = jax.value_and_grad(problem.outer_loss)(w, h, outer_batch, keys.outer)
+
+        def add(number, c):
+            term = jax.tree.map(lambda t, p: t - 0.2 * p, c[0], product(c[0], number))
+            return term, optax.tree.add(c[1], term)
+
+        q = optax.tree.scale(0.2, jax.lax.fori_loop(0, 200, add, (slope, slope))[1])
+        mixed = jax.grad(lambda h: optax.tree.vdot(jax.grad(problem.inner_loss)(w, h, inner_batch, keys.solve), q))(h)
+        gradient = optax.tree.scale(-1.0, mixed)
+        return Estimate(value, gradient, w, inner_state, state, (), describe_estimate(value, gradient))
+
+    return HypergradEstimator(problem, lambda variables: (), estimate, needs_rollout=False)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_fresh_dropout_key_a_product_fails_and_one_key_passes():
+    key = jax.random.key(3)
+    problem, variables = dropped_out(key)
+    wrong = check(by_hand(problem, fresh=True), variables, (), (), key=key)
+    assert not wrong.passed
+    assert "share one key" in wrong.reasons[0]
+    assert "error" in str(wrong)
+    assert check(by_hand(problem, fresh=False), variables, (), (), key=key).passed
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_loss_that_draws_its_own_numbers_is_named():
+    count = itertools.count()
+
+    def inner(w, h, batch, key):
+        noise = jax.random.normal(jax.random.key(next(count)), (4,))  # another one at every trace
+        return 0.5 * jnp.sum((1 + noise**2) * w**2) - jnp.sum(w) + jnp.exp(h) * jnp.sum(w**2)
+
+    problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w))
+    found = check(hg.implicit(problem, CG), hg.BilevelParams(jnp.ones(4), jnp.array(0.0)), (), (), key=None)
+    assert not found.passed
+    assert "no function of its arguments" in found.reasons[0]
+
+
+@pytest.mark.usefixtures("x64")
+def test_unrolled_passes_and_a_truncated_unroll_fails():
+    example = problems.ridge()
+    start = example.variables._replace(params=optax.tree.zeros_like(example.variables.params))
+    case = example._replace(variables=start, inner_batch=problems.window_of(example.inner_batch, 5))
+    whole, part = (
+        on(case, hg.unrolled(example.problem, mode), inner_optimizer=optax.sgd(0.2), rtol=1e-6)
+        for mode in (hg.reverse(), hg.reverse(truncate=2))
+    )
+    assert whole.passed, str(whole)
+    assert not part.passed
+    assert "truncated" in part.reasons[0]
+
+
+def test_model_state_is_followed_through_a_window():
+    problem, variables, model_state, batch = problems.batch_norm()
+    options = {"key": None, "model_state": model_state, "inner_optimizer": optax.sgd(0.5)}
+    assert check(hg.unrolled(problem), variables, problems.window_of(batch, 3), batch, **options).passed
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_window_that_implicit_takes_first_is_taken():
+    example = problems.ridge()
+    start = example.variables._replace(params=optax.tree.zeros_like(example.variables.params))
+    case = example._replace(variables=start, inner_batch=problems.window_of(example.inner_batch, 200))
+    assert on(case, hg.implicit(example.problem, CG), inner_optimizer=optax.sgd(0.5)).passed
+
+
+@pytest.mark.usefixtures("x64")
+def test_one_wrong_leaf_is_named():
+    example = problems.ridge()
+    right = hg.implicit(example.problem, CG)
+
+    def estimate(*args, **options):
+        found = right.estimate(*args, **options)
+        return found._replace(hypergrad=found.hypergrad | {"a": 1.2 * found.hypergrad["a"]})
+
+    found = on(example, right._replace(estimate=estimate))
+    assert {row.leaf for row in found.rows if row.error > found.rtol} == {"['a']"}
+    assert found.rows[0].error == pytest.approx(1 / 6, rel=1e-4)
+    assert found.reasons
+    assert "custom derivative" in found.reasons[0]
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_kink_nearby_is_passed_with_a_smaller_step_and_one_on_the_spot_is_not():
+    def problem(offset):
+        inner = lambda w, h, batch, key: 0.5 * (w - h) ** 2  # noqa: E731                          w* = h
+        return hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.abs(w - 1 - offset) + 2 * w)
+
+    at = hg.BilevelParams(jnp.array(1.0), jnp.array(1.0))
+    near = check(hg.implicit(problem(1e-4), CG), at, (), (), key=None)
+    assert near.passed
+    assert near.step == 1e-5
+    crossed = check(hg.implicit(problem(1e-4), CG), at, (), (), key=None, step=1.5e-4)
+    assert not crossed.passed
+    assert crossed.reasons[0].startswith("inconclusive")
+
+
+def test_what_casts_down_or_refuses_float64_is_checked_in_its_precision():
+    example = problems.ridge()
+
+    def narrow(loss):
+        return lambda w, h, batch, key: loss(optax.tree.cast(w, jnp.float32), h, batch, key)
+
+    def fixed(loss):
+        def checked(w, h, batch, key):
+            if batch[0].dtype != jnp.float32:
+                raise TypeError("this model takes float32")
+            return loss(w, h, batch, key)
+
+        return checked
+
+    for wrap in (narrow, fixed):
+        problem = hg.BilevelProblem(wrap(example.problem.inner_loss), wrap(example.problem.outer_loss))
+        found = on(example, hg.implicit(problem, hg.solvers.cg(50, 1e-6)), rtol=0.05)
+        assert found.dtype == "float32"
+        assert found.passed, str(found)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_response_is_held_against_the_problem_over_plain_weights():
+    inner = lambda w, h, batch, key: jnp.sum(0.5 * jnp.exp(h) * w**2 - w)  # noqa: E731             w* = exp(−h)
+    problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w**2))
+    problem = hg.responses.with_response(problem, hg.responses.linear())
+    h = jnp.array([0.5, -0.5])
+    for slope, passes in ((-jnp.diag(jnp.exp(-h)), True), (jnp.zeros((2, 2)), False)):
+        variables = hg.BilevelParams(hg.responses.LinearParams(jnp.exp(-h), slope, ()), h)
+        found = check(hg.direct(problem), variables, (), (), key=None)
+        assert found.passed == passes
+        assert passes or "response has not learned" in found.reasons[0]
+
+
+@pytest.mark.usefixtures("x64")
+def test_what_is_not_finite_is_said_to_be():
+    inner = lambda w, h, batch, key: jnp.sum((w - h) ** 2)  # noqa: E731
+    problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(jnp.sqrt(w - h)))
+    found = check(hg.implicit(problem, CG), hg.BilevelParams(jnp.ones(2), jnp.ones(2)), (), (), key=None)
+    assert not found.passed
+    assert "not finite" in found.reasons[0]
+
+
+def test_refuses_what_it_cannot_check():
+    example = problems.ridge()
+    with pytest.raises(TypeError, match="expected a HypergradEstimator"):
+        on(example, example.problem)
+    with pytest.raises(ValueError, match="rtol"):
+        on(example, hg.implicit(example.problem, CG), rtol=0.0)
+    with pytest.raises(ValueError, match="step"):
+        on(example, hg.implicit(example.problem, CG), step=-1.0)
+    with pytest.raises(ValueError, match="inner_optimizer"):
+        on(example, hg.unrolled(example.problem))
