@@ -1,7 +1,8 @@
 """Show how an outer problem is doing while an example runs, and write it down when asked.
 
-A bar shows outer loss, norm of the hypergradient and residual of its solve. ``--log run.csv`` writes a row a look,
-``--log runs/`` (any name without .csv) a TensorBoard event file for each run (``tensorboard --logdir runs``).
+A bar shows outer loss, norm of the hypergradient and residual of its solve, and says where a step was skipped.
+``--log run.csv`` writes a row a look, ``--log runs/`` (any name without .csv) a TensorBoard event file for each run
+(``tensorboard --logdir runs``).
 """
 
 import argparse
@@ -17,7 +18,7 @@ from tqdm import tqdm
 import hypergrad as hg
 
 FIGURES = ("loss", "outer_loss", "hypergrad_norm", "residual", "skipped")  # the columns of a log, after run and step
-_SHOWN = {"loss": "loss", "outer_loss": "outer loss", "hypergrad_norm": "|hypergrad|", "residual": "residual"}
+_SHOWN = {"outer_loss": "outer loss", "hypergrad_norm": "|hypergrad|"}  # on the bar, where not by its name
 
 Write = Callable[[str, int, dict[str, float]], None]
 
@@ -47,7 +48,8 @@ def progress(total: float | None, *, unit: str = "step", log: Path | None = None
 
         def look(run: str, step: int, info: Any = None, *, advance: float = 1, **figures: Any) -> None:
             values = figures_of(info) | {name: float(value) for name, value in figures.items()}
-            bar.set_postfix({_SHOWN[name]: f"{values[name]:.3g}" for name in _SHOWN if name in values}, refresh=False)
+            shown = [name for name in FIGURES if name in values and (name != "skipped" or values[name])]
+            bar.set_postfix({_SHOWN.get(name, name): f"{values[name]:.3g}" for name in shown}, refresh=False)
             bar.update(advance)
             write(run, step, values)
 
