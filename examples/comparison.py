@@ -20,7 +20,7 @@ EQUAL_GRID, FULL_GRID = "grid of 10, equal total budget", "grid of 10, full budg
 RIVAL_ON_BOTH = "train + validation, grid's best"
 _FIRST_POWER_STEPS, _LATER_POWER_STEPS = 12, 2  # products by which solvers.neumann follows the largest curvature
 
-Learn = Callable[[Any, Any, datasets.Splits, jax.Array], Run]
+Learn = Callable[[str, Any, Any, datasets.Splits, jax.Array], Run]
 
 
 class Outcome(NamedTuple):
@@ -49,22 +49,23 @@ def compare(
     first, second, batches = jax.random.split(jax.random.key(seed, impl="rbg"), 3)
     params, fresh = (tools.init(key, splits.train.x) for key in (first, second))
     budget = learning_cost(settings, splits, settings.steps)
-    outcomes = {}
+    outcomes, here = {}, f"seed {seed}"
 
     def note(name: str, run: Run, hyperparams: int, gradients: float) -> Run:
         loss, error = tools.judge(run.params, splits.test)
         outcomes[name] = Outcome(run, hyperparams, gradients, float(loss), float(error))
         return run
 
-    note("no decay", tools.train(params, 0.0, splits, settings.steps, batches), 0, settings.steps)
+    none = tools.train(f"{here}/no decay", params, 0.0, splits, settings.steps, batches)
+    note("no decay", none, 0, settings.steps)
     for name, steps in grid_steps(budget, settings).items():
         decays = np.geomspace(settings.low, settings.high, GRID_POINTS).tolist()
-        runs = [tools.train(params, decay, splits, steps, batches) for decay in decays]
+        runs = [tools.train(f"{here}/{name}/{c:.1e}", params, c, splits, steps, batches) for c in decays]
         best = note(name, min(runs, key=lambda run: run.curve[-1][1]), 1, GRID_POINTS * steps)
         grid_cost = GRID_POINTS * steps
 
     joined = splits._replace(train=jax.tree.map(lambda *parts: jnp.concatenate(parts), splits.train, splits.valid))
-    rival = tools.train(params, best.decay, joined, round(budget), batches)
+    rival = tools.train(f"{here}/{RIVAL_ON_BOTH}", params, best.decay, joined, round(budget), batches)
     price = gradient_cost(settings, joined.train, splits)
     note(RIVAL_ON_BOTH, rival, 1, grid_cost + price * round(budget))
 
@@ -74,9 +75,10 @@ def compare(
     }
     for name, hyperparams in starts.items():
         count = sum(leaf.size for leaf in jax.tree.leaves(hyperparams))
-        learned = note(f"{name}, carried", learn(params, hyperparams, splits, batches), count, budget)
-        again = tools.train(fresh, learned.decay, splits, settings.steps, batches)
-        note(f"{name}, retrained", again, count, budget + settings.steps)
+        carried, retrained = f"{name}, carried", f"{name}, retrained"
+        learned = note(carried, learn(f"{here}/{carried}", params, hyperparams, splits, batches), count, budget)
+        again = tools.train(f"{here}/{retrained}", fresh, learned.decay, splits, settings.steps, batches)
+        note(retrained, again, count, budget + settings.steps)
     return outcomes
 
 

@@ -13,8 +13,8 @@ import datasets
 import jax
 import jax.numpy as jnp
 import optax
+import progress
 from jax import lax
-from tqdm import tqdm
 
 import hypergrad as hg
 
@@ -54,17 +54,18 @@ class Tools(NamedTuple):
     Attributes:
       init: ``init(key, x) -> params``.
       judge: ``judge(params, split) -> (cross-entropy, error)``.
-      observe: ``observe(params, splits, spent, info=None) -> validation loss``; moves the progress bar.
-      train: ``train(params, decay, splits, steps, key) -> Run``; ``decay`` is a tree prefix of ``params``.
+      observe: ``observe(run, step, params, splits, spent, info=None) -> validation loss``; shows and logs it as that of
+        the run of that name.
+      train: ``train(run, params, decay, splits, steps, key) -> Run``; ``decay`` is a tree prefix of ``params``.
     """
 
     init: Callable[[jax.Array, jax.Array], Any]
     judge: Callable[[Any, datasets.Split], tuple[jax.Array, jax.Array]]
     observe: Callable[..., float]
-    train: Callable[[Any, Any, datasets.Splits, int, jax.Array], Run]
+    train: Callable[[str, Any, Any, datasets.Splits, int, jax.Array], Run]
 
 
-def make_tools(model: Any, problem: hg.BilevelProblem, settings: Settings, bar: tqdm) -> Tools:
+def make_tools(model: Any, problem: hg.BilevelProblem, settings: Settings, shown: progress.Progress) -> Tools:
     """Build the tools for a Flax ``model`` and a ``problem`` whose hyperparameters are decays."""
     optimizer = optax.adam(settings.inner_rate)
 
@@ -89,23 +90,17 @@ def make_tools(model: Any, problem: hg.BilevelProblem, settings: Settings, bar: 
     def init(key: jax.Array, x: jax.Array) -> Any:
         return model.init(key, x[:1])["params"]
 
-    def observe(params: Any, splits: datasets.Splits, spent: float, info: hg.HypergradInfo | None = None) -> float:
-        if info is not None:
-            shown = {
-                "outer loss": info.outer_loss,
-                "|hypergrad|": info.hypergrad_norm,
-                "residual": info.solver.residual,
-            }
-            bar.set_postfix({name: f"{float(x):.2g}" for name, x in shown.items()}, refresh=False)
-        bar.update(round(spent))
-        return float(judge(params, splits.valid)[0])
+    def observe(run: str, step: int, params: Any, splits: datasets.Splits, spent: float, info: Any = None) -> float:
+        loss = float(judge(params, splits.valid)[0])
+        shown.look(run, step, info, advance=spent, loss=loss)
+        return loss
 
-    def train(params: Any, decay: Any, splits: datasets.Splits, steps: int, key: jax.Array) -> Run:
+    def train(run: str, params: Any, decay: Any, splits: datasets.Splits, steps: int, key: jax.Array) -> Run:
         each = jax.tree.map(lambda c, below: jax.tree.map(lambda w: jnp.full_like(w, c), below), decay, params)
         state, curve = optimizer.init(params), []
         for start, stop in chunks(steps, settings.look):
             params, state = advance(params, state, each, splits.train, key, start, stop)
-            curve.append((float(stop), observe(params, splits, float(stop - start))))
+            curve.append((float(stop), observe(run, stop, params, splits, stop - start)))
         return Run(params, decay, curve)
 
     return Tools(init, judge, observe, train)

@@ -26,9 +26,9 @@ import fixed_decay
 import flax.linen as nn
 import jax
 import optax
+import progress
 from fixed_decay import Run, Settings
 from jax import lax
-from tqdm import tqdm
 
 import hypergrad as hg
 
@@ -73,7 +73,7 @@ def make_problem(model: MLP) -> hg.BilevelProblem:
 
 
 def make_learner(problem: hg.BilevelProblem, settings: Settings, observe: Callable[..., float]) -> comparison.Learn:
-    """Return ``learn(params, hyperparams, splits, key)``, which trains weights and decays together."""
+    """Return ``learn(run, params, hyperparams, splits, key)``, which trains weights and decays together."""
     log_interval = hg.bijectors.interval(math.log(settings.low), math.log(settings.high))
     problem = hg.reparameterize(hg.reparameterize(problem, hg.bijectors.exp()), log_interval)
     tx = hg.bilevel(
@@ -95,13 +95,13 @@ def make_learner(problem: hg.BilevelProblem, settings: Settings, observe: Callab
 
         return lax.fori_loop(start, stop, step, (variables, state))
 
-    def learn(params: Any, hyperparams: Any, splits: datasets.Splits, key: jax.Array) -> Run:
+    def learn(run: str, params: Any, hyperparams: Any, splits: datasets.Splits, key: jax.Array) -> Run:
         variables = hg.BilevelParams(params, hyperparams)
         state, curve, spent = tx.init(variables), [], 0.0
         for start, stop in fixed_decay.chunks(settings.steps, settings.look):
             variables, state = advance(variables, state, splits, key, start, stop)
             before, spent = spent, comparison.learning_cost(settings, splits, stop)
-            curve.append((spent, observe(variables.params, splits, spent - before, state.info)))
+            curve.append((spent, observe(run, stop, variables.params, splits, spent - before, state.info)))
         return Run(variables.params, problem.constrain(variables.hyperparams), curve)
 
     return learn
@@ -115,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> report.Results:
     parser.add_argument("--steps", type=int, help="inner steps of a learning run")
     parser.add_argument("--hidden", type=int, help="width of both hidden layers")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for weight_decay.png")
+    progress.add_argument(parser)
     args = parser.parse_args(argv)
     given = {name: vars(args)[name] for name in ("seeds", "steps", "hidden") if vars(args)[name] is not None}
     settings = DEFAULTS[args.data]._replace(**given)
@@ -122,12 +123,12 @@ def main(argv: Sequence[str] | None = None) -> report.Results:
     model = MLP(settings.hidden)
     problem = make_problem(model)
     outcomes = []
-    with tqdm(total=settings.seeds, unit="gradient", unit_scale=True) as bar:
-        tools = fixed_decay.make_tools(model, problem, settings, bar)
+    with progress.progress(settings.seeds, unit="gradient", log=args.log, unit_scale=True) as shown:
+        tools = fixed_decay.make_tools(model, problem, settings, shown)
         learn = make_learner(problem, settings, tools.observe)
         for seed in range(settings.seeds):
             splits = datasets.load(args.data, seed)
-            bar.total = round(settings.seeds * comparison.total_cost(settings, splits))
+            shown.bar.total = round(settings.seeds * comparison.total_cost(settings, splits))
             outcomes.append(comparison.compare(learn, tools, settings, splits, seed=seed))
     results = report.collect(outcomes)
     picture = args.out / "weight_decay.png"

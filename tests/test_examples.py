@@ -1,5 +1,6 @@
 """Every example runs on tiny settings and gives what its ``main`` promises."""
 
+import csv
 import math
 import pathlib
 import runpy
@@ -33,7 +34,9 @@ ROWS = {
 
 
 def test_weight_decay(example, tmp_path, capsys):
-    results = example("weight_decay.py")(["--steps", "20", "--seeds", "1", "--hidden", "8", "--out", str(tmp_path)])
+    log = tmp_path / "log.csv"
+    tiny = ["--steps", "20", "--seeds", "1", "--hidden", "8", "--out", str(tmp_path), "--log", str(log)]
+    results = example("weight_decay.py")(tiny)
     assert set(results) >= ROWS
     assert all(len(row["test_loss"]) == 1 and row["test_loss"][0] > 0 for row in results.values())
     assert results["per weight, carried"]["hyperparams"] == 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10
@@ -42,6 +45,14 @@ def test_weight_decay(example, tmp_path, capsys):
     assert (tmp_path / "weight_decay.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert all(name in printed for name in results)
+    with log.open(newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert {f"seed 0/{name}" for name in ROWS if "grid of" not in name} < set(rows)
+    for name in ("per layer, carried", "per weight, carried"):
+        row = rows[f"seed 0/{name}"]
+        assert int(row["step"]) == 20
+        assert all(math.isfinite(float(row[figure])) for figure in ("loss", "outer_loss", "hypergrad_norm", "residual"))
+    assert rows["seed 0/no decay"]["hypergrad_norm"] == ""
 
 
 def test_weight_decay_says_what_to_set_for_larger_data(example):
