@@ -7,7 +7,7 @@ A schedule is judged by means over many such runs, which share nothing but the d
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import datasets
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from progress import Progress
 
 import hypergrad as hg
 
@@ -102,9 +103,16 @@ def judge(settings: Settings, rates: Any, runs: Runs, train: datasets.Split, spl
     return jax.tree.map(jnp.mean, jax.vmap(one)(runs))
 
 
-def best(settings: Settings, candidates: Iterable[np.ndarray], runs: Runs, splits: datasets.Splits) -> np.ndarray:
-    """Return the candidate with the lowest validation loss; one that diverges is none."""
-    judged = [(float(judge(settings, rates, runs, splits.train, splits.valid)[0]), rates) for rates in candidates]
+def best(
+    settings: Settings, name: str, grid: Sequence[np.ndarray], runs: Runs, splits: datasets.Splits, shown: Progress
+) -> np.ndarray:
+    """Return the candidate with the lowest validation loss, each shown under the name; one that diverges is none."""
+    judged = []
+    shown.bar.set_description(name)
+    for number, rates in enumerate(grid, start=1):
+        loss = float(judge(settings, rates, runs, splits.train, splits.valid)[0])
+        shown.look(name, number, advance=settings.chosen_on * settings.steps, loss=loss)
+        judged.append((loss, rates))
     return min(judged, key=lambda pair: np.nan_to_num(pair[0], nan=np.inf))[1]
 
 

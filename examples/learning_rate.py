@@ -30,9 +30,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import progress
 from _learning_rate_report import CONSTANT, COSINE, LEARNED, LEARNED_EACH, WIDE, Outcome
 from fixed_schedule import PRICE, Runs, Settings
-from tqdm import tqdm
 
 import hypergrad as hg
 
@@ -64,24 +64,26 @@ def outer_step(settings: Settings, log_rates: Any, state: Any, runs: Runs, split
     kept = jnp.maximum(1, (~skipped).sum())
     gradient = jax.tree.map(lambda each: jnp.where(skipped[:, None], 0.0, each).sum(0) / kept, gradients)
     updates, state = outer_optimizer(settings).update(gradient, state, log_rates)
-    shown = {"outer loss": losses.mean(), "|hypergrad|": optax.tree.norm(gradient), "skipped": skipped.sum()}
-    return optax.apply_updates(log_rates, updates), state, shown
+    figures = {"outer_loss": losses.mean(), "hypergrad_norm": optax.tree.norm(gradient), "skipped": skipped.sum()}
+    return optax.apply_updates(log_rates, updates), state, figures
 
 
-def learn(settings: Settings, like: Any, splits: datasets.Splits, key: jax.Array, bar: tqdm) -> Any:
-    """Return learned rates: (K,) for each leaf of ``like``."""
+def learn(
+    settings: Settings, name: str, like: Any, splits: datasets.Splits, key: jax.Array, shown: progress.Progress
+) -> Any:
+    """Return learned rates: (K,) for each leaf of ``like``; the run is shown by its name."""
     start = jax.tree.map(lambda _: jnp.full(settings.steps, settings.start), like)
     log_rates = hg.unconstrain(hg.bijectors.exp(), start)
     state = outer_optimizer(settings).init(log_rates)
+    shown.bar.set_description(name)
     for step in range(settings.outer_steps):
         runs = fixed_schedule.draw(settings, settings.runs, splits.train.x, jax.random.fold_in(key, step))
-        log_rates, state, shown = outer_step(settings, log_rates, state, runs, splits)
-        bar.set_postfix({name: f"{float(x):.2g}" for name, x in shown.items()}, refresh=False)
-        bar.update()
+        log_rates, state, figures = outer_step(settings, log_rates, state, runs, splits)
+        shown.look(name, step + 1, advance=settings.runs * PRICE * settings.steps, **figures)
     return jax.tree.map(np.asarray, hg.constrain(hg.bijectors.exp(), log_rates))
 
 
-def compare(settings: Settings, splits: datasets.Splits, seed: int, bar: tqdm) -> dict[str, Outcome]:
+def compare(settings: Settings, splits: datasets.Splits, seed: int, shown: progress.Progress) -> dict[str, Outcome]:
     """Return every method's outcome on one seed, by the name of its row."""
     # The rbg generator compiles three times faster than the default one.
     drawing, learning, subset = jax.random.split(jax.random.key(seed, impl="rbg"), 3)
@@ -98,14 +100,13 @@ def compare(settings: Settings, splits: datasets.Splits, seed: int, bar: tqdm) -
         COSINE: fixed_schedule.cosines(settings),
         WIDE: fixed_schedule.wide_grid(settings, points),
     }
+    prices = {name: len(grid) * settings.chosen_on * settings.steps for name, grid in grids.items()}
+    shown.bar.total = settings.seeds * (sum(prices.values()) + 2 * budget)
     found = {}
     for name, grid in grids.items():
-        bar.set_description(f"seed {seed}, {name}")
-        rates = fixed_schedule.best(settings, grid, seen, splits)
-        found[name] = (rates, len(grid) * settings.chosen_on * settings.steps)
+        found[name] = (fixed_schedule.best(settings, f"seed {seed}/{name}", grid, seen, splits, shown), prices[name])
     for name, like in {LEARNED: 0, LEARNED_EACH: runs.params}.items():
-        bar.set_description(f"seed {seed}, {name}")
-        found[name] = (learn(settings, like, splits, learning, bar), budget)
+        found[name] = (learn(settings, f"seed {seed}/{name}", like, splits, learning, shown), budget)
 
     def outcome(rates: Any, gradients: int) -> Outcome:
         # One structure for all methods: one compilation.
@@ -133,10 +134,11 @@ def main(argv: Sequence[str] | None = None) -> report.Results:
     parser.add_argument("--outer-steps", type=int, help="steps of learning")
     parser.add_argument("--hidden", type=int, help="width of the hidden layer")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for learning_rate.png")
+    progress.add_argument(parser)
     args = parser.parse_args(argv)
     settings = DEFAULTS._replace(**{k: v for k, v in vars(args).items() if k in Settings._fields and v is not None})
-    with tqdm(total=settings.seeds * 2 * settings.outer_steps, unit="outer step") as bar:
-        outcomes = [compare(settings, datasets.load(args.data, seed), seed, bar) for seed in range(settings.seeds)]
+    with progress.progress(settings.seeds, unit="gradient", log=args.log, unit_scale=True) as shown:
+        outcomes = [compare(settings, datasets.load(args.data, seed), seed, shown) for seed in range(settings.seeds)]
     results = report.collect(outcomes)
     picture = args.out / "learning_rate.png"
     report.draw(outcomes, f"{settings.steps} learned learning rates, one a step ({args.data})", picture)
