@@ -124,21 +124,21 @@ def compare(
     """Return each way's outcome by the name of its row; ``init`` and ``pretrain`` are the network's."""
     # The rbg generator compiles three times faster than the default one.
     first, second, key = jax.random.split(jax.random.key(seed, impl="rbg"), 3)
-    data, rates = load(pool_size, seed), jnp.asarray(_RATES)
+    data, rates, here = load(pool_size, seed), jnp.asarray(_RATES), f"seed {seed}"
     params, fresh = (init(key, data.pool.x[:1])["params"] for key in (first, second))
     even = {"weights": jnp.zeros(len(data.wrong)), "rate": jnp.array(np.log(_FIRST_RATE), jnp.float32)}
     oracle = even | {"weights": jnp.asarray(np.where(data.wrong, -_CERTAIN, _CERTAIN), jnp.float32)}
 
     outcomes = {NONE: tools.test(params, tools.fine_tune(params, data, rates, 10 * LONGEST), data)}
-    equal, tuned = pretrain(hg.BilevelParams(params, even), data, key, rates)
+    equal, tuned = pretrain(f"{here}/{EQUAL}", hg.BilevelParams(params, even), data, key, rates)
     outcomes[EQUAL] = tools.test(equal.params, tuned, data)
-    learned, tuned = pretrain(hg.BilevelParams(params, even), data, key)
+    learned, tuned = pretrain(f"{here}/{CARRIED}", hg.BilevelParams(params, even), data, key)
     weights = np.asarray(jax.nn.sigmoid(learned.hyperparams["weights"]))
     outcomes[CARRIED] = tools.test(learned.params, tuned, data, weights)
     rate = jnp.exp(learned.hyperparams["rate"])[None]
-    again, tuned = pretrain(hg.BilevelParams(fresh, learned.hyperparams), data, key, rate)
+    again, tuned = pretrain(f"{here}/{RETRAINED}", hg.BilevelParams(fresh, learned.hyperparams), data, key, rate)
     outcomes[RETRAINED] = tools.test(again.params, tuned, data, weights)
-    ideal, tuned = pretrain(hg.BilevelParams(params, oracle), data, key, rates)
+    ideal, tuned = pretrain(f"{here}/{ORACLE}", hg.BilevelParams(params, oracle), data, key, rates)
     return outcomes | {ORACLE: tools.test(ideal.params, tuned, data)}
 
 

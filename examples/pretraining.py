@@ -23,10 +23,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+import progress
 from datasets import NUM_CLASSES, Split
 from fixed_decay import chunks
 from jax import lax
-from tqdm import tqdm
 
 import hypergrad as hg
 
@@ -84,8 +84,8 @@ def make_problem(settings: Settings) -> hg.BilevelProblem:
     return hg.reparameterize(hg.BilevelProblem(pretraining_loss, outer_loss), bijectors)
 
 
-def make_pretraining(settings: Settings, tools: comparison.Tools, bar: tqdm) -> Callable[..., Any]:
-    """Return ``pretrain(variables, data, key, rates=None) -> (variables, fine-tuned)``, where that served best.
+def make_pretraining(settings: Settings, tools: comparison.Tools, shown: progress.Progress) -> Callable[..., Any]:
+    """Return ``pretrain(run, variables, data, key, rates=None) -> (variables, fine-tuned)``, where that served best.
 
     Weights are learned, and the rate with them, unless ``rates`` are given for fine-tuning to choose from.
     """
@@ -114,16 +114,13 @@ def make_pretraining(settings: Settings, tools: comparison.Tools, bar: tqdm) -> 
 
         return lax.fori_loop(start, stop, step, at)
 
-    def pretrain(variables: hg.BilevelParams, data: comparison.Data, key: jax.Array, rates: Any = None) -> Any:
+    def pretrain(run: str, variables: hg.BilevelParams, data: comparison.Data, key: Any, rates: Any = None) -> Any:
         learn, found, state = rates is None, [], transformation(True).init(variables)
         for start, stop in chunks(settings.steps, settings.look):
             variables, state = advance((variables, state), learn, start, stop, data, key)
             tried = problem.constrain(variables.hyperparams)["rate"][None] if learn else rates
             found.append((variables, tools.fine_tune(variables.params, data, tried, comparison.LONGEST)))
-            loss, size, solver = state.info[:3]
-            shown = {"outer loss": loss, "|hypergrad|": size, "residual": solver.residual} if learn else {}
-            bar.set_postfix({name: f"{float(x):.2g}" for name, x in shown.items()}, refresh=False)
-            bar.update(stop - start)
+            shown.look(run, stop, state.info, advance=stop - start, loss=found[-1][1][0])
         return min(found, key=lambda one: float(one[1][0]))
 
     return pretrain
@@ -135,11 +132,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, comparison.Outcome
     parser.add_argument("--seeds", type=int, help="runs, each with its own cut of the digits, noise and first weights")
     parser.add_argument("--steps", type=int, help="steps of pre-training")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for pretraining.png")
+    progress.add_argument(parser)
     args = parser.parse_args(argv)
     settings = Settings()._replace(**{name: n for name, n in vars(args).items() if name in Settings._fields and n})
     init, tools = jax.jit(Network().init), comparison.make_tools(losses)
-    with tqdm(total=settings.seeds * 4 * settings.steps, unit="step") as bar:
-        pretrain = make_pretraining(settings, tools, bar)
+    with progress.progress(settings.seeds * 4 * settings.steps, log=args.log) as shown:
+        pretrain = make_pretraining(settings, tools, shown)
         outcomes = [comparison.compare(init, pretrain, tools, settings.pool, seed=n) for n in range(settings.seeds)]
     report.draw(outcomes, args.out / "pretraining.png")
     print(f"\n{report.table(outcomes)}\n\n{report.summary(outcomes)}\n\npicture: {args.out / 'pretraining.png'}")
