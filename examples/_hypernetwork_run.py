@@ -7,8 +7,8 @@ import datasets
 import jax
 import jax.numpy as jnp
 import optax
+import progress
 from jax import lax
-from tqdm import tqdm
 
 import hypergrad as hg
 
@@ -58,8 +58,8 @@ def falling_adam(rate: float, steps: int) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(rate, max(steps, 1)))
 
 
-def with_fixed_decay(plain: hg.BilevelProblem, settings: Settings, bar: tqdm) -> Callable[..., Run]:
-    """Return ``train(params, decay, splits) -> Run``, compiled once: decays are spread over the weights."""
+def with_fixed_decay(plain: hg.BilevelProblem, settings: Settings, shown: progress.Progress) -> Callable[..., Run]:
+    """Return ``train(run, params, decay, splits) -> Run``, compiled once: decays are spread over the weights."""
     tx = falling_adam(settings.rate, settings.steps)
 
     @jax.jit
@@ -71,23 +71,25 @@ def with_fixed_decay(plain: hg.BilevelProblem, settings: Settings, bar: tqdm) ->
 
         return lax.fori_loop(0, settings.steps, step, (params, tx.init(params)))[0]
 
-    def train(params: Any, decay: Any, splits: datasets.Splits) -> Run:
+    def train(run: str, params: Any, decay: Any, splits: datasets.Splits) -> Run:
         below = lambda c, tree: jax.tree.map(lambda w: jnp.broadcast_to(jnp.asarray(c, w.dtype), w.shape), tree)  # noqa: E731
         params = jax.block_until_ready(advance(params, jax.tree.map(below, decay, params), splits.train))
-        bar.update(settings.steps)
+        loss = plain.outer_loss(params, decay, splits.valid, None)
+        shown.look(run, settings.steps, advance=settings.steps, loss=loss)
         return Run(params, decay, settings.steps, [])
 
     return train
 
 
 def with_learned_decay(
+    run: str,
     problem: hg.BilevelProblem,
     tx: optax.GradientTransformationExtraArgs,
     variables: hg.BilevelParams,
     splits: datasets.Splits,
     settings: Settings,
     seed: int,
-    bar: tqdm,
+    shown: progress.Progress,
 ) -> Run:
     """Take all steps of ``tx``; the training split is one batch, validation batches are drawn."""
 
@@ -106,5 +108,6 @@ def with_learned_decay(
         start, stop = (settings.steps * at // settings.looks for at in (look, look + 1))
         variables, state = jax.block_until_ready(advance(variables, state, splits, start, stop))
         history.append((stop, hg.responses.weights_at(variables), problem.constrain(variables.hyperparams)))
-        bar.update((stop - start) * settings.samples)
+        loss = problem.outer_loss(*variables, splits.valid, None)
+        shown.look(run, stop, state.info, advance=(stop - start) * settings.samples, loss=loss)
     return Run(*history[-1][1:], settings.steps * settings.samples, history, variables)

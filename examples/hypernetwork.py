@@ -32,9 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import progress
 from _hypernetwork_report import EACH, GLOBAL, GRID, START
 from _hypernetwork_run import Settings
-from tqdm import tqdm
 
 import hypergrad as hg
 
@@ -72,15 +72,15 @@ def anywhere(problem: hg.BilevelProblem, settings: Settings) -> hg.BilevelProble
     return hg.responses.sampled(problem, draw, num_samples=settings.samples)
 
 
-def compare(settings: Settings, splits: datasets.Splits, seed: int, bar: tqdm) -> dict[str, Any]:
+def compare(settings: Settings, splits: datasets.Splits, seed: int, shown: progress.Progress) -> dict[str, Any]:
     """Train everything on one seed's splits; return the runs by name, the grid's under ``GRID``."""
     plain, (low, high) = make_problem(), (math.log(settings.low), math.log(settings.high))
     unconstrained = hg.reparameterize(hg.reparameterize(plain, hg.bijectors.exp()), hg.bijectors.interval(low, high))
     classes, inputs = datasets.NUM_CLASSES, splits.train.x.shape[1]
     params = {"kernel": jnp.zeros((inputs, classes)), "bias": jnp.zeros(classes)}
-    train = run.with_fixed_decay(plain, settings, bar)
+    train, here = run.with_fixed_decay(plain, settings, shown), f"seed {seed}"
 
-    def learn(problem: hg.BilevelProblem, hyperparams: Any) -> run.Run:
+    def learn(name: str, problem: hg.BilevelProblem, hyperparams: Any) -> run.Run:
         rates = {"weights": settings.rate, "response": settings.response_rate}
         inner = {name: run.falling_adam(rate, settings.steps) for name, rate in rates.items()}
         tx = hg.bilevel(
@@ -91,7 +91,7 @@ def compare(settings: Settings, splits: datasets.Splits, seed: int, bar: tqdm) -
             key=seed,
         )
         variables = hg.BilevelParams(hg.responses.init(problem, seed, params, hyperparams), hyperparams)
-        return run.with_learned_decay(problem, tx, variables, splits, settings, seed, bar)
+        return run.with_learned_decay(f"{here}/{name}", problem, tx, variables, splits, settings, seed, shown)
 
     starts = {
         GLOBAL: (anywhere, jnp.zeros(())),
@@ -99,11 +99,11 @@ def compare(settings: Settings, splits: datasets.Splits, seed: int, bar: tqdm) -
         EACH[1]: (local, jax.tree.map(jnp.zeros_like, params)),
     }
     decays = np.geomspace(settings.low, settings.high, settings.grid)
-    runs: dict[str, Any] = {GRID: [train(params, decay, splits) for decay in decays]}
-    runs[START] = train(params, math.sqrt(settings.low * settings.high), splits)
+    runs: dict[str, Any] = {GRID: [train(f"{here}/{GRID}/{c:.1e}", params, c, splits) for c in decays]}
+    runs[START] = train(f"{here}/{START}", params, math.sqrt(settings.low * settings.high), splits)
     for name, (transform, hyperparams) in starts.items():
-        runs[name] = learn(transform(unconstrained, settings), hyperparams)
-        runs[report.retrained(name)] = train(params, runs[name].decay, splits)
+        runs[name], again = learn(name, transform(unconstrained, settings), hyperparams), report.retrained(name)
+        runs[again] = train(f"{here}/{again}", params, runs[name].decay, splits)
     return runs
 
 
@@ -115,15 +115,16 @@ def main(argv: Sequence[str] | None = None) -> report.Results:
     parser.add_argument("--steps", type=int, help="inner steps of every run")
     parser.add_argument("--grid", type=int, help="single decays to compare with")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for hypernetwork.png")
+    progress.add_argument(parser)
     args = parser.parse_args(argv)
     given = {name: vars(args)[name] for name in ("seeds", "steps", "grid") if vars(args)[name] is not None}
     settings = Settings()._replace(**given)
     outcomes = []
     total = settings.seeds * settings.steps * (settings.grid + 4 + 3 * settings.samples)
-    with tqdm(total=total, unit="gradient", unit_scale=True) as bar:
+    with progress.progress(total, unit="gradient", log=args.log, unit_scale=True) as shown:
         for seed in range(settings.seeds):
             splits = datasets.load(args.data, seed)
-            runs = compare(settings, splits, seed, bar)
+            runs = compare(settings, splits, seed, shown)
             outcomes.append(report.measure(runs, splits, settings))
     results, picture = report.collect(outcomes), args.out / "hypernetwork.png"
     title = f"{results[EACH[1]]['hyperparams']:,} weight decays learned by a hypernetwork ({args.data}, first seed)"
