@@ -1,14 +1,15 @@
-"""The training loop of ``self_tuning_lm.py``, the same for every method, and its table."""
+"""The training loop of ``self_tuning_lm.py``, the same for every method, its table and its picture."""
 
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import _self_tuning_lm_model as lm
 import jax
+import progress
 from jax import lax
-from tqdm import tqdm
 
 import hypergrad as hg
 
@@ -19,14 +20,14 @@ class Method(NamedTuple):
     Attributes:
       start: what is trained, with the optimizer's state.
       advance: ``start = advance(start, key)`` is one step.
-      read: ``read(start)`` gives plain weights and constrained hyperparameters.
+      read: ``read(start)`` gives plain weights, constrained hyperparameters, and the last outer step's info or None.
       steps: how many.
       cost: of a step, in plain gradients.
     """
 
     start: Any
     advance: Callable[[Any, jax.Array], Any]
-    read: Callable[[Any], tuple[Any, Any]]
+    read: Callable[[Any], tuple[Any, Any, Any]]
     steps: int
     cost: float
 
@@ -42,7 +43,7 @@ class Run(NamedTuple):
       seconds: of training, without looks.
     """
 
-    history: dict[str, list[float]]
+    history: list[dict[str, float]]
     valid: list[float]
     test: float
     gradients: float
@@ -63,23 +64,22 @@ def evaluator(problem: hg.BilevelProblem, text: lm.Text, size: int) -> Evaluate:
     return lambda params: (float(mean(params, parts[0])), float(mean(params, parts[1])))
 
 
-def fit(name: str, method: Method, evaluate: Evaluate, looks: int, seed: int) -> Run:
+def fit(name: str, method: Method, evaluate: Evaluate, looks: int, seed: int, shown: progress.Progress) -> Run:
     """Take all steps, with as many looks, evenly spread; the test loss is of the look that validates best."""
     at, key, seconds = method.start, jax.random.key(seed + 1), 0.0
-    history: dict[str, list[float]] = {n: [] for n in lm.START}
+    history: list[dict[str, float]] = []
     pairs: list[tuple[float, float]] = []
-    with tqdm(total=method.steps, desc=name, unit="step") as bar:
-        for look in range(looks):
-            begin = time.perf_counter()
-            for i in range(look * method.steps // looks, (look + 1) * method.steps // looks):
-                at = jax.block_until_ready(method.advance(at, jax.random.fold_in(key, i)))
-                bar.update()
-            seconds += time.perf_counter() - begin
-            params, hyperparams = method.read(at)
-            pairs.append(evaluate(params))
-            for n, values in history.items():
-                values.append(float(hyperparams[n]))
-            bar.set_postfix({"valid loss": f"{pairs[-1][0]:.3f}"})
+    shown.bar.set_description(name)
+    for look in range(looks):
+        begin, (start, stop) = time.perf_counter(), (method.steps * n // looks for n in (look, look + 1))
+        for i in range(start, stop):
+            at = jax.block_until_ready(method.advance(at, jax.random.fold_in(key, i)))
+            shown.bar.update()
+        seconds += time.perf_counter() - begin
+        params, hyperparams, info = method.read(at)
+        pairs.append(evaluate(params))
+        history.append({n: float(hyperparams[n]) for n in lm.START})
+        shown.look(f"seed {seed}/{name}", stop, info, advance=0, loss=pairs[-1][0])
     return Run(history, [valid for valid, _ in pairs], min(pairs)[1], method.steps * method.cost, seconds)
 
 
@@ -96,5 +96,16 @@ def table(runs: dict[str, Run]) -> str:
 
 def strengths(runs: dict[str, Run]) -> str:
     """Return the hyperparameters that each run ended with."""
-    lines = [("", *lm.START), *((name, *(f"{v[-1]:.3f}" for v in run.history.values())) for name, run in runs.items())]
+    lines = [("", *lm.START)]
+    lines += [(name, *(f"{value:.3f}" for value in run.history[-1].values())) for name, run in runs.items()]
     return "\n".join("  ".join([line[0].ljust(24), *(cell.rjust(9) for cell in line[1:])]) for line in lines)
+
+
+def draw(runs: dict[str, Run], tuned: Run, title: str, path: Path) -> None:
+    """Save the picture: the hyperparameters of the run that tuned itself, and the validation losses of all."""
+    looks = len(tuned.valid)
+    gradients = [round(tuned.gradients * (look + 1) / looks) for look in range(looks)]
+    losses = {name: run.valid for name, run in runs.items()}
+    figure = hg.diagnostics.plot_trajectories(gradients, tuned.history, losses=losses, title=title, xlabel="gradients")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})

@@ -1,6 +1,9 @@
-"""What a run of ``self_tuning_mlp.py`` leaves behind, and the table of it."""
+"""What a run of ``self_tuning_mlp.py`` leaves behind, and the table and the picture of it."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import hypergrad as hg
 
 TUNED, NONE = "tuned while training", "no regularisation"
 START, STOP = "its first values, held fixed", "its last values, held fixed"
@@ -20,10 +23,6 @@ class Run(NamedTuple):
     losses: list[float]
     values: list[Any]
     test: tuple[float, float]
-
-    def history(self) -> dict[str, list[float]]:
-        """Return each hyperparameter's values by name."""
-        return {name: [named(v)[name] for v in self.values] for name in named(self.values[0])}
 
     def row(self) -> dict[str, Any]:
         """Return what the table shows."""
@@ -52,3 +51,12 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         for line in lines
     ]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def draw(runs: dict[str, Run], title: str, path: Path) -> None:
+    """Save the picture: the hyperparameters of the run that tuned itself, and the validation losses of all."""
+    tuned, losses = runs[TUNED], {name: run.losses for name, run in runs.items()}
+    moved = [named(values) for values in tuned.values]
+    figure = hg.diagnostics.plot_trajectories(tuned.gradients, moved, losses=losses, title=title, xlabel="gradients")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import datasets
 import jax
 import optax
+import progress
 from _self_tuning_mlp_report import Run
 from jax import lax
-from tqdm import tqdm
 
 import hypergrad as hg
 
@@ -21,12 +21,14 @@ class Look(NamedTuple):
       loss: validation loss of the weights.
       params: plain weights of the model.
       values: constrained hyperparameters.
+      info: of the last outer step; None where there are none.
     """
 
     steps: int
     loss: float
     params: Any
     values: Any
+    info: hg.HypergradInfo | None
 
 
 class Trainer(NamedTuple):
@@ -34,12 +36,12 @@ class Trainer(NamedTuple):
 
     Attributes:
       advance: ``advance(at, splits, key, start, stop) -> at``: inner steps ``start`` to ``stop``.
-      read: ``read(at) -> (params, values)``: plain weights and constrained hyperparameters.
+      read: ``read(at) -> (params, values, info)``: plain weights, constrained hyperparameters, the last outer step's.
       judge: ``judge(params, split) -> (cross-entropy, error)``.
     """
 
     advance: Callable[..., Any]
-    read: Callable[[Any], tuple[Any, Any]]
+    read: Callable[[Any], tuple[Any, Any, Any]]
     judge: Callable[[Any, datasets.Split], tuple[jax.Array, jax.Array]]
 
     def looks(self, at: Any, splits: datasets.Splits, key: jax.Array, stops: Iterable[int]) -> Iterator[Look]:
@@ -47,12 +49,13 @@ class Trainer(NamedTuple):
         start = 0
         for stop in stops:
             at = self.advance(at, splits, key, start, stop)
-            params, values = self.read(at)
-            yield Look(stop, float(self.judge(params, splits.valid)[0]), params, values)
+            params, values, info = self.read(at)
+            yield Look(stop, float(self.judge(params, splits.valid)[0]), params, values, info)
             start = stop
 
 
 def follow(
+    name: str,
     trainer: Trainer,
     at: Any,
     splits: datasets.Splits,
@@ -60,17 +63,16 @@ def follow(
     steps: int,
     looks: int,
     gradients: int,
-    bar: tqdm,
+    shown: progress.Progress,
 ) -> Run:
-    """Train for so many steps, which cost so many gradients, and return what was seen."""
+    """Train for so many steps, which cost so many gradients; show every look, and return what was seen."""
     seen, losses = [], []
     for look in trainer.looks(at, splits, key, [steps * (i + 1) // looks for i in range(looks)]):
         losses.append(look.loss)
         if look.loss == min(losses):
             best = look.params
         seen.append(look)
-        bar.set_postfix({"loss": f"{look.loss:.3f}"}, refresh=False)
-        bar.update()
+        shown.look(name, look.steps, look.info, loss=look.loss)
     spent = [gradients * look.steps // steps for look in seen]
     loss, error = trainer.judge(best, splits.test)
     return Run(spent, losses, [look.values for look in seen], (float(loss), float(error)))
@@ -89,7 +91,7 @@ def held_fixed(
     def start(params: Any, values: Any) -> Any:
         return params, optimizer.init(params), jax.tree.map(jax.numpy.float32, values)
 
-    return start, Trainer(_loop(step, batch, batch), lambda at: (at[0], at[2]), _judge(model))
+    return start, Trainer(_loop(step, batch, batch), lambda at: (at[0], at[2], None), _judge(model))
 
 
 def tuning_itself(
@@ -106,8 +108,8 @@ def tuning_itself(
         # The transformation is shared between runs, so that it compiles once; their noise is not.
         return variables, tx.init(variables)._replace(key=jax.random.key_data(key))
 
-    def read(at: Any) -> tuple[Any, Any]:
-        return hg.responses.weights_at(at[0]), problem.constrain(at[0].hyperparams)
+    def read(at: Any) -> tuple[Any, Any, Any]:
+        return hg.responses.weights_at(at[0]), problem.constrain(at[0].hyperparams), at[1].info
 
     return start, Trainer(_loop(step, *sizes), jax.jit(read), _judge(model))
 

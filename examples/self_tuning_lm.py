@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import _self_tuning_lm_model as lm
 import _self_tuning_lm_run as run
-import _trajectories
 import jax
 import jax.numpy as jnp
 import optax
+import progress
 
 import hypergrad as hg
 
@@ -79,8 +79,8 @@ def self_tuned(plain: hg.BilevelProblem, params: Any, text: lm.Text, settings: S
         updates, state = tx.update(None, state, variables, inner_batch=train, outer_batch=valid)
         return optax.apply_updates(variables, updates), state
 
-    def read(at: Any) -> tuple[Any, Any]:
-        return hg.responses.weights_at(at[0]), problem.constrain(at[0].hyperparams)
+    def read(at: Any) -> tuple[Any, Any, Any]:
+        return hg.responses.weights_at(at[0]), problem.constrain(at[0].hyperparams), at[1].info
 
     return run.Method((variables, tx.init(variables)), advance, read, settings.steps, settings.cost)
 
@@ -99,7 +99,7 @@ def fixed(plain: hg.BilevelProblem, params: Any, text: lm.Text, settings: Settin
 
     def method(values: Any) -> run.Method:
         start = params, tx.init(params), hg.unconstrain(lm.BIJECTORS, values)
-        return run.Method(start, advance, lambda at: (at[0], values), round(settings.steps * settings.cost), 1.0)
+        return run.Method(start, advance, lambda at: (at[0], values, None), round(settings.steps * settings.cost), 1.0)
 
     return method
 
@@ -118,8 +118,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, run.Run]:
     ):
         parser.add_argument(f"--{name}", type=int, default=Settings._field_defaults[name], help=what)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for self_tuning_lm.png")
+    progress.add_argument(parser)
     args = vars(parser.parse_args(argv))
-    out = args.pop("out")
+    out, log = args.pop("out"), args.pop("log")
     settings = Settings(**args)
 
     text = lm.load(settings.words, settings.vocabulary)
@@ -127,18 +128,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, run.Run]:
     plain = lm.make_problem(model)
     params = jax.jit(model.init)(jax.random.key(settings.seed), text.train[None, : lm.LENGTH])["params"]
     evaluate = run.evaluator(plain, text, 8 * settings.batch)
-    fit = lambda name, method: run.fit(name, method, evaluate, settings.looks, settings.seed)  # noqa: E731
+    tuned, with_fixed = self_tuned(plain, params, text, settings), fixed(plain, params, text, settings)
+    total = settings.steps + 2 * round(settings.steps * settings.cost)
+    with progress.progress(total, log=log) as shown:
+        rest = evaluate, settings.looks, settings.seed, shown
+        runs = {TUNED: run.fit(TUNED, tuned, *rest)}
+        for name, values in ((START, lm.START), (LEARNED, runs[TUNED].history[-1])):
+            runs[name] = run.fit(name, with_fixed(values), *rest)
 
-    runs = {TUNED: fit(TUNED, self_tuned(plain, params, text, settings))}
-    learned = {name: values[-1] for name, values in runs[TUNED].history.items()}
-    with_fixed = fixed(plain, params, text, settings)
-    runs |= {name: fit(name, with_fixed(values)) for name, values in ((START, lm.START), (LEARNED, learned))}
-
-    picture = out / "self_tuning_lm.png"
-    gradients = [round(runs[TUNED].gradients * (look + 1) / settings.looks) for look in range(settings.looks)]
-    title = f"seven regularisers of an LSTM, tuned while it trains ({text.name})"
-    losses = {name: one.valid for name, one in runs.items()}
-    _trajectories.draw(runs[TUNED].history, gradients, losses, title, picture, xlabel="gradients")
+    picture, title = out / "self_tuning_lm.png", f"seven regularisers of an LSTM, tuned while it trains ({text.name})"
+    run.draw(runs, runs[TUNED], title, picture)
     print(f"\n{run.table(runs)}\n\n{run.strengths(runs)}\n\npicture: {picture}")
     return runs
 

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import _self_tuning_mlp_run as run
-import _trajectories
 import datasets
 import flax.linen as nn
 import jax
 import optax
-from _self_tuning_mlp_report import NONE, START, STOP, TUNED, Run, table
-from tqdm import tqdm
+import progress
+from _self_tuning_mlp_report import NONE, START, STOP, TUNED, Run, draw, table
 
 import hypergrad as hg
 from hypergrad.hyper import HyperDropout, gaussian_noise, smooth_labels
@@ -105,7 +104,7 @@ def self_tune(problem: hg.BilevelProblem, settings: Settings, form: Any = None) 
     return problem, tx
 
 
-def compare(name: str, settings: Settings, seed: int) -> dict[str, Run]:
+def compare(name: str, settings: Settings, seed: int, shown: progress.Progress) -> dict[str, Run]:
     """Run every method once, from the same weights; return the runs by name."""
     splits, key, model = datasets.load(name, seed), jax.random.key(seed), MLP(settings.hidden)
     plain = make_problem(model)
@@ -117,13 +116,12 @@ def compare(name: str, settings: Settings, seed: int) -> dict[str, Run]:
     variables = hg.BilevelParams(response, hyperparams)
     begin_tuning, tuning = run.tuning_itself(tuned, model, tx, (settings.batch, settings.outer_batch))
     begin_fixed, fixed = run.held_fixed(plain, model, optax.adam(settings.rate), settings.batch)
-    cost, found = settings.gradients(settings.steps), {}
-    with tqdm(total=4 * settings.looks, unit="look") as bar:
-        rest = settings.looks, cost, bar
-        found[TUNED] = run.follow(tuning, begin_tuning(variables, key), splits, key, settings.steps, *rest)
-        fixed_at = {NONE: jax.tree.map(lambda _: 0.0, HIGH), START: begin, STOP: found[TUNED].values[-1]}
-        for which, values in fixed_at.items():
-            found[which] = run.follow(fixed, begin_fixed(params, values), splits, key, cost, *rest)
+    cost, here = settings.gradients(settings.steps), f"seed {seed}"
+    rest, tuned_at = (settings.looks, cost, shown), begin_tuning(variables, key)
+    found = {TUNED: run.follow(f"{here}/{TUNED}", tuning, tuned_at, splits, key, settings.steps, *rest)}
+    fixed_at = {NONE: jax.tree.map(lambda _: 0.0, HIGH), START: begin, STOP: found[TUNED].values[-1]}
+    for which, values in fixed_at.items():
+        found[which] = run.follow(f"{here}/{which}", fixed, begin_fixed(params, values), splits, key, cost, *rest)
     return found
 
 
@@ -135,12 +133,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--steps", type=int, default=Settings().steps, help="inner steps of the run that tunes itself")
     parser.add_argument("--hidden", type=int, default=Settings().hidden, help="width of both hidden layers")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for self_tuning_mlp.png")
+    progress.add_argument(parser)
     args = parser.parse_args(argv)
     settings = Settings(steps=args.steps, hidden=args.hidden, warmup=args.steps // 10)
-    runs = compare(args.data, settings, args.seed)
-    tuned, picture = runs[TUNED], args.out / "self_tuning_mlp.png"
-    losses, title = {which: one.losses for which, one in runs.items()}, f"an MLP that tunes itself ({args.data})"
-    _trajectories.draw(tuned.history(), tuned.gradients, losses, title, picture, xlabel="gradients")
+    with progress.progress(4 * settings.looks, unit="look", log=args.log) as shown:
+        runs = compare(args.data, settings, args.seed, shown)
+    picture = args.out / "self_tuning_mlp.png"
+    draw(runs, f"an MLP that tunes itself ({args.data})", picture)
     results = {which: one.row() for which, one in runs.items()}
     print(f"\n{table(results)}\n\npicture: {picture}")
     return results
