@@ -23,8 +23,8 @@ FLOOR = {"mlp64": 12.8, "mlp256": 14.9, "mlp1024": 18.3}
 
 def step_cost(record: dict[str, Any]) -> str:
     """Return targets, then all figures, as Markdown."""
-    parts = ["# Cost of a hypergradient and of a joint step", _how(record), _circumstances(record)]
-    parts += ["## Targets", _table(("what", "network", "target", "measured", ""), _targets(record))]
+    parts = ["# Cost of a hypergradient and of a joint step", how(record), circumstances(record)]
+    parts += ["## Targets", table(("what", "network", "target", "measured", ""), _targets(record))]
     for name, found in record["networks"].items():
         parts += [f"## {name}: {found['weights']:,} weights, as many hyperparameters", *_network(found)]
     return "\n\n".join(parts) + "\n"
@@ -32,7 +32,7 @@ def step_cost(record: dict[str, Any]) -> str:
 
 def hessian_modes(record: dict[str, Any]) -> str:
     """Return the choices side by side over all networks, then all figures, as Markdown."""
-    parts = ["# Forms of the Hessian product and of the loop around it", _how(record), _circumstances(record)]
+    parts = ["# Forms of the Hessian product and of the loop around it", how(record), circumstances(record)]
     rows = {
         name: [v for v in found["candidates"].values() if "solver" in v] for name, found in record["networks"].items()
     }
@@ -54,8 +54,8 @@ def hessian_modes(record: dict[str, Any]) -> str:
         parts += [_beside(loops, "while_loop")]
     for name, found in record["networks"].items():
         head = ("", "CPU ms", "wall ms", "in gradients", "scratch MiB", "steps", "differs by")
-        table = [_solve(which, v) for which, v in found["candidates"].items()]
-        parts += [f"## {name}: {found['weights']:,} weights, Neumann step {found['step_size']:g}", _table(head, table)]
+        solves = [_solve(which, v) for which, v in found["candidates"].items()]
+        parts += [f"## {name}: {found['weights']:,} weights, Neumann step {found['step_size']:g}", table(head, solves)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -66,7 +66,7 @@ def _beside(chosen: dict[str, dict[str, Any]], unit: str) -> str:
 
     forms = next(iter(chosen.values()))
     rows = [(form, *(cell(found[form], found[unit]) for found in chosen.values())) for form in forms]
-    return _table(("", *chosen), rows)
+    return table(("", *chosen), rows)
 
 
 def _solve(which: str, v: dict[str, Any]) -> Sequence[str]:
@@ -77,14 +77,14 @@ def _solve(which: str, v: dict[str, Any]) -> Sequence[str]:
 
 def unroll_memory(record: dict[str, Any]) -> str:
     """Return targets, what the mixed mode gains, then all figures, as Markdown."""
-    parts = ["# Memory and time of a hypergradient through K training steps", _how(record), _circumstances(record)]
+    parts = ["# Memory and time of a hypergradient through K training steps", how(record), circumstances(record)]
     parts += [
         "Scratch memory is what the compiled function allocates besides arguments and results. *differs by*: from the "
         "hypergradient of the hand-written loop without checkpoints.",
         "## Targets",
-        _table(("what", "network", "target", "measured", ""), _unroll_targets(record)),
+        table(("what", "network", "target", "measured", ""), _unroll_targets(record)),
         "## Mixed mode over plain autodiff, in the library, with the same checkpoints: CPU time and scratch memory",
-        _table(("network", "", "checkpoints", "time", "memory", "MiB"), _mixed(record)),
+        table(("network", "", "checkpoints", "time", "memory", "MiB"), _mixed(record)),
     ]
     for name, found in record["networks"].items():
         parts += [f"## {name}: {found['weights']:,} weights, {found['params_mib']:.2f} MiB"]
@@ -137,7 +137,7 @@ def _unrolls(group: dict[str, Any], params_mib: float) -> str:
         differs = f"{v['difference']:.0e}" if "difference" in v else ""
         rows.append((name, *numbers, over, *memory, f"{v['compile_s']:.1f}", differs))
     head = ("", "CPU ms", "wall ms", f"in {group['unit']}s", "over hand", "scratch MiB", "in weights")
-    return _table((*head, "compile s", "differs by"), rows)
+    return table((*head, "compile s", "differs by"), rows)
 
 
 def _long(found: dict[str, Any]) -> str:
@@ -150,7 +150,7 @@ def _long(found: dict[str, Any]) -> str:
     )
 
 
-def _circumstances(record: dict[str, Any]) -> str:
+def circumstances(record: dict[str, Any]) -> str:
     """Return a line for each machine (and day) on which networks were measured."""
     lines: dict[str, list[str]] = {}
     for name, found in record["networks"].items():
@@ -159,7 +159,7 @@ def _circumstances(record: dict[str, Any]) -> str:
     return "\n".join(f" - {', '.join(names)}: {line}." for line, names in lines.items())
 
 
-def _how(record: dict[str, Any]) -> str:
+def how(record: dict[str, Any]) -> str:
     quick = (
         " A quick run on a tiny network, compiled without most optimizations: the figures say only that it works."
         if record["quick"]
@@ -239,10 +239,10 @@ def _timings(part: dict[str, Any], unit: str) -> str:
         label = name + (", a step" if per > 1 else "")
         numbers = f"{v['cpu_ms'] / per:.2f}", f"{v['wall_ms'] / per:.2f}", f"{v['in_units'] / per:.2f}"
         rows.append((label, *numbers, over, f"{v['scratch_mib']:.1f}", f"{v['minor_faults'] / per:.0f}"))
-    return _table(("", "CPU ms", "wall ms", unit, "over hand", "scratch MiB", "page faults"), rows)
+    return table(("", "CPU ms", "wall ms", unit, "over hand", "scratch MiB", "page faults"), rows)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
