@@ -61,10 +61,12 @@ class Retrained(NamedTuple):
                 outside.append(name)
         text = [table(lines)]
         if outside:
-            text.append(f"carried weights lie outside all {len(self.finite)} starts in {', '.join(outside)}:")
-            text.append("that much is in the weights trained along (or in the length of training), not in the values")
+            text.append(
+                f"carried weights lie outside all {len(self.finite)} starts in {', '.join(outside)}: the difference is in "
+                "what they remember, or in how long they trained, not in the values"
+            )
         else:
-            text.append(f"carried weights lie within the {len(self.finite)} starts: the values alone do as well")
+            text.append(f"carried weights lie within the {len(self.finite)} starts: the values alone give as much")
         if not np.all(self.finite):
             text.append(f"{int(np.sum(~np.asarray(self.finite)))} of the starts diverged: no score of theirs counts")
         return "\n".join(text)
