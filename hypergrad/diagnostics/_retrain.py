@@ -61,9 +61,9 @@ class Retrained(NamedTuple):
                 outside.append(name)
         text = [table(lines)]
         if outside:
+            where = f"carried weights lie outside all {len(self.finite)} starts in {', '.join(outside)}"
             text.append(
-                f"carried weights lie outside all {len(self.finite)} starts in {', '.join(outside)}: the difference is in "
-                "what they remember, or in how long they trained, not in the values"
+                f"{where}: the difference is in what they remember, or in how long they trained, not in the values"
             )
         else:
             text.append(f"carried weights lie within the {len(self.finite)} starts: the values alone give as much")
