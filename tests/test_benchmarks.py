@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["step_cost", "hessian_modes", "unroll_memory"])
+@pytest.mark.parametrize("name", ["step_cost", "hessian_modes", "unroll_memory", "methods"])
 def test_quick_run(name, tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--out", str(tmp_path)]
@@ -24,3 +25,13 @@ def test_quick_run(name, tmp_path):
         assert {"cpu", "cores", "python", "jax", "jaxlib", "optax", "numpy"} <= set(measured["machine"])
     assert str(ROOT) not in json.dumps(record)
     assert "|" in (tmp_path / f"{name}.md").read_text()
+
+
+def test_the_readme_s_table_of_methods_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = runpy.run_path(str(ROOT / "benchmarks" / "methods_report.py"), run_name="report")
+    read = lambda name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())  # noqa: E731
+    table = module["readme_table"](read("methods"), read("self_tuning_cost"))
+    readme = (ROOT / "README.md").read_text()
+    assert f"<!-- methods -->\n\n{table}\n\n<!-- end methods -->" in readme
+    assert f"number {read('methods')['goodness']['condition']:.0f} (" in readme
