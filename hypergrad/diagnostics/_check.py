@@ -18,7 +18,14 @@ import numpy as np
 
 from hypergrad import _batches, _checks, _differences, _tree
 from hypergrad._functional import estimator_function
-from hypergrad._problem import BilevelParams, BilevelProblem, check_model_state, check_variables, evaluate_inner
+from hypergrad._problem import (
+    BilevelParams,
+    BilevelProblem,
+    check_model_state,
+    check_variables,
+    evaluate_inner,
+    evaluate_outer,
+)
 from hypergrad._rollout import split_keys
 from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 from hypergrad.diagnostics._base import align, digits, table
@@ -202,7 +209,7 @@ def _judged(case: _Case, rtol: float, step: float | None) -> HypergradCheck:
 
     base, gradient = read(at.hyperparams), read(estimate.hypergrad)
     along = _differences.probes(gradient)
-    precision = _checks.working_precision(functools.partial(_inner, case, last, estimate.model_state, keys.solve), at)
+    precision = _checks.working_precision(functools.partial(_losses, case, last, estimate.model_state), at)
     steps = _STEPS if precision == jnp.float64 else _WIDE_STEPS
     usual = _usual(gradient)
     measured = _differences.measure(
@@ -262,6 +269,12 @@ def _rows(
 
 def _inner(case: _Case, batch: Batch, model_state: ModelState, key: Array | None, at: BilevelParams) -> Array:
     return evaluate_inner(case.problem, at, batch, key, model_state).value
+
+
+def _losses(case: _Case, batch: Batch, model_state: ModelState, at: BilevelParams) -> tuple[Array, Array]:
+    keys = split_keys(case.key)
+    outer = evaluate_outer(case.problem, at, case.outer_batch, keys.outer, model_state).value
+    return _inner(case, batch, model_state, keys.solve, at), outer
 
 
 def _slope(case: _Case, at: BilevelParams, batch: Batch, model_state: ModelState, key: Array | None) -> Params:
