@@ -180,11 +180,8 @@ class _Case(NamedTuple):
         def cast(leaf: Any) -> Any:
             return jnp.asarray(leaf, jnp.float64) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
 
-        data = self.variables, self.inner_batch, self.outer_batch, self.model_state
-        variables, inner_batch, outer_batch, model_state = jax.tree.map(cast, data)
-        return self._replace(
-            variables=variables, inner_batch=inner_batch, outer_batch=outer_batch, model_state=model_state
-        )
+        names = "variables", "inner_batch", "outer_batch", "model_state"
+        return self._replace(**{name: jax.tree.map(cast, getattr(self, name)) for name in names})
 
 
 def _judged(case: _Case, rtol: float, step: float | None) -> HypergradCheck:
