@@ -244,10 +244,7 @@ def _judged(case: _Case, rtol: float, step: float | None) -> HypergradCheck:
 
 
 def _usual(gradient: Hyperparams) -> list[float]:
-    """Return for each leaf the size that a derivative has in the directions probed.
-
-    In one of random signs it is about ‖gradient‖ of the leaf; along it, scaled to 1, it is no less.
-    """
+    """Return ‖gradient‖ of each leaf: about the derivative along random signs, no more than that along it."""
     sizes = np.array([np.linalg.norm(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(gradient)])
     return np.maximum(sizes, _FLOOR * np.linalg.norm(sizes)).tolist()
 
