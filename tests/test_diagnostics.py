@@ -157,7 +157,10 @@ def test_retrain_scores_carried_and_fresh_weights_with_minibatches():
         key=0,
         num_starts=2,
         score=lambda w, batch: {"distance": jnp.sum(jnp.abs(w["w"] - batch))},
+        baseline={"h": target + 2},
     )
+    assert found.baseline["distance"] == pytest.approx(4.0, abs=0.02)
+    assert str(found).splitlines()[2].split()[0] == "distance"
     assert float(found.carried["distance"]) == 0.0
     assert found.retrained["distance"] == pytest.approx(2.0, abs=0.02)  # λ is one off in both entries
     assert found.params["w"].shape == (2, 2)
@@ -174,6 +177,7 @@ def test_retrain_scores_carried_and_fresh_weights_with_minibatches():
         key=jax.random.key(0),
     )
     assert float(cold.carried) == pytest.approx(2.0)
+    assert cold.baseline == ()
     assert "lie within" in str(cold)
 
 
@@ -212,6 +216,8 @@ def test_retrain_says_which_starts_diverged_and_refuses_other_weights():
     assert "3 of the starts diverged" in str(found)
     with pytest.raises(ValueError, match=r"init\(key\)"):
         D.retrain(problem, at, lambda key: {"w": jnp.ones(3)}, jnp.zeros(()), jnp.zeros(()), **options)
+    with pytest.raises(ValueError, match="baseline with the structure of the hyperparameters"):
+        D.retrain(problem, at, lambda key: at.params, (), (), baseline={"g": jnp.zeros(2)}, **options)
     with pytest.raises(TypeError, match="init to be callable"):
         D.retrain(problem, at, at.params, jnp.zeros(()), jnp.zeros(()), **options)
     with pytest.raises(ValueError, match="num_steps"):
@@ -259,7 +265,7 @@ def test_pictures_show_what_they_are_given(tmp_path):
         [0, 10, 20, 30], snapshots(), losses={"valid": [4, 3, 2, 1]}, title="a run", xlabel="gradients"
     )
     labels = [axes.get_ylabel() for axes in figure.axes]
-    assert labels == ["in [0, 1]", "positive", "any", "loss"]
+    assert labels == ["in [0, 1]", "positive", "value", "loss"]
     assert figure.axes[0].lines[0].get_ydata().tolist() == pytest.approx([0, 0.1, 0.2, 0.3])
     assert figure.axes[1].get_yscale() == "log"
     assert figure.axes[1].get_legend().get_texts()[0].get_text() == "decay.w"

@@ -54,3 +54,8 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 def digits(value: float) -> str:
     """Return a number in four significant digits, and a dash for NaN."""
     return "-" if value != value else f"{float(value):.4g}"
+
+
+def readable(path: str) -> str:
+    """Return a leaf's path without brackets: ``['dense']['kernel']`` as ``dense.kernel``."""
+    return path.replace("']['", ".").strip("[]'").strip(".") or path

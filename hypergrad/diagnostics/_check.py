@@ -28,7 +28,7 @@ from hypergrad._problem import (
 )
 from hypergrad._rollout import split_keys
 from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
-from hypergrad.diagnostics._base import align, digits, table
+from hypergrad.diagnostics._base import align, digits, readable, table
 from hypergrad.estimators import Estimate, HypergradEstimator
 from hypergrad.solvers import SolveInfo
 
@@ -88,7 +88,7 @@ class HypergradCheck(NamedTuple):
         verdict = "passed" if self.passed else "FAILED"
         head = f"hypergradient check {verdict}: tolerance {self.rtol:g}, step {self.step:g}, {self.dtype}"
         lines: list[tuple[str, ...]] = [("hyperparameters", "direction", "estimated", "measured", "±", "error")]
-        lines += [(row.leaf, row.kind, *map(digits, row[2:])) for row in self.rows]
+        lines += [(readable(row.leaf), row.kind, *map(digits, row[2:])) for row in self.rows]
         reasons = "".join(f"\n- {reason}" for reason in self.reasons)
         return f"{head}\n{table(lines)}{reasons}"
 
@@ -300,7 +300,7 @@ def _reasons(
     elif vague:
         worst = max(vague, key=lambda row: row.uncertainty)
         yield (
-            f"inconclusive for {worst.leaf}: halving the step changed its difference quotient by "
+            f"inconclusive for {readable(worst.leaf)}: halving the step changed its difference quotient by "
             f"{digits(worst.uncertainty)}. "
             + (
                 "Kinks, chaotic steps or rounding: try another step, or a smooth activation"

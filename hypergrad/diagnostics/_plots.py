@@ -15,6 +15,7 @@ import numpy as np
 
 from hypergrad import _checks, _tree
 from hypergrad._types import PyTree
+from hypergrad.diagnostics._base import readable
 from hypergrad.solvers import SolveInfo
 
 _MANY = 8  # leaves of one number each that get a colour and a name of their own
@@ -30,8 +31,9 @@ def plot_trajectories(
 ) -> Any:
     """Draw how hyperparameters moved during a run.
 
-    Leaves that stay within [0, 1] share a panel, other positive ones one with a log axis, the rest a third. A leaf of
-    several numbers is drawn as their median with the range from the 10th to the 90th percentile.
+    Positive leaves that leave [0, 1], or span a decade, share a panel with a log axis; others within [0, 1] one that
+    is linear, the rest a third. A leaf of several numbers is drawn as their median with the range from the 10th to the
+    90th percentile.
 
     Args:
       steps: where on the horizontal axis, one for each snapshot.
@@ -59,10 +61,17 @@ def plot_trajectories(
         name: np.stack([np.ravel(np.asarray(leaf, np.float64)) for leaf in leaves])
         for name, *leaves in zip(_tree.leaf_names(snapshots[0]), *map(jax.tree.leaves, snapshots), strict=True)
     }
-    panels: dict[str, dict[str, np.ndarray]] = {"in [0, 1]": {}, "positive": {}, "any": {}}
+    panels: dict[str, dict[str, np.ndarray]] = {"in [0, 1]": {}, "positive": {}, "value": {}}
     for name, rows in tensors.items():
-        kind = "in [0, 1]" if rows.min() >= 0 and rows.max() <= 1 else "positive" if rows.min() > 0 else "any"
-        panels[kind][_readable(name)] = rows
+        low, high = rows.min(), rows.max()
+        kind = (
+            "positive"
+            if low > 0 and (high > 1 or high >= 10 * low)
+            else "in [0, 1]"
+            if 0 <= low <= high <= 1
+            else "value"
+        )
+        panels[kind][readable(name)] = rows
     panels = {kind: rows for kind, rows in panels.items() if rows}
     figure = _figure(4.0 * (len(panels) + bool(losses)), 3.6)
     axes = figure.subplots(1, len(panels) + bool(losses), squeeze=False)[0]
@@ -118,7 +127,7 @@ def plot_layers(tree: PyTree, *, start: float | None = None, title: str = "", xl
     for place, values in enumerate(leaves):
         share = np.histogram(values, bins)[0] / max(1, len(values))
         axes.stairs(-place + 0.8 * share / max(share.max(), 1e-12), bins, baseline=-place, fill=True, alpha=0.6)
-    names = [f"{_readable(n)}\n{len(v):,}" for n, v in zip(_tree.leaf_names(tree), leaves, strict=True)]
+    names = [f"{readable(n)}\n{len(v):,}" for n, v in zip(_tree.leaf_names(tree), leaves, strict=True)]
     axes.set_yticks(0.4 - np.arange(len(leaves)), names, fontsize="small")
     axes.tick_params(axis="y", length=0)
     axes.set(xscale="log" if logarithmic else "linear", xlabel=xlabel)
@@ -189,8 +198,3 @@ def _finished(figure: Any, title: str) -> Any:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _readable(path: str) -> str:
-    """Return a leaf's path without brackets: ``['dense']['kernel']`` as ``dense.kernel``."""
-    return path.replace("']['", ".").strip("[]'").strip(".") or path

@@ -30,7 +30,7 @@ from hypergrad._problem import (
 )
 from hypergrad._rollout import resolve_optimizer, step_key
 from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
-from hypergrad.diagnostics._base import digits, table
+from hypergrad.diagnostics._base import digits, readable, table
 
 
 class Retrained(NamedTuple):
@@ -39,32 +39,34 @@ class Retrained(NamedTuple):
     Attributes:
       carried: tree of scalars, the score of the weights given.
       retrained: tree of arrays (num_starts,), the scores after training from fresh weights.
+      baseline: the same at other hyperparameters, from the same fresh weights; () where none were given.
       params: tree like the weights, each leaf with a leading axis of the starts.
       finite: bool array (num_starts,), whether that start's weights stayed finite.
     """
 
     carried: PyTree
     retrained: PyTree
+    baseline: PyTree
     params: Params
     finite: np.ndarray
 
     def __str__(self) -> str:
         """Return the scores as a table, and how far the carried one lies outside the retrained ones."""
-        lines = [("score", "carried", "retrained", "spread", "apart")]
+        lines = [("score", "carried", "retrained", "spread", "baseline", "spread")]
         outside = []
-        scores = jax.tree.leaves(self.carried), jax.tree.leaves(self.retrained)
-        names = _tree.leaf_names(self.carried) if isinstance(self.carried, dict) else ["score"] * len(scores[0])
-        for name, one, many in zip(names, *scores, strict=True):
-            mean, spread = float(np.mean(many)), float(np.std(many))
-            lines.append((name, digits(float(one)), digits(mean), digits(spread), digits(float(one) - mean)))
+        leaves = [jax.tree.leaves(scores) for scores in (self.carried, self.retrained, self.baseline)]
+        names = [readable(name) for name in _tree.leaf_names(self.carried)]
+        names = ["score"] if jax.tree_util.treedef_is_leaf(jax.tree.structure(self.carried)) else names
+        nothing = [np.full(1, np.nan)] * len(names)
+        for name, one, many, other in zip(names, *leaves[:2], leaves[2] or nothing, strict=True):
+            columns = float(one), np.mean(many), np.std(many), np.mean(other), np.std(other)
+            lines.append((name, *(digits(float(x)) for x in columns)))
             if not float(np.min(many)) <= float(one) <= float(np.max(many)):
                 outside.append(name)
         text = [table(lines)]
         if outside:
             where = f"carried weights lie outside all {len(self.finite)} starts in {', '.join(outside)}"
-            text.append(
-                f"{where}: the difference is in what they remember, or in how long they trained, not in the values"
-            )
+            text.append(f"{where}: that difference is in what they remember, or in how long they trained")
         else:
             text.append(f"carried weights lie within the {len(self.finite)} starts: the values alone give as much")
         if not np.all(self.finite):
@@ -84,6 +86,7 @@ def retrain(
     key: Key,
     num_starts: int = 3,
     score: Callable[..., PyTree] | None = None,
+    baseline: Hyperparams = None,
     model_state: ModelState = None,
 ) -> Retrained:
     """Score the carried weights, and weights trained from scratch at the learned hyperparameters, held fixed.
@@ -103,6 +106,8 @@ def retrain(
       num_starts: fresh starts, ≥ 1, trained at once under ``vmap``.
       score: ``score(params, outer_batch) -> scalar or tree of scalars`` (``score(params, outer_batch, model_state)``
         where stateful); None: the outer loss.
+      baseline: hyperparameters like λ to train at alike, from the same fresh weights and batches: those before
+        learning, or a rival's. What retraining gains over them is in the values.
       model_state: of a stateful problem, with the carried weights.
 
     Returns:
@@ -135,24 +140,28 @@ def retrain(
     num_starts = _checks.positive_int("num_starts", num_starts)
     model_state = check_model_state(problem, model_state)
     root = _checks.required_key(key)
+    if baseline is not None:
+        _checks.same_structure("baseline", baseline, "the hyperparameters", hyperparams)
     if problem.response is not None:
+        center = problem.response.center
+        baseline = baseline if baseline is None else center(baseline)
         problem, params, hyperparams = _over_plain_weights(problem, params, hyperparams)
 
     def fresh(key: Array) -> tuple[Params, ModelState]:
         first = init(key)
         return first if problem.stateful else (first, ())
 
-    def judge(params: Params, model_state: ModelState) -> PyTree:
+    def judge(params: Params, hyperparams: Hyperparams, model_state: ModelState) -> PyTree:
         if score is not None:
             return score(params, _batches.gathered(outer_batch), *([model_state] if problem.stateful else []))
         at = BilevelParams(params, hyperparams)
         return evaluate_outer(problem, at, outer_batch, jax.random.fold_in(root, 0), model_state).value
 
     _checks.same_structure("init(key)", jax.eval_shape(fresh, root)[0], "the carried weights", params)
-    optimizer = resolve_optimizer(inner_optimizer, problem.constrain(hyperparams))
-    gradient = inner_gradient(problem, hyperparams)
 
-    def train(key: Array) -> tuple[PyTree, Params, Array]:
+    def train(key: Array, hyperparams: Hyperparams) -> tuple[PyTree, Params, Array]:
+        optimizer = resolve_optimizer(inner_optimizer, problem.constrain(hyperparams))
+        gradient = inner_gradient(problem, hyperparams)
         start_key, batch_key, loss_key = jax.random.split(key, 3)
         params, model_state = fresh(start_key)
 
@@ -165,12 +174,15 @@ def retrain(
 
         begin = _tree.strip_weak_types((params, optimizer.init(params), model_state))
         params, _, model_state = lax.fori_loop(0, num_steps, step, begin)
-        return judge(params, model_state), params, _tree.all_finite(params)
+        return judge(params, hyperparams, model_state), params, _tree.all_finite(params)
 
-    scores, trained, finite = jax.jit(jax.vmap(train))(jax.random.split(jax.random.fold_in(root, 1), num_starts))
-    carried = jax.jit(judge)(params, model_state)
-    carried, scores = jax.tree.map(np.asarray, (carried, scores))
-    return Retrained(carried, scores, trained, np.asarray(finite))
+    run = jax.jit(jax.vmap(train, in_axes=(0, None)))
+    keys = jax.random.split(jax.random.fold_in(root, 1), num_starts)
+    scores, trained, finite = run(keys, hyperparams)
+    others = () if baseline is None else run(keys, baseline)[0]
+    carried = jax.jit(judge)(params, hyperparams, model_state)
+    carried, scores, others = jax.tree.map(np.asarray, (carried, scores, others))
+    return Retrained(carried, scores, others, trained, np.asarray(finite))
 
 
 def _over_plain_weights(
