@@ -14,7 +14,7 @@ from tests.catalogue import ESTIMATORS
 from tests.problems import network, relative_error, window_of
 
 # One row of each family runs each time.
-FAST = ("implicit_neumann", "unrolled", "direct_delta_stn")
+FAST = ("implicit_neumann", "unrolled", "direct_gated")
 rows = pytest.mark.parametrize(
     "row", [pytest.param(row, marks=[pytest.mark.slow] * (row.name not in FAST), id=row.name) for row in ESTIMATORS]
 )

@@ -19,6 +19,7 @@ def benchmark(name, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_race(tmp_path):
     benchmark("self_tuning", "--tiny", "--choose", "--out", tmp_path)
     benchmark("self_tuning", "--tiny", "--seeds", 1, "--out", tmp_path, "--picture", tmp_path / "race.png")
