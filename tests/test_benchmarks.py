@@ -29,7 +29,7 @@ def test_quick_run(name, tmp_path):
 
 def test_the_readme_s_table_of_methods_is_that_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    module = runpy.run_path(str(ROOT / "benchmarks" / "methods_report.py"), run_name="report")
+    module = runpy.run_path(str(ROOT / "benchmarks" / "methods_report.py"), run_name="methods_report")
     read = lambda name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())  # noqa: E731
     table = module["readme_table"](read("methods"), read("self_tuning_cost"))
     readme = (ROOT / "README.md").read_text()
