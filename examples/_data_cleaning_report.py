@@ -1,16 +1,17 @@
 """Tell what ``data_cleaning.py`` measured: two tables and a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import _data_cleaning_comparison as rows
 import numpy as np
-from _data_cleaning_comparison import BY_WEIGHT, CARRIED, KEPT_JOINED, Result
+from _data_cleaning_comparison import Result
 from matplotlib.figure import Figure
 
 _NOTE = 'mean ± standard deviation over seeds; "that network": the one of validation only'
-_OURS = (CARRIED, rows.RETRAINED, rows.KEPT, KEPT_JOINED)
+_OURS = (rows.CARRIED, rows.RETRAINED, rows.KEPT, rows.KEPT_JOINED)
+_BEST = (rows.CARRIED, rows.RETRAINED, rows.KEPT_JOINED)
 
 
 def tables(results: Sequence[Result]) -> str:
@@ -22,20 +23,15 @@ def tables(results: Sequence[Result]) -> str:
 
 def summary(results: Sequence[Result]) -> str:
     """Say from the numbers alone what learned weights are worth beside other uses of the same examples."""
-    lines = []
-    for ours, rivals in (
-        (CARRIED, (rows.ALL, rows.STOPPED, rows.VALID, rows.FILTERED)),
-        (KEPT_JOINED, (rows.JOINED, rows.VALID, rows.FILTERED_JOINED)),
-    ):
-        lines.append(f"test error of {ours}, in points below that of (and on how many seeds)")
-        for rival in rivals:
-            gains = np.array([each.networks[rival].test_error - each.networks[ours].test_error for each in results])
-            lines.append(f"  {rival}: {100 * gains.mean():+.1f} ({(gains > 0).sum()} of {len(gains)})")
-    aucs = {name: np.array([each.searches[name].auc for each in results]) for name in results[0].searches}
-    lines.append(f"AUC of wrong labels by {BY_WEIGHT}, above that by (and on how many seeds)")
-    for name in [name for name in aucs if name != BY_WEIGHT]:
-        gains = aucs[BY_WEIGHT] - aucs[name]
-        lines.append(f"  {name}: {gains.mean():+.3f} ({(gains > 0).sum()} of {len(gains)})")
+    lines = ["test error, in points (and on how many seeds), below that of", " " * 34 + _joined(_BEST)]
+    for rival in (name for name in results[0].networks if name not in (*_OURS, rows.ORACLE)):
+        errors = {name: np.array([each.networks[name].test_error for each in results]) for name in (rival, *_BEST)}
+        lines.append(f"  {rival}".ljust(34) + _joined(_gain(100 * (errors[rival] - errors[x]), 1) for x in _BEST))
+    lines += ["wrong labels found by learned weights, above those by", " " * 34 + _joined(("F1", "AUC"))]
+    for rival in (name for name in results[0].searches if name != rows.BY_WEIGHT):
+        pairs = [(each.searches[rows.BY_WEIGHT], each.searches[rival]) for each in results]
+        gains = ([ours.f1 - theirs.f1 for ours, theirs in pairs], [ours.auc - theirs.auc for ours, theirs in pairs])
+        lines.append(f"  {rival}".ljust(34) + _joined(_gain(np.array(gain), 3) for gain in gains))
     return "\n".join(lines)
 
 
@@ -51,7 +47,7 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
     for label, chosen, colour in (("right label", ~wrong, "tab:green"), ("wrong label", wrong, "tab:red")):
         left.hist(weights[chosen], np.linspace(0, 1, 41), alpha=0.55, color=colour, label=label)
     left.axvline(0.5, color="0.4", linestyle=":", linewidth=1)
-    auc = np.mean([each.searches[BY_WEIGHT].auc for each in results])
+    auc = np.mean([each.searches[rows.BY_WEIGHT].auc for each in results])
     left.set(xlabel="learned weight (dotted: its start)", ylabel=f"examples (seeds: {len(results)})")
     left.set_title(f"AUC of wrong labels {auc:.3f}", fontsize="medium")
     left.legend(frameon=False)
@@ -77,3 +73,11 @@ def _table(head: str, columns: Sequence[str], seeds: Sequence[dict[str, Any]]) -
 def _cell(column: str, values: np.ndarray) -> str:
     scale, digits = {"examples": (1, 0), "test error, %": (100, 1)}.get(column, (1, 3))
     return f"{scale * values.mean():.{digits}f} ± {scale * values.std():.{digits}f}".rjust(16)
+
+
+def _gain(values: np.ndarray, digits: int) -> str:
+    return f"{values.mean():+.{digits}f} ({(values > 0).sum()} of {len(values)})"
+
+
+def _joined(cells: Iterable[str]) -> str:
+    return "".join(cell.rjust(28) for cell in cells)

@@ -31,12 +31,12 @@ class Settings(NamedTuple):
     valid: int  # clean examples: all that the hypergradient sees
     hidden: int
     seeds: int
-    every: int  # steps of training an outer step, after a warm-up of a twentieth of all steps
-    num_terms: int  # of the Neumann series
-    rate: float
     noise: float = 0.4  # share of wrong labels
     steps: int = 2000  # of training weights along; from scratch half as many
     batch: int = 250
+    every: int = 5  # steps of training an outer step, after a warm-up of a twentieth of all steps
+    num_terms: int = 20  # of the Neumann series
+    rate: float = 3e-3
     decay: float = 3e-3  # where weights are trained along; one of DECAYS
     outer_rate: float = 0.1
     look: int = 100

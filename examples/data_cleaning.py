@@ -36,11 +36,13 @@ from jax import lax
 
 import hypergrad as hg
 
-# Chosen on seeds 10 to 12, which are not reported, by the loss on validation images kept from the hypergradient.
+# Settings are chosen on seeds 10 to 12, which are not reported, by the loss of networks with learned weights on
+# validation images kept from the hypergradient; the data sets share them, and MNIST takes them as they are. Of starts
+# at 0.27, 0.5, 0.73 and 0.88 that loss was lowest at 0.5 on digits and over both, by little at 0.27 on Fashion-MNIST.
 DEFAULTS = {
-    "digits": Settings(train=1000, valid=400, hidden=64, seeds=3, every=5, num_terms=20, rate=3e-3),
-    "mnist": Settings(train=5000, valid=1000, hidden=128, seeds=1, every=10, num_terms=10, rate=1e-3),
-    "fashion_mnist": Settings(train=5000, valid=1000, hidden=128, seeds=1, every=10, num_terms=10, rate=1e-3),
+    "digits": Settings(train=1000, valid=400, hidden=64, seeds=3),
+    "fashion_mnist": Settings(train=5000, valid=1000, hidden=128, seeds=1),
+    "mnist": Settings(train=5000, valid=1000, hidden=128, seeds=1),
 }
 
 
