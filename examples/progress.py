@@ -38,7 +38,15 @@ class Progress(NamedTuple):
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
     """Give an example's command line ``--log``."""
-    parser.add_argument("--log", type=Path, help="write progress there: a .csv file, or a folder for TensorBoard")
+    parser.add_argument("--log", type=_log, help="write progress there: a new .csv file, or a folder for TensorBoard")
+
+
+def _log(given: str) -> Path:
+    """Refuse, before anything runs, a file that is there already: a log is not written over."""
+    path = Path(given)
+    if path.is_file() or (path.exists() and path.suffix.lower() == ".csv"):
+        raise argparse.ArgumentTypeError(f"{given} exists: name a new .csv file, or a folder")
+    return path
 
 
 @contextlib.contextmanager
@@ -72,7 +80,7 @@ def _writer(log: Path | None) -> Iterator[Write]:
         yield lambda *_: None
         return
     log.parent.mkdir(parents=True, exist_ok=True)
-    if log.suffix == ".csv":
+    if log.suffix.lower() == ".csv":
         with log.open("w", newline="") as file:
             rows = csv.DictWriter(file, ["run", "step", *FIGURES])
             rows.writeheader()
@@ -88,7 +96,8 @@ def _writer(log: Path | None) -> Iterator[Write]:
 
         def write_events(run: str, step: int, values: dict[str, float]) -> None:
             if run not in writers:
-                writers[run] = stack.enter_context(SummaryWriter(str(log / run)))
+                inside = [part for part in Path(run).parts if part not in ("/", "..")]
+                writers[run] = stack.enter_context(SummaryWriter(str(log.joinpath(*inside))))
             for name, value in values.items():
                 writers[run].add_scalar(name, value, step)
 

@@ -5,7 +5,7 @@ traces is ``independent_leaves``: it follows data through a jaxpr to find output
 an input, which is how a hypergradient that is zero by construction is refused instead of returned.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -202,16 +202,23 @@ def dependence(fn: Callable[[PyTree], PyTree], argument: PyTree) -> Callable[[Se
 
 def operations(jaxpr: Any) -> set[str]:
     """Return the names of all primitives in a jaxpr and in the jaxprs inside it."""
-    return {eqn.primitive.name for eqn in _equations(jaxpr)}
+    return {eqn.primitive.name for eqn in _equations(jaxpr.eqns)}
 
 
 def working_precision(fn: Callable[[PyTree], PyTree], argument: PyTree) -> Any:
-    """Return the dtype of lowest precision that ``fn`` casts a wider floating-point value down to.
+    """Return the dtype of lowest precision that ``fn`` casts a wider floating-point value down to, on its way.
 
-    The widest dtype of the argument where it casts none: what rounds the result of ``fn``.
+    The widest dtype of the argument where it casts none: what rounds the result of ``fn``. Equations of the outermost
+    jaxpr that the result does not depend on are left out.
     """
     found = _tree.wider(*(jnp.result_type(leaf) for leaf in jax.tree.leaves(argument)))
-    for eqn in _equations(jax.make_jaxpr(fn)(argument).jaxpr):
+    jaxpr: Any = jax.make_jaxpr(fn)(argument).jaxpr
+    needed, reached = {v for v in jaxpr.outvars if not isinstance(v, jex_core.Literal)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if any(v in needed for v in eqn.outvars):
+            needed.update(v for v in eqn.invars if not isinstance(v, jex_core.Literal))
+            reached.append(eqn)
+    for eqn in _equations(reached):
         if eqn.primitive.name == "convert_element_type":
             before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
             floating = all(jnp.issubdtype(dtype, jnp.floating) for dtype in (before, after))
@@ -220,15 +227,15 @@ def working_precision(fn: Callable[[PyTree], PyTree], argument: PyTree) -> Any:
     return found
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """Yield the equations of a jaxpr and of the jaxprs inside it."""
-    for eqn in jaxpr.eqns:
+def _equations(equations: Iterable[Any]) -> Iterator[Any]:
+    """Yield equations, and those of the jaxprs inside them."""
+    for eqn in equations:
         yield eqn
         for parameter in eqn.params.values():
             for item in parameter if isinstance(parameter, list | tuple) else [parameter]:
-                inner = getattr(item, "jaxpr", item)
+                inner: Any = getattr(item, "jaxpr", item)
                 if hasattr(inner, "eqns"):
-                    yield from _equations(inner)
+                    yield from _equations(inner.eqns)
 
 
 def _follow(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:

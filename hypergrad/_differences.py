@@ -20,6 +20,8 @@ from hypergrad._problem import BilevelParams, BilevelProblem, evaluate_inner, ev
 from hypergrad._rollout import CallKeys, Rollout, make_window, resolve_optimizer, rollout
 from hypergrad._types import Array, Batch, Hyperparams, ModelState, Params, PyTree
 
+_SMALLEST = 1e-6  # root mean square of a leaf: below, rounding of φ would drown its differences
+
 
 class Reference(NamedTuple):
     """φ, and what it was made at.
@@ -145,8 +147,8 @@ def measure(
 ) -> list[Difference]:
     """Return the derivative of φ along each direction, by the first of ``steps`` whose difference is good ``enough``.
 
-    Where none is, by the one of least uncertainty. Steps are relative to the root mean square of the leaf that moves,
-    absolute where that is 0; φ rounds in a precision of ``epsilon``.
+    Where none is, by the one of least uncertainty. Steps are relative to the root mean square of the leaf that moves
+    (1e-6 at the least), absolute where that is 0; φ rounds in a precision of ``epsilon``.
     """
     leaves, structure = jax.tree.flatten(tree)
 
@@ -160,7 +162,8 @@ def measure(
         return (values[0] - values[1]) / (2 * length), epsilon * max(map(abs, values)) / length
 
     def difference(probe: Probe, step: float) -> Difference:
-        length = step * (float(jnp.sqrt(jnp.mean(jnp.square(leaves[probe.place])))) or 1.0)
+        spread = float(jnp.sqrt(jnp.mean(jnp.square(leaves[probe.place]))))
+        length = step * (max(spread, _SMALLEST) if spread else 1.0)
         (wide, _), (narrow, rounding) = quotient(probe, length), quotient(probe, length / 2)
         return Difference((4 * narrow - wide) / 3, float(np.maximum(abs(narrow - wide), rounding)), step)
 

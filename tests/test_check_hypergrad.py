@@ -125,15 +125,19 @@ def by_hand(problem, *, fresh):
     return HypergradEstimator(problem, lambda variables: (), estimate, needs_rollout=False)
 
 
-@pytest.mark.usefixtures("x64")
 def test_a_fresh_dropout_key_a_product_fails_and_one_key_passes():
+    """In float32, where the masks are those of the user's program: float64 would draw others."""
     key = jax.random.key(3)
     problem, variables = dropped_out(key)
     wrong = check(by_hand(problem, fresh=True), variables, (), (), key=key)
     assert not wrong.passed
+    assert wrong.dtype == "float32"
+    assert "other random numbers in float64" in wrong.note
+    assert wrong.inner_gradient_norm < 1e-6
     assert "share one key" in wrong.reasons[0]
     assert "error" in str(wrong)
-    assert check(by_hand(problem, fresh=False), variables, (), (), key=key).passed
+    mended = check(by_hand(problem, fresh=False), variables, (), (), key=key)
+    assert mended.passed, str(mended)
 
 
 @pytest.mark.usefixtures("x64")
@@ -178,6 +182,12 @@ def test_a_window_that_implicit_takes_first_is_taken():
     assert on(case, hg.implicit(example.problem, CG), inner_optimizer=optax.sgd(0.5)).passed
 
 
+def _where_a_hardly_counts(problem):
+    """Return the problem with decays of the first leaf that move a ten-thousandth as far."""
+    small = lambda loss: lambda w, h, batch, key: loss(w, h | {"a": 1e-4 * h["a"]}, batch, key)  # noqa: E731
+    return hg.BilevelProblem(small(problem.inner_loss), small(problem.outer_loss))
+
+
 @pytest.mark.usefixtures("x64")
 def test_one_wrong_leaf_is_named():
     example = problems.ridge()
@@ -190,6 +200,18 @@ def test_one_wrong_leaf_is_named():
     found = on(example, right._replace(estimate=estimate))
     assert {row.leaf for row in found.rows if row.error > found.rtol} == {"['a']"}
     assert found.rows[0].error == pytest.approx(1 / 6, rel=1e-4)
+
+    def backwards(*args, **options):  # a leaf that hardly counts, of the wrong sign
+        found = right.estimate(*args, **options)
+        return found._replace(hypergrad=found.hypergrad | {"a": -1e-7 * found.hypergrad["a"]})
+
+    scaled = example.variables.hyperparams | {"a": 1e4 * example.variables.hyperparams["a"]}
+    small = example._replace(
+        problem=_where_a_hardly_counts(example.problem), variables=example.variables._replace(hyperparams=scaled)
+    )
+    right = hg.implicit(small.problem, CG)
+    assert on(small, right).passed
+    assert not on(small, right._replace(estimate=backwards)).passed
     assert found.reasons
     assert "custom derivative" in found.reasons[0]
 
@@ -228,6 +250,7 @@ def test_what_casts_down_or_refuses_float64_is_checked_in_its_precision():
         found = on(example, hg.implicit(problem, hg.solvers.cg(50, 1e-6)), rtol=0.05)
         assert found.dtype == "float32"
         assert found.passed, str(found)
+        assert ("TypeError: this model takes float32" in str(found)) == (wrap is fixed)
 
 
 @pytest.mark.usefixtures("x64")
@@ -252,8 +275,43 @@ def test_what_is_not_finite_is_said_to_be():
     assert "not finite" in found.reasons[0]
 
 
+@pytest.mark.usefixtures("x64")
+def test_a_solve_that_broke_down_is_named_before_the_weights():
+    example = problems.ridge()
+    lost = hg.solvers.from_callable(lambda matvec, b, x0: jax.tree.map(lambda x: 1e3 * x, b))
+    found = on(example, hg.implicit(example.problem, lost))
+    assert len(found.reasons) == 1
+    assert "broke down" in found.reasons[0]
+    assert "damping" in found.reasons[0]
+
+
+def test_a_random_loss_under_a_response_is_inconclusive():
+    def inner(w, h, batch, key):
+        return jnp.sum((w - h * (1 + jax.random.normal(key))) ** 2)
+
+    problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w**2))
+    problem = hg.responses.with_response(problem, hg.responses.linear())
+    at = hg.BilevelParams(hg.responses.LinearParams(jnp.ones(1), jnp.ones((1, 1)), ()), jnp.ones(1))
+    found = check(hg.direct(problem), at, (), (), key=1)
+    assert len(found.reasons) == 1
+    assert "mean over draws" in found.reasons[0]
+
+
+def test_an_aux_that_is_cast_down_does_not_count():
+    def loss(w, h, batch, key):
+        return jnp.sum((w - jnp.exp(h)) ** 2), w.astype(jnp.bfloat16)
+
+    problem = hg.BilevelProblem(loss, loss, has_aux=True)
+    assert (
+        check(hg.implicit(problem, CG), hg.BilevelParams(jnp.ones(2), jnp.zeros(2)), (), (), key=None).dtype
+        == "float64"
+    )
+
+
 def test_refuses_what_it_cannot_check():
     example = problems.ridge()
+    with pytest.raises(TypeError, match=r"outside jax\.jit"):
+        jax.jit(lambda at: on(example._replace(variables=at), hg.implicit(example.problem, CG)))(example.variables)
     with pytest.raises(TypeError, match="expected a HypergradEstimator"):
         on(example, example.problem)
     with pytest.raises(ValueError, match="rtol"):

@@ -49,6 +49,8 @@ def test_compare_refuses_what_cannot_be_compared():
         D.compare(method["cg"], example.exact, *point, key=None)
     with pytest.raises(TypeError, match="an estimator or a function"):
         D.compare({"cg": 3}, example.exact, *point, key=None)
+    with pytest.raises(TypeError, match=r"\(\(value, hypergrad\), info\)"):
+        D.compare({"cg": hg.hypergrad(method["cg"])}, example.exact, *point, key=None)
     with pytest.raises(ValueError, match="structure of the hyperparameters"):
         D.compare(method, {"a": jnp.ones(2)}, *point, key=None)
     with pytest.raises(ValueError, match="finite hypergradient other than zero"):
@@ -79,6 +81,8 @@ def test_short_horizons_push_a_learning_rate_the_other_way():
     assert "against it, by their cosine: 1 (-1)" in str(found)
     with pytest.raises(ValueError, match="differentiates steps"):
         D.horizon_bias(hg.implicit(estimator.problem, hg.solvers.cg(5)), at, noise, (), **options)
+    with pytest.raises(TypeError, match="horizons as a sequence"):
+        D.horizon_bias(estimator, at, noise, (), horizons=4, **options)
     with pytest.raises(ValueError, match="horizons of at most 64"):
         D.horizon_bias(estimator, at, noise, (), horizons=[100], **options)
 
@@ -120,9 +124,13 @@ def test_lanczos_of_small_and_of_definite_hessians():
     assert float(found.largest) == float(found.smallest) == pytest.approx(3.0)
     assert float(found.negative_share) == 0.0
     assert "positive definite as far as seen" in str(found)
-    nothing = hg.BilevelProblem(lambda w, h, batch, key: jnp.sum(w) * jnp.nan, inner)
+    flat = hg.BilevelProblem(lambda w, h, batch, key: jnp.sum(w**2) - w @ w + jnp.sum(w) ** 2, inner)
+    singular = D.extreme_eigenvalues(flat, hg.BilevelParams(jnp.ones(5), jnp.ones(1)), (), key=0)
+    assert "singular to rounding" in str(singular)
+    nothing = hg.BilevelProblem(lambda w, h, batch, key: jnp.sum(w**2) * jnp.nan, inner)
     broken = D.extreme_eigenvalues(nothing, hg.BilevelParams(jnp.ones(2), jnp.ones(1)), (), key=None, num_steps=2)
     assert not float(broken.largest) > 0
+    assert "not finite" in str(broken)
 
 
 @pytest.mark.usefixtures("x64")
@@ -165,7 +173,7 @@ def test_retrain_scores_carried_and_fresh_weights_with_minibatches():
     assert found.retrained["distance"] == pytest.approx(2.0, abs=0.02)  # λ is one off in both entries
     assert found.params["w"].shape == (2, 2)
     assert found.finite.all()
-    assert "outside all 2 starts" in str(found)
+    assert "not in the values" in str(found)
     cold = D.retrain(
         problem,
         variables._replace(params={"w": target + 1}),
@@ -178,7 +186,7 @@ def test_retrain_scores_carried_and_fresh_weights_with_minibatches():
     )
     assert float(cold.carried) == pytest.approx(2.0)
     assert cold.baseline == ()
-    assert "lie within" in str(cold)
+    assert "carried and retrained weights are equal" in str(cold)
 
 
 def test_retrain_follows_model_state_responses_and_optimizers_of_hyperparameters():
@@ -213,7 +221,13 @@ def test_retrain_says_which_starts_diverged_and_refuses_other_weights():
     options = {"inner_optimizer": optax.sgd(3.0), "num_steps": 200, "key": 0}
     found = D.retrain(problem, at, lambda key: {"w": jnp.ones(2)}, jnp.zeros(()), jnp.zeros(()), **options)
     assert not found.finite.any()
-    assert "3 of the starts diverged" in str(found)
+    assert "all 3 starts diverged" in str(found)
+    half = found._replace(finite=np.array([True, True, False]), retrained=np.array([1.0, 1.2, np.inf]))
+    assert "1 of the starts diverged" in str(half)
+    assert "1.1" in str(half).splitlines()[2].split()  # the mean of those that did not
+    assert "do not tell that from chance" in str(half._replace(carried=np.array(1.3)))
+    with pytest.raises(ValueError, match="score to return scalars"):
+        D.retrain(problem, at, lambda key: at.params, jnp.zeros(()), (), score=lambda w, _: w["w"], **options)
     with pytest.raises(ValueError, match=r"init\(key\)"):
         D.retrain(problem, at, lambda key: {"w": jnp.ones(3)}, jnp.zeros(()), jnp.zeros(()), **options)
     with pytest.raises(ValueError, match="baseline with the structure of the hyperparameters"):
@@ -284,11 +298,15 @@ def test_pictures_show_what_they_are_given(tmp_path):
     assert figure.axes[0].lines[0].get_xdata().tolist() == [7]
     assert {t.get_text() for t in figure.axes[2].get_legend().get_texts()} == {"not converged"}
     assert len(D.plot_solver([info._replace(solver=())]).axes) == 2
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), info, info._replace(step=jnp.array(9)))
+    assert D.plot_solver(stacked).axes[0].lines[0].get_xdata().tolist() == [7, 9]
 
 
 def test_pictures_refuse_what_they_cannot_show():
     with pytest.raises(ValueError, match="one snapshot for each step"):
         D.plot_trajectories([0, 1], [{"a": 1.0}])
+    with pytest.raises(ValueError, match="a later snapshot"):
+        D.plot_trajectories([0, 1], [{"a": 1.0}, {"b": 1.0}])
     with pytest.raises(ValueError, match="all of them finite"):
         D.plot_layers({"a": jnp.array([1.0, jnp.nan])})
     with pytest.raises(ValueError, match="infos of estimates"):

@@ -1,6 +1,7 @@
 """Whether to trust a hypergradient and what was learned by it: checks, comparisons, the retrain audit, pictures."""
 
-from hypergrad.diagnostics._check import Direction, HypergradCheck, check_hypergrad
+from hypergrad.diagnostics._base import Direction, HypergradCheck
+from hypergrad.diagnostics._check import check_hypergrad
 from hypergrad.diagnostics._compare import Agreement, Comparison, HorizonBias, compare, horizon_bias
 from hypergrad.diagnostics._plots import plot_layers, plot_solver, plot_trajectories
 from hypergrad.diagnostics._retrain import Retrained, retrain

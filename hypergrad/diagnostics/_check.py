@@ -28,69 +28,12 @@ from hypergrad._problem import (
 )
 from hypergrad._rollout import split_keys
 from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
-from hypergrad.diagnostics._base import align, digits, readable, table
+from hypergrad.diagnostics._base import Direction, HypergradCheck, align, digits, readable
 from hypergrad.estimators import Estimate, HypergradEstimator
 from hypergrad.solvers import SolveInfo
 
 _STEPS, _WIDE_STEPS = (1e-3, 1e-5, 3e-2), (1e-2, 3e-2, 1e-1)  # in float64, or less: until differences can be trusted
 _FLOOR = 1e-3  # of the whole hypergradient's norm: what a leaf's error is measured against at the least
-
-
-class Direction(NamedTuple):
-    """One directional derivative, by both routes.
-
-    Attributes:
-      leaf: path of the hyperparameter leaf that moves.
-      kind: "along" the estimate, or "random" signs.
-      estimated: ⟨hypergrad, d⟩.
-      measured: by finite differences.
-      uncertainty: of ``measured``, relative as ``error`` is: what halving the step changed, or rounding may have.
-      error: |estimated − measured| over the size that the derivative has in such a direction.
-    """
-
-    leaf: str
-    kind: str
-    estimated: float
-    measured: float
-    uncertainty: float
-    error: float
-
-
-class HypergradCheck(NamedTuple):
-    """The verdict of a gradient check. ``str()`` of it is a report.
-
-    Attributes:
-      passed: whether every direction agrees within ``rtol``, by differences that can be trusted that far.
-      reasons: why not, most certain first; empty if passed.
-      rows: one ``Direction`` for each leaf, and one more of random signs for each leaf of more than one number.
-      rtol: the tolerance asked for.
-      step: the widest h of those taken, by which a leaf was moved relative to its root mean square.
-      dtype: of the lowest precision in which the losses computed.
-      outer_loss: at the weights of the estimate.
-      inner_gradient_norm: ‖∇_w L_in‖ there, on the batch and with the key that the linear solve sees.
-      error_at_optimum: the largest error of an estimate at the inner optimum instead; NaN where none was needed.
-      residual: of the estimate's linear solve; NaN without one.
-    """
-
-    passed: bool
-    reasons: tuple[str, ...]
-    rows: tuple[Direction, ...]
-    rtol: float
-    step: float
-    dtype: str
-    outer_loss: float
-    inner_gradient_norm: float
-    error_at_optimum: float
-    residual: float
-
-    def __str__(self) -> str:
-        """Return verdict, table and reasons."""
-        verdict = "passed" if self.passed else "FAILED"
-        head = f"hypergradient check {verdict}: tolerance {self.rtol:g}, step {self.step:g}, {self.dtype}"
-        lines: list[tuple[str, ...]] = [("hyperparameters", "direction", "estimated", "measured", "±", "error")]
-        lines += [(readable(row.leaf), row.kind, *map(digits, row[2:])) for row in self.rows]
-        reasons = "".join(f"\n- {reason}" for reason in self.reasons)
-        return f"{head}\n{table(lines)}{reasons}"
 
 
 def check_hypergrad(
@@ -114,8 +57,8 @@ def check_hypergrad(
 
     Args:
       estimator: with any problem small enough to be solved again, eight times a leaf. Take a smaller batch first.
-      variables: where. For ``hg.implicit`` at weights that solve the inner problem on ``inner_batch`` with the key's
-        dropout mask, if it has one: elsewhere the check fails and says so, with the error that is left at the optimum.
+      variables: where. For ``hg.implicit`` at weights that solve the inner problem on ``inner_batch`` with the dropout
+        mask that the key gives: elsewhere the check fails and says so, with the error that is left at the optimum.
       inner_batch: with an ``inner_optimizer``, leaves carry a window axis.
       outer_batch: of the outer loss.
       key: of the losses, or None.
@@ -126,14 +69,17 @@ def check_hypergrad(
 
     Returns:
       A ``HypergradCheck`` of Python numbers; ``print`` it. Everything is computed in float64, floating-point leaves
-      cast to it, as far as the losses do not cast them down; in their own dtype where they do not run in float64.
+      cast to it, as far as the losses do not cast them down; in the leaves' own dtypes where the losses raise in
+      float64 or draw other random numbers there (masks of ``jax.random.bernoulli`` depend on the dtype).
 
     Raises:
       TypeError: no estimator, or variables that are no ``BilevelParams``.
       ValueError: what the estimator itself refuses; ``rtol`` or ``step`` not positive.
 
     Right where φ is smooth: across the kinks of ReLUs, or a basin's edge, differences of two step sizes disagree, and
-    the check fails as inconclusive. A pass is no proof for entries that are far smaller than their leaf's others.
+    the check fails as inconclusive. A random direction sees an error in one of a leaf's n like entries divided by √n: a
+    pass is no proof for single entries of large leaves. Where the inner loss is random, w* is that of the key's draw; a
+    learned response follows the mean over draws, and is not judged. A saddle that Newton's method starts at passes.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: jnp.sum(0.5 * jnp.exp(h) * w**2 - w)                  # w* = exp(-h)
@@ -154,11 +100,19 @@ def check_hypergrad(
     if step is not None:
         _checks.number("step", step, low=0.0, strict=True)
     case = _Case(estimator, inner_optimizer, variables, inner_batch, outer_batch, _checks.as_key(key), model_state)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(case[2:])):
+        fix = "Call check_hypergrad outside jax.jit and other transformations: it compiles what it needs itself."
+        raise TypeError(_checks.message("arrays to check at", "traced values", fix))
+    own = _values(case)
     try:
         with jax.enable_x64(True):
-            return _judged(case.in_float64(), rtol, step)
-    except Exception:  # whatever a model that is fixed to float32 raises; what is wrong in itself raises again below
-        return _judged(case, rtol, step)
+            wide = case.in_float64()
+            if _same(own, _values(wide), variables):
+                return _judged(wide, rtol, step, "")
+            note = "the losses draw other random numbers in float64"
+    except Exception as error:  # what a model fixed to float32 raises; what is wrong in itself raises again below
+        note = f"in float64 they raise {type(error).__name__}: {str(error).splitlines()[0]:.120}"
+    return _judged(case, rtol, step, note)
 
 
 class _Case(NamedTuple):
@@ -184,7 +138,7 @@ class _Case(NamedTuple):
         return self._replace(**{name: jax.tree.map(cast, getattr(self, name)) for name in names})
 
 
-def _judged(case: _Case, rtol: float, step: float | None) -> HypergradCheck:
+def _judged(case: _Case, rtol: float, step: float | None, note: str) -> HypergradCheck:
     model_state = check_model_state(case.problem, case.model_state)
     estimate_fn = jax.jit(estimator_function(case.estimator, case.inner_optimizer))
     estimate = estimate_fn(case.variables, case.inner_batch, case.outer_batch, case.key, case.model_state)
@@ -209,15 +163,16 @@ def _judged(case: _Case, rtol: float, step: float | None) -> HypergradCheck:
     precision = _checks.working_precision(functools.partial(_losses, case, last, estimate.model_state), at)
     steps = _STEPS if precision == jnp.float64 else _WIDE_STEPS
     usual = _usual(gradient)
+    floor = _FLOOR * float(np.linalg.norm(usual))
     measured = _differences.measure(
         reference.value_at,
         base,
         along,
         steps if step is None else (step,),
         epsilon=float(jnp.finfo(precision).eps),
-        enough=lambda probe, found: found.uncertainty <= rtol * max(usual[probe.place], abs(found.slope)),
+        enough=lambda probe, found: found.uncertainty <= rtol * max(usual[probe.place], abs(found.slope), floor),
     )
-    rows = _rows(gradient, along, measured)
+    rows = _rows(gradient, along, measured, rtol)
     solver = estimate.info.solver
     found = HypergradCheck(
         passed=all(row.error <= rtol and row.uncertainty <= rtol for row in rows),
@@ -226,6 +181,7 @@ def _judged(case: _Case, rtol: float, step: float | None) -> HypergradCheck:
         rtol=rtol,
         step=max((one.step for one in measured), default=0.0),
         dtype=str(precision),
+        note=note,
         outer_loss=float(estimate.value),
         inner_gradient_norm=float(_tree.norm(_slope(case, at, last, estimate.model_state, keys.solve))),
         error_at_optimum=float("nan"),
@@ -238,27 +194,43 @@ def _judged(case: _Case, rtol: float, step: float | None) -> HypergradCheck:
         solved = at._replace(params=reference.optimum.params)
         state = estimate.model_state if problem.stateful else None
         there = jax.jit(estimator_function(case.estimator, None))(solved, last, case.outer_batch, case.key, state)
-        rows = _rows(there.hypergrad, along, measured)
+        rows = _rows(there.hypergrad, along, measured, rtol)
         found = found._replace(error_at_optimum=max(row.error for row in rows))
     return found._replace(reasons=tuple(_reasons(case, found, at, last, estimate, there)))
 
 
 def _usual(gradient: Hyperparams) -> list[float]:
     """Return ‖gradient‖ of each leaf: about the derivative along random signs, no more than that along it."""
-    sizes = np.array([np.linalg.norm(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(gradient)])
-    return np.maximum(sizes, _FLOOR * np.linalg.norm(sizes)).tolist()
+    return [float(np.linalg.norm(np.asarray(leaf, np.float64))) for leaf in jax.tree.leaves(gradient)]
 
 
 def _rows(
-    gradient: Hyperparams, along: list[_differences.Probe], measured: list[_differences.Difference]
+    gradient: Hyperparams, along: list[_differences.Probe], measured: list[_differences.Difference], rtol: float
 ) -> tuple[Direction, ...]:
     usual, found = _usual(gradient), []
     for probe, (slope, uncertainty, _) in zip(along, measured, strict=True):
         estimated = _differences.derivative(gradient, probe)
         size = np.nan_to_num([usual[probe.place], abs(estimated), abs(slope)]).max()
+        if not uncertainty <= rtol * size:  # too small a leaf to be judged by itself: by its share of the whole
+            size = max(size, np.nan_to_num(_FLOOR * np.linalg.norm(usual)))
         apart = [float(x / size) if size > 0 else float(x) for x in (uncertainty, abs(estimated - slope))]
         found.append(Direction(probe.leaf, probe.kind, estimated, slope, *apart))
     return tuple(found)
+
+
+def _values(case: _Case) -> np.ndarray:
+    """Return both losses at the point given, where random numbers enter them."""
+    if case.key is None:
+        return np.zeros(2)
+    batch = case.inner_batch if case.inner_optimizer is None else _batches.take(case.inner_batch, 0)
+    model_state = check_model_state(case.problem, case.model_state)
+    return np.array(jax.jit(functools.partial(_losses, case, batch, model_state))(case.variables), np.float64)
+
+
+def _same(own: np.ndarray, wide: np.ndarray, variables: BilevelParams) -> bool:
+    """Return whether the losses are the same but for rounding: they draw the same random numbers."""
+    coarsest = max(float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in jax.tree.leaves(variables))
+    return bool(np.allclose(own, wide, rtol=max(1e-5, 20 * coarsest), atol=1e-6, equal_nan=True))
 
 
 def _inner(case: _Case, batch: Batch, model_state: ModelState, key: Array | None, at: BilevelParams) -> Array:
@@ -291,58 +263,68 @@ def _reasons(
             f"the inner loss is no function of its arguments: with the same key its gradient changed by "
             f"{digits(align(*slopes).error)} of its norm. Draw all random numbers from the key that the loss is given"
         )
+    other = None if key is None else _slope(case, at, last, estimate.model_state, jax.random.fold_in(key, 1))
+    change = 0.0 if other is None else np.nan_to_num(align(other, slopes[0]).error)
+    if case.problem.response is not None and change > 1e-6:
+        yield (
+            f"inconclusive: the inner loss is random (another key changes its gradient by {digits(change)} of its "
+            "norm), and a response follows the mean over draws where this check solves for one. Check without the noise"
+        )
+        return
     vague = [row for row in found.rows if not row.uncertainty <= rtol]
-    if any(np.isnan(row.uncertainty) for row in vague):
-        yield (
-            "inconclusive: the inner problem could not be solved to rounding near these hyperparameters, or a loss is "
-            "not finite there. A kink (ReLU) at the solution does that: check with a smooth activation, or more decay"
-        )
-    elif vague:
-        worst = max(vague, key=lambda row: row.uncertainty)
-        yield (
-            f"inconclusive for {readable(worst.leaf)}: halving the step changed its difference quotient by "
-            f"{digits(worst.uncertainty)}. "
-            + (
-                "Kinks, chaotic steps or rounding: try another step, or a smooth activation"
-                if found.dtype == "float64"
-                else f"Rounding: a loss casts to {found.dtype}; check it without the cast"
-            )
-        )
+    if vague:
+        yield _inconclusive(max(vague, key=lambda row: np.nan_to_num(row.uncertainty, nan=np.inf)), found.dtype)
     wrong = [row.error for row in found.rows if row.uncertainty <= rtol and not row.error <= rtol]
     if not wrong:
         return
-    residual, explained = found.residual, False
-    if there is not None:
-        error = found.error_at_optimum
-        if not error > 0.5 * max(wrong):
-            explained = error <= rtol
-            left = "the estimate is right" if explained else "more is wrong"
-            yield (
-                f"the inner problem is not solved at these weights, with this batch and key: ‖∇_w L_in‖ = "
-                f"{digits(found.inner_gradient_norm)}. At its solution {left} (error {digits(error)}). Train longer, "
-                "or check there"
-            )
-        if isinstance(there.info.solver, SolveInfo):
-            residual = float(there.info.solver.residual)
+    solver, explained = estimate.info.solver if there is None else there.info.solver, False
+    residual = float(solver.residual) if isinstance(solver, SolveInfo) else 0.0
+    if not residual < 1:
+        yield (
+            f"the linear solve broke down (residual {digits(residual)}): H is singular or indefinite here, or the step "
+            "size too large (see diagnostics.extreme_eigenvalues). Give the solver damping, or the loss a decay"
+        )
+        return
+    if there is not None and not found.error_at_optimum > 0.5 * max(wrong):
+        explained = found.error_at_optimum <= rtol
+        left = "the estimate is right" if explained else "more is wrong"
+        yield (
+            f"the inner problem is not solved at these weights, with this batch and key: ‖∇_w L_in‖ = "
+            f"{digits(found.inner_gradient_norm)}. At its solution {left} (error {digits(found.error_at_optimum)}). "
+            "Train longer, or check there"
+        )
     if not explained and residual > rtol:
         explained = True
         yield (
-            f"the linear solve stopped at residual {digits(residual)}: more terms or steps, a larger step size "
-            "(see diagnostics.extreme_eigenvalues), or cg. Few terms have the right direction and too small a norm"
+            f"the linear solve stopped at residual {digits(residual)}: more terms or steps, or a larger step size (see "
+            "diagnostics.extreme_eigenvalues). Few terms have the right direction and too small a norm"
         )
     if explained:
         return
     if case.problem.response is not None:
         yield "the response has not learned the best response: train it longer, or on perturbations of another scale"
-    other = None if key is None else _slope(case, at, last, estimate.model_state, jax.random.fold_in(key, 1))
-    if other is not None and align(other, slopes[0]).error > 1e-6:
+        return
+    if change > 1e-6:
         yield (
-            f"the inner loss is random (another key changes its gradient by {digits(align(other, slopes[0]).error)} of "
-            "its norm): do all products of a solve and the mixed product share one key, keys.solve? Fresh masks a "
-            "product are another matrix each"
+            f"the inner loss is random (another key changes its gradient by {digits(change)} of its norm): do all "
+            "products of a solve and the mixed product share one key, keys.solve? Fresh masks are another matrix each"
         )
     yield (
         "not the derivative of these steps: a truncated unroll, a stop_gradient, or a custom derivative that is wrong"
         if case.estimator.needs_rollout
         else "not explained by residual or weights: a stop_gradient or a custom derivative in a loss, or the estimator"
     )
+
+
+def _inconclusive(worst: Direction, dtype: str) -> str:
+    """Say why a difference cannot be trusted."""
+    cause = (
+        "a kink (ReLU), an unbounded loss, or a step that leaves the losses' domain: try a smooth activation, more "
+        "decay, a bijector, or another step"
+    )
+    if dtype != "float64":
+        cause = f"the losses compute in {dtype}, whose rounding does it, or {cause}"
+    if np.isnan(worst.uncertainty):
+        return f"inconclusive: near these {readable(worst.leaf)} no inner solution was found to rounding, for {cause}"
+    change = digits(worst.uncertainty)
+    return f"inconclusive for {readable(worst.leaf)}: its difference quotient is uncertain by {change}, for {cause}"

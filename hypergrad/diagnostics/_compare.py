@@ -82,7 +82,11 @@ class HorizonBias(NamedTuple):
             return "every window tried goes the way of the longest (cosine > 0.9)"
         after = [h for h in self.horizons if h > int(bad[-1].name)]
         against = [f"{row.name} ({digits(row.cosine)})" for row in bad if not row.cosine > 0]
-        text = f"windows go the way of the longest (cosine > 0.9) from {after[0]} steps on" if after else "none does"
+        text = (
+            f"windows go the way of the longest (cosine > 0.9) from {after[0]} steps on"
+            if after
+            else "no window but the longest goes its way"
+        )
         return text + (f"; against it, by their cosine: {', '.join(against)}" if against else "")
 
 
@@ -145,7 +149,13 @@ def compare(
         if not callable(fn):
             fix = "Pass an estimator, or a function as hg.value_and_hypergrad returns it."
             raise TypeError(_checks.message("an estimator or a function", _checks.describe(fn), fix))
-        return jax.jit(fn)(*variables, *data, key=_checks.as_key(key), model_state=model_state)
+        result = jax.jit(fn)(*variables, *data, key=_checks.as_key(key), model_state=model_state)
+        if not (isinstance(result, tuple) and len(result) == 2 and hasattr(result[1], "solver")):
+            fix = "Pass what hg.value_and_hypergrad returns; hg.hypergrad's result has no info."
+            raise TypeError(
+                _checks.message("a function that returns ((value, hypergrad), info)", "another result", fix)
+            )
+        return result
 
     if isinstance(oracle, HypergradEstimator) or callable(oracle):
         truth = run(oracle)[0][1]
@@ -209,6 +219,9 @@ def horizon_bias(
         fix = "Pass hg.unrolled(problem): only what differentiates steps depends on how many there are."
         raise ValueError(_checks.message("an estimator that differentiates steps", _checks.describe(estimator), fix))
     longest = _batches.window_length(inner_batch)
+    if horizons is not None and not isinstance(horizons, Sequence):
+        fix = "Pass a list of lengths, e.g. horizons=[1, 10, 100]."
+        raise TypeError(_checks.message("horizons as a sequence of ints", _checks.describe(horizons), fix))
     lengths = [4**i for i in range(longest.bit_length())] if horizons is None else list(horizons)
     for length in lengths if horizons is not None else []:
         if _checks.positive_int("horizon", length) > longest:

@@ -57,6 +57,8 @@ def plot_trajectories(
     if not snapshots or len(snapshots) != len(steps):
         got = f"{len(snapshots)} for {len(steps)} steps"
         raise ValueError(_checks.message("one snapshot for each step, at least one", got, "Keep one at every look."))
+    for snapshot in snapshots[1:]:
+        _checks.same_structure("a later snapshot", snapshot, "the first", snapshots[0])
     tensors: dict[str, np.ndarray] = {
         name: np.stack([np.ravel(np.asarray(leaf, np.float64)) for leaf in leaves])
         for name, *leaves in zip(_tree.leaf_names(snapshots[0]), *map(jax.tree.leaves, snapshots), strict=True)
@@ -136,12 +138,13 @@ def plot_layers(tree: PyTree, *, start: float | None = None, title: str = "", xl
     return _finished(figure, title)
 
 
-def plot_solver(infos: Sequence[Any], *, title: str = "") -> Any:
+def plot_solver(infos: Any, *, title: str = "") -> Any:
     """Draw outer loss, norm of the hypergradient, and residual of its linear solve over training.
 
     Args:
-      infos: ``state.info`` kept at several calls, or infos of ``hg.value_and_hypergrad``. Those from before the first
-        outer step are left out; the horizontal axis is ``info.step`` where it counts.
+      infos: ``state.info`` kept at several calls, or infos of ``hg.value_and_hypergrad``, as a list or stacked as
+        ``lax.scan`` does. Those from before the first outer step are left out; the horizontal axis is ``info.step``
+        where it counts.
       title: of the picture.
 
     Returns:
@@ -157,6 +160,9 @@ def plot_solver(infos: Sequence[Any], *, title: str = "") -> Any:
     >>> len(hg.diagnostics.plot_solver([info, info]).axes)
     3
     """
+    if hasattr(infos, "hypergrad_norm"):  # stacked along a leading axis
+        stacked = jax.tree.map(np.asarray, infos)
+        infos = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(len(stacked.step))]
     counted = [info for info in infos if hasattr(info, "aux") or int(info.step) >= 0]
     if not counted:
         raise ValueError(_checks.message("infos of estimates", f"{len(infos)} from before the first", "Train longer."))

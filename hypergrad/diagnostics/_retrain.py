@@ -41,7 +41,8 @@ class Retrained(NamedTuple):
       retrained: tree of arrays (num_starts,), the scores after training from fresh weights.
       baseline: the same at other hyperparameters, from the same fresh weights; () where none were given.
       params: tree like the weights, each leaf with a leading axis of the starts.
-      finite: bool array (num_starts,), whether that start's weights stayed finite.
+      finite: bool array (num_starts,), whether that start's weights stayed finite; scores of others count for nothing.
+      baseline_finite: the same at the baseline; of length 0 without one.
     """
 
     carried: PyTree
@@ -49,29 +50,45 @@ class Retrained(NamedTuple):
     baseline: PyTree
     params: Params
     finite: np.ndarray
+    baseline_finite: np.ndarray
 
     def __str__(self) -> str:
-        """Return the scores as a table, and how far the carried one lies outside the retrained ones."""
+        """Return the scores of the starts that stayed finite as a table, and how far the carried one lies from them."""
+        finite, others = np.asarray(self.finite), np.asarray(self.baseline_finite)
+        if not finite.any():
+            return f"all {len(finite)} starts diverged at these hyperparameters: there is nothing to compare with"
         lines = [("score", "carried", "retrained", "spread", "baseline", "spread")]
-        outside = []
         leaves = [jax.tree.leaves(scores) for scores in (self.carried, self.retrained, self.baseline)]
         names = [readable(name) for name in _tree.leaf_names(self.carried)]
         names = ["score"] if jax.tree_util.treedef_is_leaf(jax.tree.structure(self.carried)) else names
-        nothing = [np.full(1, np.nan)] * len(names)
+        nothing, verdicts = [np.full(len(others), np.nan)] * len(names), []
         for name, one, many, other in zip(names, *leaves[:2], leaves[2] or nothing, strict=True):
-            columns = float(one), np.mean(many), np.std(many), np.mean(other), np.std(other)
-            lines.append((name, *(digits(float(x)) for x in columns)))
-            if not float(np.min(many)) <= float(one) <= float(np.max(many)):
-                outside.append(name)
-        text = [table(lines)]
-        if outside:
-            where = f"carried weights lie outside all {len(self.finite)} starts in {', '.join(outside)}"
-            text.append(f"{where}: that difference is in what they remember, or in how long they trained")
-        else:
-            text.append(f"carried weights lie within the {len(self.finite)} starts: the values alone give as much")
-        if not np.all(self.finite):
-            text.append(f"{int(np.sum(~np.asarray(self.finite)))} of the starts diverged: no score of theirs counts")
+            kept, rival = many[finite], other[others]
+            columns = [(np.mean(x), np.std(x)) if len(x) else (np.nan, np.nan) for x in (kept, rival)]
+            figures = [digits(float(x)) for x in (one, *columns[0], *columns[1])]
+            lines.append((name, figures[0], figures[1], figures[2], figures[3], figures[4]))
+            verdicts.append(_verdict(name, float(one), kept))
+        text = [table(lines), *verdicts]
+        for what, which in (("starts", finite), ("starts of the baseline", others)):
+            if not which.all():
+                text.append(f"{int((~which).sum())} of the {what} diverged: their scores are left out")
         return "\n".join(text)
+
+
+def _verdict(name: str, carried: float, retrained: np.ndarray) -> str:
+    """Return what a carried score says, as Student's t of one more start: |t| > 3 in 1 of 10 audits of 3 by chance."""
+    apart, count = carried - float(np.mean(retrained)), len(retrained)
+    spread = float(np.std(retrained, ddof=1)) * np.sqrt(1 + 1 / count) if count > 1 else np.nan
+    rounding = 1e-6 * max(abs(carried), abs(float(np.mean(retrained))))
+    if abs(apart) <= rounding:
+        return f"{name}: carried and retrained weights are equal"
+    if np.isnan(spread):
+        return f"{name}: carried weights differ by {digits(apart)}; one start cannot tell whether that is chance"
+    times = f"{digits(abs(apart) / spread)} times their spread" if spread > rounding else "they are all equal"
+    if abs(apart) > 3 * spread:
+        where = "it is in what they remember, or in how long they trained, not in the values"
+        return f"{name}: carried weights differ from {count} starts by {digits(apart)} ({times}): {where}"
+    return f"{name}: carried weights differ by {digits(apart)} ({times}): {count} starts do not tell that from chance"
 
 
 def retrain(
@@ -179,10 +196,13 @@ def retrain(
     run = jax.jit(jax.vmap(train, in_axes=(0, None)))
     keys = jax.random.split(jax.random.fold_in(root, 1), num_starts)
     scores, trained, finite = run(keys, hyperparams)
-    others = () if baseline is None else run(keys, baseline)[0]
+    others, _, others_finite = ((), (), np.zeros(0, bool)) if baseline is None else run(keys, baseline)
     carried = jax.jit(judge)(params, hyperparams, model_state)
     carried, scores, others = jax.tree.map(np.asarray, (carried, scores, others))
-    return Retrained(carried, scores, others, trained, np.asarray(finite))
+    for path, leaf in zip(_tree.leaf_names(carried), jax.tree.leaves(carried), strict=True):
+        if leaf.ndim:
+            raise ValueError(_checks.message("score to return scalars", f"shape {leaf.shape} at {path}", "Reduce it."))
+    return Retrained(carried, scores, others, trained, np.asarray(finite), np.asarray(others_finite))
 
 
 def _over_plain_weights(

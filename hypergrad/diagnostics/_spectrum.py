@@ -29,6 +29,8 @@ from hypergrad._rollout import split_keys
 from hypergrad._types import Array, Batch, Key, MatVec, ModelState, PyTree
 from hypergrad.diagnostics._base import digits
 
+_EPSILONS = 10  # of the largest eigenvalue: what rounding of the products may move an eigenvalue by
+
 
 class Spectrum(NamedTuple):
     """The ends of the Hessian of the inner loss. ``str()`` of it says what follows for the solvers.
@@ -36,7 +38,7 @@ class Spectrum(NamedTuple):
     Attributes:
       largest: scalar, estimate of λ_max from below.
       largest_error: scalar, an eigenvalue lies within this distance of ``largest``.
-      smallest: scalar, estimate of λ_min from above; negative: H is indefinite for certain.
+      smallest: scalar, estimate of λ_min from above; below −``smallest_error``: H is indefinite for certain.
       smallest_error: scalar, an eigenvalue lies within this distance of ``smallest``.
       safe_step: scalar, 1/max|θ|: a ``step_size`` for ``hg.solvers.neumann``, half of what diverges.
       negative_share: scalar in [0, 1], the share of negative eigenvalues as one random vector sees it: a rough number.
@@ -54,14 +56,19 @@ class Spectrum(NamedTuple):
     def __str__(self) -> str:
         """Return the figures, and which solver they call for."""
         low, high, step = float(self.smallest), float(self.largest), float(self.safe_step)
+        if not low > -float("inf"):
+            return "the Hessian is not finite at these weights"
         text = [
             f"largest eigenvalue   {digits(high)}  (± {digits(float(self.largest_error))})",
             f"smallest eigenvalue  {digits(low)}  (± {digits(float(self.smallest_error))})",
             f"safe Neumann step    {digits(step)}  (diverges from {digits(2 * step)} on)",
         ]
-        if low > 0:
+        noise = _EPSILONS * float(jnp.finfo(self.smallest.dtype).eps) * max(abs(low), abs(high))
+        if low > noise:
             ratio = high / low
             text.append(f"positive definite as far as seen, condition number at least {digits(ratio)}: cg is right")
+        elif low >= -noise:
+            text.append("singular to rounding: give cg damping, or the loss a decay")
         else:
             share = 100 * float(self.negative_share)
             text.append(
@@ -170,7 +177,7 @@ def _read(found: _Lanczos) -> Spectrum:
     filled = jnp.where(reached, found.diagonal, found.diagonal[0])
     values, vectors = jnp.linalg.eigh(jnp.diag(filled) + jnp.diag(bond, 1) + jnp.diag(bond, -1))
     top, bottom = jnp.argmax(values), jnp.argmin(values)
-    last = jnp.abs(found.beside[found.num_steps - 1] * vectors[found.num_steps - 1])
+    last = jnp.abs(found.beside[found.num_steps - 1] * vectors[found.num_steps - 1]) + _noise(values)
     share = jnp.where(values < -_noise(values), vectors[0] ** 2, 0.0).sum()
     widest = jnp.maximum(jnp.abs(values[top]), jnp.abs(values[bottom]))
     sound = jnp.isfinite(widest)
@@ -181,7 +188,7 @@ def _read(found: _Lanczos) -> Spectrum:
 
 
 def _noise(values: Array) -> Array:
-    return 10 * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
+    return _EPSILONS * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
 
 
 def _overlaps(basis: PyTree, vector: PyTree) -> Array:
