@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from _data_cleaning_run import DECAYS, Data, Fitted, Settings, Tools
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
@@ -62,7 +61,7 @@ def compare(
 
     def fit(weights: Any, extra: Any, judged: Any = clean) -> tuple[Fitted, int]:
         both = np.concatenate([weights, extra])
-        fitted = tools.fit(fresh, data, jnp.asarray(both, jnp.float32), jnp.asarray(judged, jnp.float32), key)
+        fitted = tools.fit(fresh, data, both.astype(np.float32), judged.astype(np.float32), key)
         bar.update(settings.steps_fixed)
         return fitted, int((both > 0).sum())
 
@@ -89,7 +88,7 @@ def compare(
     from_all = best(STOPPED, ones, JOINED, ALL)
 
     half = np.arange(len(clean)) % 2
-    on_halves = fit(0 * ones, half, 1 - half)[0].losses + fit(0 * ones, 1 - half, half)[0].losses
+    on_halves = sum(np.asarray(fit(0 * ones, kept, 1 - kept)[0].losses) for kept in (half, 1 - half))
     from_valid = test(VALID, _at(fit(0 * ones, clean)[0], _lowest(on_halves)), len(clean))
     doubts = {name: tools.losses(params, data.train) for name, params in ((BY_VALID, from_valid), (BY_ALL, from_all))}
     best(FILTERED, ~np.asarray(doubts[BY_VALID][1]), FILTERED_JOINED)
@@ -99,14 +98,14 @@ def compare(
     return Result({name: networks[name] for name in ROWS}, searches, weights, data.wrong)
 
 
-def _lowest(losses: jax.Array) -> tuple[int, int]:
+def _lowest(losses: Any) -> tuple[int, int]:
     finite = np.nan_to_num(np.asarray(losses), nan=np.inf)
     look, decay = np.unravel_index(finite.argmin(), finite.shape)
     return int(look), int(decay)
 
 
 def _at(fitted: Fitted, at: tuple[int, int]) -> Any:
-    return jax.tree.map(lambda leaf: leaf[at], fitted.params)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[at], fitted.params)
 
 
 def _found(wrong: np.ndarray, suspected: Any, doubt: Any) -> Found:
