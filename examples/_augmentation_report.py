@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 _NOTE = """mean ± standard deviation over seeds; gradients: of the training loss, with the search
 held-out loss: on the part of the validation split that no gradient sees; it stops runs and chooses among several"""
 _STYLES = {NONE: "tab:red", HAND: "tab:orange", START: "tab:gray", CARRIED: "tab:blue", RETRAINED: "tab:green"}
-_DRAWS = 7
+_DRAWS = 6
 
 
 def table(outcomes: Sequence[dict[str, Outcome]]) -> str:
@@ -77,17 +77,18 @@ def draw(outcomes: Sequence[dict[str, Outcome]], data: Data, title: str, path: P
     _mosaic(second, data, "by hand", lambda x, key: by_hand(recipe["strength"], x, key))
     for name, style in _STYLES.items():
         top.plot(*zip(*outcomes[0][name].run.curve, strict=True), style, label=name)
-    lowest = min(outcome.run.loss for outcome in outcomes[0].values())
-    top.set(xlabel="step", ylabel="held-out loss, first seed", ylim=(0.9 * lowest, 2.2 * lowest))
+    best = [outcomes[0][name].run.loss for name in _STYLES]
+    top.set(xlabel="step", ylabel="held-out loss, first seed", ylim=(0.95 * min(best), 1.3 * max(best)))
     top.legend(frameon=False, fontsize="small")
     losses = np.asarray([[outcome.test_loss for outcome in each.values()] for each in outcomes])
     places = np.arange(len(outcomes[0]))[::-1]
     bottom.barh(places, losses.mean(0), color=[_STYLES.get(name, "0.7") for name in outcomes[0]], alpha=0.75)
     bottom.plot(losses.T, np.repeat(places[:, None], len(losses), 1), "k.", markersize=4)
-    bottom.set_yticks(places, list(outcomes[0]), fontsize="small")
-    bottom.set(xlabel="test loss: mean, and each seed")
+    for place, name in zip(places, outcomes[0], strict=True):
+        bottom.text(0.01 * losses.max(), place, name, va="center", fontsize="small")
+    bottom.set(xlabel="test loss: mean, and each seed", yticks=[])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80, pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=70, pil_kwargs={"optimize": True})
 
 
 def _mosaic(axes: Any, data: Data, title: str, augment: Callable[[jax.Array, jax.Array], Any]) -> None:
@@ -96,8 +97,10 @@ def _mosaic(axes: Any, data: Data, title: str, augment: Callable[[jax.Array, jax
     columns = [x, *(augment(x, jax.random.key(n)) for n in range(_DRAWS))]
     side = math.isqrt(x.shape[1])
     tiles = np.asarray(columns).reshape(len(columns), len(x), side, side)
-    tiles = np.pad(np.clip(tiles, 0, 1), ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=0.5)
-    axes.imshow(np.block([list(row) for row in tiles.swapaxes(0, 1)]), cmap="gray", vmin=0, vmax=1)
+    tiles = np.pad(np.round(15 * np.clip(tiles, 0, 1)) / 15, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=0.5)
+    axes.imshow(
+        np.block([list(row) for row in tiles.swapaxes(0, 1)]), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+    )
     axes.set_title(f"{title}: an image, and {_DRAWS} draws", fontsize="medium")
     axes.axis("off")
 

@@ -10,6 +10,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 IDENTITY = jnp.eye(2, 3)
 _TURN, _ZOOM, _SHIFT, _GRAIN = math.pi / 12, 0.1, 0.1, 0.1  # at most, at strength 1 of the fixed recipe
@@ -81,13 +82,17 @@ class Augmenter(nn.Module):
 
 
 def by_hand(strength: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
-    """Return images turned, zoomed, shifted and grained at random; unchanged at strength 0."""
-    draw, grain = jax.random.split(key)
-    turn, zoom, down, right = strength * jax.random.uniform(draw, (4, len(x)), minval=-1.0, maxval=1.0)
-    cosine, sine = (jnp.exp(_ZOOM * zoom) * f(_TURN * turn) for f in (jnp.cos, jnp.sin))
-    maps = jnp.stack([cosine, -sine, _SHIFT * down, sine, cosine, _SHIFT * right], axis=-1)
-    grains = jax.random.uniform(grain, x.shape, minval=-_GRAIN, maxval=_GRAIN)
-    return warp(x, maps.reshape(-1, 2, 3)) + strength * grains
+    """Return images turned, zoomed, shifted and grained at random; unchanged, at no cost, at strength 0."""
+
+    def change(x: jax.Array) -> jax.Array:
+        draw, grain = jax.random.split(key)
+        turn, zoom, down, right = strength * jax.random.uniform(draw, (4, len(x)), minval=-1.0, maxval=1.0)
+        cosine, sine = (jnp.exp(_ZOOM * zoom) * f(_TURN * turn) for f in (jnp.cos, jnp.sin))
+        maps = jnp.stack([cosine, -sine, _SHIFT * down, sine, cosine, _SHIFT * right], axis=-1)
+        grains = jax.random.uniform(grain, x.shape, minval=-1.0, maxval=1.0)
+        return warp(x, maps.reshape(-1, 2, 3)) + strength * _GRAIN * grains
+
+    return lax.cond(strength > 0, change, lambda x: x, x)
 
 
 def _spread(size: float) -> nn.initializers.Initializer:
