@@ -77,6 +77,7 @@ def test_eight_devices_give_the_answer_of_one(name, window):
     assert kernel.addressable_shards[0].data.shape == (kernel.shape[0], kernel.shape[1] // 8)
 
 
+@pytest.mark.slow
 def test_self_tuning_on_eight_devices_gives_the_answer_of_one():
     """Examples and a kernel's columns are spread over devices; each example's perturbation stays what it was."""
     mesh = Mesh(np.array(jax.devices()), ("d",))
