@@ -9,7 +9,7 @@ In one run, candidates taking turns (``harness.py``), in gradients of the inner 
  2. a solve by 10 Neumann terms and by 10 conjugate gradient steps with vjp(grad) and each way to
     write the loop (``LOOPS``).
 
-The solvers are the library's own: ``hypergrad.solvers._base.iterate`` is what 2 replaces. ``hypergrad._curvature``
+The solvers are the library's own: ``hypergrad.solvers._base.iterate`` is what 2 replaces. ``hypergrad.curvature``
 and ``hypergrad.solvers._base`` rest their choices on these figures. Writes ``hessian_modes.json`` and, by
 ``report.py``, ``hessian_modes.md``.
 """

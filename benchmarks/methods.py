@@ -32,7 +32,7 @@ from networks import Network, Tree
 from sklearn.datasets import load_digits
 
 import hypergrad as hg
-from hypergrad._optimum import minimize
+from hypergrad.diagnostics._optimum import minimize
 
 NETWORKS = ("mlp256", "mlp1024")
 UNIT = "gradient"

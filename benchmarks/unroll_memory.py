@@ -34,7 +34,7 @@ from candidates import Candidate, compile_candidate, library_problem
 from networks import Network, Tree
 
 import hypergrad as hg
-from hypergrad._rollout import checkpoint_interval
+from hypergrad.training import checkpoint_interval
 
 GROUPS = {
     "mlp256": [("sgd", 10), ("sgd", 50), ("sgd", 200), ("adam", 10), ("adam", 50)],

@@ -20,7 +20,6 @@ import optax
 import sklearn.datasets
 
 import hypergrad as hg
-from hypergrad import hyper
 
 LENGTH = 32  # words that a window predicts; each window starts from a zero state
 
@@ -87,11 +86,13 @@ class Model(nn.Module):
         """Return logits (B, T, vocabulary), and the last layer's output after and before dropout."""
 
         def drop(name: str, x: jax.Array) -> jax.Array:
-            return x if rates is None else hyper.dropout(self.make_rng("dropout"), x, rates[name], broadcast_dims=(1,))
+            return (
+                x if rates is None else hg.noise.dropout(self.make_rng("dropout"), x, rates[name], broadcast_dims=(1,))
+            )
 
         x: Any = nn.Embed(self.vocabulary, self.width)(ids)
         if rates is not None:
-            x = hyper.drop_tokens(self.make_rng("dropout"), ids, x, rates["embedding"], vocabulary=self.vocabulary)
+            x = hg.noise.drop_tokens(self.make_rng("dropout"), ids, x, rates["embedding"], vocabulary=self.vocabulary)
         x = nn.RNN(nn.OptimizedLSTMCell(self.width))(drop("input", x))
         x = nn.RNN(nn.OptimizedLSTMCell(self.width))(drop("hidden", x))
         kept = drop("output", x)
@@ -112,7 +113,7 @@ def make_problem(model: Model) -> hg.BilevelProblem:
 
     def train_loss(params: Any, h: Any, ids: jax.Array, key: Any) -> jax.Array:
         weight_key, noise_key = jax.random.split(key)
-        params = hyper.drop_weights(weight_key, params, _recurrent(params, h["weights"]))
+        params = hg.noise.drop_weights(weight_key, params, _recurrent(params, h["weights"]))
         outputs: Any = model.apply({"params": params}, ids[:, :-1], h, rngs={"dropout": noise_key})
         logits, kept, raw = outputs
         activation = h["alpha"] * jnp.square(kept).mean((1, 2))

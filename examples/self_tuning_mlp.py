@@ -28,7 +28,7 @@ import progress
 from _self_tuning_mlp_report import NONE, START, STOP, TUNED, Run, draw, table
 
 import hypergrad as hg
-from hypergrad.hyper import HyperDropout, gaussian_noise, smooth_labels
+from hypergrad.noise import HyperDropout, gaussian_noise, smooth_labels
 
 
 class MLP(nn.Module):

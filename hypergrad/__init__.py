@@ -1,12 +1,9 @@
 """hypergrad: gradient-based hyperparameter optimization for JAX, behind one optax interface."""
 
-from hypergrad import bijectors, diagnostics, hyper, optimizers, penalties, responses, solvers
-from hypergrad._bilevel import BilevelState, bilevel
-from hypergrad._functional import best_response, hypergrad, value_and_hypergrad
-from hypergrad._modes import UnrollMode, forward, reverse
-from hypergrad._problem import BilevelParams, BilevelProblem, reparameterize
-from hypergrad._types import IndexedBatch
+from hypergrad import bijectors, diagnostics, noise, optimizers, penalties, responses, solvers
 from hypergrad.bijectors import Bijector, constrain, unconstrain
+from hypergrad.data import IndexedBatch
+from hypergrad.drivers import BilevelState, best_response, bilevel, hypergrad, value_and_hypergrad
 from hypergrad.estimators import (
     Estimate,
     EvaluationInfo,
@@ -16,6 +13,8 @@ from hypergrad.estimators import (
     implicit,
     unrolled,
 )
+from hypergrad.estimators._modes import UnrollMode, forward, reverse
+from hypergrad.problem import BilevelParams, BilevelProblem, reparameterize
 from hypergrad.solvers import LinearSolver, SolveInfo
 
 __version__ = "0.1.0"
@@ -43,8 +42,8 @@ __all__ = [
     "diagnostics",
     "direct",
     "forward",
-    "hyper",
     "implicit",
+    "noise",
     "optimizers",
     "responses",
     "reverse",

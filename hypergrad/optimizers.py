@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hypergrad import _checks, _tree
-from hypergrad._types import Array, Params, PyTree
+from hypergrad import tree, validate
+from hypergrad.types import Array, Params, PyTree
 
 
 def scale_by_learning_rate(rates: PyTree | Callable[[Array], PyTree]) -> optax.GradientTransformation:
@@ -56,7 +56,7 @@ def scale_by_learning_rate(rates: PyTree | Callable[[Array], PyTree]) -> optax.G
     def update(updates: PyTree, state: Any, params: Params | None = None) -> tuple[PyTree, Any]:
         del params
         now = rates(state.count) if callable(rates) else rates
-        found = _checks.by_prefix("optimizers.scale_by_learning_rate", "rates", updates, now)
+        found = validate.by_prefix("optimizers.scale_by_learning_rate", "rates", updates, now)
         scaled = [_in_dtype_of(u, lambda u, rate: -rate * u, u, rate) for _, u, rate in found]
         if callable(rates):
             state = optax.ScaleByScheduleState(optax.safe_increment(state.count))
@@ -97,8 +97,8 @@ def add_decayed_weights(decays: PyTree) -> optax.GradientTransformation:
     ) -> tuple[PyTree, optax.EmptyState]:
         if params is None:
             fix = "Call update(updates, state, params)."
-            raise ValueError(_checks.message("params for optimizers.add_decayed_weights", "None", fix))
-        found = _checks.by_prefix("optimizers.add_decayed_weights", "decays", params, decays)
+            raise ValueError(validate.message("params for optimizers.add_decayed_weights", "None", fix))
+        found = validate.by_prefix("optimizers.add_decayed_weights", "decays", params, decays)
         pairs = zip(jax.tree.leaves(updates), found, strict=True)
         decayed = [_in_dtype_of(u, lambda u, c, w: u + c * w, u, c, w) for u, (_, w, c) in pairs]
         return jax.tree.unflatten(jax.tree.structure(updates), decayed), state
@@ -132,12 +132,12 @@ def schedule(values: PyTree) -> Callable[[Array], PyTree]:
     if len(shapes) != 1 or shapes & {(), (0,)}:
         fix = "Pass one value a step, e.g. jnp.full(K, 0.1)."
         wanted = "optimizers.schedule: values whose leaves have a common leading axis K"
-        raise ValueError(_checks.message(wanted, f"leading axes {sorted(shapes)}", fix))
+        raise ValueError(validate.message(wanted, f"leading axes {sorted(shapes)}", fix))
     (length,) = shapes.pop()
     return lambda count: jax.tree.map(lambda leaf: jnp.asarray(leaf)[count % length], values)
 
 
 def _in_dtype_of(like: Array, fn: Callable[..., Array], *values: Any) -> Array:
     """Compute in the widest of the dtypes, give the result in that of ``like``, as optax's transformations do."""
-    dtype = _tree.wider(*(v.dtype for v in values if hasattr(v, "dtype")))
+    dtype = tree.wider(*(v.dtype for v in values if hasattr(v, "dtype")))
     return fn(*(jnp.asarray(v, dtype) for v in values)).astype(like.dtype)

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from hypergrad import _checks, _tree
-from hypergrad._types import Array, Params, PyTree
+from hypergrad import tree, validate
+from hypergrad.types import Array, Params, PyTree
 
 
 def l2(params: Params, coefficients: PyTree) -> Array:
@@ -61,16 +61,16 @@ def l1(params: Params, coefficients: PyTree, *, smoothing: float = 1e-3) -> Arra
 
     Reference: Schmidt, Fung & Rosales, Fast optimization methods for L1 regularization, ECML 2007.
     """
-    _checks.number("smoothing", smoothing, low=0.0, strict=True)
+    validate.number("smoothing", smoothing, low=0.0, strict=True)
     return _weighted_sum("penalties.l1", lambda w: jnp.sqrt(w * w + smoothing**2) - smoothing, params, coefficients)
 
 
 def _weighted_sum(name: str, elementwise: Callable[[Array], Array], params: Params, coefficients: PyTree) -> Array:
     terms = []
-    for _, weight, coefficient in _checks.by_prefix(name, "coefficients", params, coefficients):
-        values = elementwise(_tree.promote(weight))
+    for _, weight, coefficient in validate.by_prefix(name, "coefficients", params, coefficients):
+        values = elementwise(tree.promote(weight))
         # A Python number leaves the weight's dtype; an array may widen it.
-        dtype = values.dtype if isinstance(coefficient, int | float) else _tree.wider(values.dtype, coefficient.dtype)
+        dtype = values.dtype if isinstance(coefficient, int | float) else tree.wider(values.dtype, coefficient.dtype)
         values, c = values.astype(dtype), jnp.asarray(coefficient, dtype)
         terms.append(c * jnp.sum(values) if c.ndim == 0 else jnp.sum(c * values))
-    return _tree.total(terms)
+    return tree.total(terms)

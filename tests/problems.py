@@ -10,9 +10,9 @@ import numpy as np
 import optax
 
 import hypergrad as hg
-from hypergrad._problem import inner_gradient
-from hypergrad._rollout import Rollout, make_window, resolve_optimizer, rollout, split_keys
 from hypergrad.estimators._base import Estimate, HypergradEstimator, describe_estimate
+from hypergrad.problem import inner_gradient
+from hypergrad.training import Rollout, make_window, resolve_optimizer, rollout, split_keys
 
 
 class Example(NamedTuple):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hypergrad._layers import displaced_weights
+from hypergrad.responses.layers import displaced_weights
 
 F64 = {"param_dtype": jnp.float64}
 

@@ -9,9 +9,9 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad._optimum import minimize
-from hypergrad._rollout import split_keys
+from hypergrad.diagnostics._optimum import minimize
 from hypergrad.estimators._base import Estimate, HypergradEstimator, describe_estimate
+from hypergrad.training import split_keys
 from tests import problems
 
 check = hg.diagnostics.check_hypergrad

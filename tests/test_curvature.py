@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from hypergrad import _checks, _curvature, _tree
+from hypergrad import curvature, dataflow
 from tests.problems import network, relative_error
 
 
@@ -25,9 +25,9 @@ def test_products_against_dense_blocks(x64):
     fn = lambda w, h: case.problem.inner_loss(w, h, case.inner_batch, None)  # noqa: E731
     hessian, mixed, unravel, unravel_h = dense_blocks(fn, *case.variables)
     v = jnp.asarray(np.random.default_rng(0).normal(size=hessian.shape[0]))
-    product = _curvature.hvp(lambda w: fn(w, case.variables.hyperparams), case.variables.params)
+    product = curvature.hvp(lambda w: fn(w, case.variables.hyperparams), case.variables.params)
     assert relative_error(jax.jit(product)(unravel(v)), unravel(hessian @ v)) < 1e-6  # cross-entropy in float32
-    mixed_product = _curvature.mixed_vjp(fn, *case.variables)
+    mixed_product = curvature.mixed_vjp(fn, *case.variables)
     assert relative_error(jax.jit(mixed_product)(unravel(v)), unravel_h(mixed.T @ v)) < 1e-6
 
 
@@ -52,15 +52,15 @@ def test_products_pass_a_model_with_a_custom_vjp(wrap, x64):
 
     cubed.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x**2 * g,))
     w, h = jnp.array([1.0, 2.0]), jnp.array(0.5)
-    product = _curvature.hvp(lambda w: h * jnp.sum(wrap(cubed)(w)), w)
+    product = curvature.hvp(lambda w: h * jnp.sum(wrap(cubed)(w)), w)
     np.testing.assert_allclose(product(jnp.ones(2)), 3 * w)
-    mixed = _curvature.mixed_vjp(lambda w, h: h * jnp.sum(wrap(cubed)(w)), w, h)
+    mixed = curvature.mixed_vjp(lambda w, h: h * jnp.sum(wrap(cubed)(w)), w, h)
     np.testing.assert_allclose(mixed(jnp.ones(2)), 3 * jnp.sum(w**2))
 
 
 def test_products_of_low_precision_weights_are_float32():
     w = {"a": jnp.array([1.0, 2.0], jnp.bfloat16)}
-    product = _curvature.hvp(lambda w: jnp.sum(w["a"].astype(jnp.float32) ** 3), w)
+    product = curvature.hvp(lambda w: jnp.sum(w["a"].astype(jnp.float32) ** 3), w)
     out = product({"a": jnp.ones(2, jnp.float32)})
     assert out["a"].dtype == jnp.float32
     np.testing.assert_allclose(out["a"], [6.0, 12.0])
@@ -70,7 +70,7 @@ def test_a_mixed_product_of_a_penalty_does_not_run_the_network():
     """Only elementwise work on the weights is left: no matrix product in the compiled program."""
     case = network()
     fn = lambda w, h: case.problem.inner_loss(w, h, case.inner_batch, None)  # noqa: E731
-    run = jax.jit(lambda variables, q: _curvature.mixed_vjp(fn, *variables)(q))
+    run = jax.jit(lambda variables, q: curvature.mixed_vjp(fn, *variables)(q))
     text = run.lower(case.variables, case.variables.params).compile().as_text()
     assert " dot(" not in text
     assert "multiply" in text
@@ -89,22 +89,22 @@ def test_a_mixed_product_of_a_penalty_does_not_run_the_network():
     ids=["constant", "other", "through jit", "loop", "custom", "cond"],
 )
 def test_independent_leaves(fn, want):
-    assert _checks.independent_leaves(fn, jnp.array(0.5)) == want
+    assert dataflow.independent_leaves(fn, jnp.array(0.5)) == want
 
 
 def test_tree_operations(hard_mode):
     tree = {"a": jnp.array([3.0, 4.0], jnp.bfloat16), "b": jnp.zeros((), jnp.float32)}
-    wide = _tree.promote(tree)
+    wide = tree.promote(tree)
     assert {x.dtype for x in jax.tree.leaves(wide)} == {jnp.dtype(jnp.float32)}
-    assert float(_tree.norm(wide)) == 5.0
-    assert float(_tree.max_abs(wide)) == 4.0
-    assert float(_tree.vdot({}, {})) == 0.0
-    assert bool(_tree.all_finite({}))
-    assert not bool(_tree.all_finite({"a": jnp.array([1.0, jnp.nan])}))
-    assert _tree.leaf_names({"a": [1, 2]}) == ["['a'][0]", "['a'][1]"]
-    assert _tree.wider(jnp.bfloat16, jnp.float16) == jnp.float32
-    assert not _tree.strip_weak_types({"a": jnp.asarray(1.0)})["a"].weak_type
+    assert float(tree.norm(wide)) == 5.0
+    assert float(tree.max_abs(wide)) == 4.0
+    assert float(tree.vdot({}, {})) == 0.0
+    assert bool(tree.all_finite({}))
+    assert not bool(tree.all_finite({"a": jnp.array([1.0, jnp.nan])}))
+    assert tree.leaf_names({"a": [1, 2]}) == ["['a'][0]", "['a'][1]"]
+    assert tree.wider(jnp.bfloat16, jnp.float16) == jnp.float32
+    assert not tree.strip_weak_types({"a": jnp.asarray(1.0)})["a"].weak_type
     shared = jnp.ones(2)
-    fresh = _tree.unalias({"a": shared, "b": shared}, [])
+    fresh = tree.unalias({"a": shared, "b": shared}, [])
     assert fresh["a"].unsafe_buffer_pointer() != fresh["b"].unsafe_buffer_pointer()
     assert optax.tree.norm(optax.tree.sub(fresh["a"], fresh["b"])) == 0.0

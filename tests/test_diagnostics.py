@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad._optimum import minimize
+from hypergrad.diagnostics._optimum import minimize
 from tests import problems
 
 D = hg.diagnostics

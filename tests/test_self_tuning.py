@@ -15,7 +15,7 @@ from flax import nnx
 
 import hypergrad as hg
 from hypergrad import responses
-from hypergrad._layers import Run, displaced_weights, intercepted
+from hypergrad.responses.layers import Run, displaced_weights, intercepted
 from tests.problems import finite_differences, relative_error
 from tests.self_tuned_models import F64, MODELS, Mlp, NnxModel, Normalized, inputs, outputs_by_definition
 
@@ -338,7 +338,7 @@ def test_a_rate_through_which_nothing_differentiates_gets_the_exact_hypergradien
     apply = lambda w, x: model.apply({"params": w}, x)[:, 0]  # noqa: E731
 
     def inner(w, rate, batch, key):
-        return jnp.mean((apply(w, hg.hyper.dropout(key, batch[0], rate)) - batch[1]) ** 2)
+        return jnp.mean((apply(w, hg.noise.dropout(key, batch[0], rate)) - batch[1]) ** 2)
 
     outer = lambda w, rate, batch, key: jnp.mean((apply(w, batch[0]) - batch[1]) ** 2)  # noqa: E731
     problem = hg.reparameterize(hg.BilevelProblem(inner, outer), hg.bijectors.sigmoid())

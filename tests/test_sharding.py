@@ -85,7 +85,7 @@ def test_self_tuning_on_eight_devices_gives_the_answer_of_one():
     x, y = jax.random.normal(jax.random.key(0), (32, 4)), jnp.arange(32) % 3
 
     def loss(w, rate, batch, key):
-        logits = net.apply({"params": w}, hg.hyper.dropout(key, batch[0], rate) if key is not None else batch[0])
+        logits = net.apply({"params": w}, hg.noise.dropout(key, batch[0], rate) if key is not None else batch[0])
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
     plain = hg.BilevelProblem(loss, lambda w, rate, batch, key: loss(w, rate, batch, None))

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad._rollout import checkpoint_interval
+from hypergrad.training import checkpoint_interval
 from tests.problems import (
     autodiff_steps,
     batch_norm,

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import optax
 
-from hypergrad import _tree
-from hypergrad._types import Hyperparams
+from hypergrad import tree
+from hypergrad.types import Hyperparams
 
 
 class Alignment(NamedTuple):
@@ -90,10 +90,10 @@ class HypergradCheck(NamedTuple):
 
 def align(a: Hyperparams, b: Hyperparams) -> Alignment:
     """Return how ``a`` stands to ``b``, over all leaves together."""
-    a, b = _tree.promote(a), _tree.promote(b)
-    of_a, of_b = float(_tree.norm(a)), float(_tree.norm(b))
-    apart = float(_tree.norm(optax.tree.sub(a, b)))
-    product = float(_tree.vdot(a, b))
+    a, b = tree.promote(a), tree.promote(b)
+    of_a, of_b = float(tree.norm(a)), float(tree.norm(b))
+    apart = float(tree.norm(optax.tree.sub(a, b)))
+    product = float(tree.vdot(a, b))
     return Alignment(
         product / (of_a * of_b) if of_a * of_b > 0 else float("nan"),
         of_a / of_b if of_b > 0 else float("nan"),

@@ -16,9 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad import _batches, _checks, _differences, _tree
-from hypergrad._functional import estimator_function
-from hypergrad._problem import (
+from hypergrad import data, dataflow, tree, validate
+from hypergrad.diagnostics import _differences
+from hypergrad.diagnostics._base import Direction, HypergradCheck, align, digits, readable
+from hypergrad.drivers._functional import estimator_function
+from hypergrad.estimators import Estimate, HypergradEstimator
+from hypergrad.problem import (
     BilevelParams,
     BilevelProblem,
     check_model_state,
@@ -26,11 +29,9 @@ from hypergrad._problem import (
     evaluate_inner,
     evaluate_outer,
 )
-from hypergrad._rollout import split_keys
-from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
-from hypergrad.diagnostics._base import Direction, HypergradCheck, align, digits, readable
-from hypergrad.estimators import Estimate, HypergradEstimator
 from hypergrad.solvers import SolveInfo
+from hypergrad.training import split_keys
+from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
 _STEPS, _WIDE_STEPS = (1e-3, 1e-5, 3e-2), (1e-2, 3e-2, 1e-1)  # in float64, or less: until differences can be trusted
 _FLOOR = 1e-3  # of the whole hypergradient's norm: what a leaf's error is measured against at the least
@@ -94,15 +95,15 @@ def check_hypergrad(
     """
     if not isinstance(estimator, HypergradEstimator):
         fix = "Pass e.g. hg.implicit(problem, hg.solvers.neumann(20))."
-        raise TypeError(_checks.message("a HypergradEstimator", _checks.describe(estimator), fix))
+        raise TypeError(validate.message("a HypergradEstimator", validate.describe(estimator), fix))
     check_variables(variables)
-    _checks.number("rtol", rtol, low=0.0, strict=True)
+    validate.number("rtol", rtol, low=0.0, strict=True)
     if step is not None:
-        _checks.number("step", step, low=0.0, strict=True)
-    case = _Case(estimator, inner_optimizer, variables, inner_batch, outer_batch, _checks.as_key(key), model_state)
+        validate.number("step", step, low=0.0, strict=True)
+    case = _Case(estimator, inner_optimizer, variables, inner_batch, outer_batch, validate.as_key(key), model_state)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(case[2:])):
         fix = "Call check_hypergrad outside jax.jit and other transformations: it compiles what it needs itself."
-        raise TypeError(_checks.message("arrays to check at", "traced values", fix))
+        raise TypeError(validate.message("arrays to check at", "traced values", fix))
     own = _values(case)
     try:
         with jax.enable_x64(True):
@@ -143,24 +144,24 @@ def _judged(case: _Case, rtol: float, step: float | None, note: str) -> Hypergra
     estimate_fn = jax.jit(estimator_function(case.estimator, case.inner_optimizer))
     estimate = estimate_fn(case.variables, case.inner_batch, case.outer_batch, case.key, case.model_state)
     at = BilevelParams(estimate.params, case.variables.hyperparams)
-    last = case.inner_batch if case.inner_optimizer is None else _batches.take(case.inner_batch, -1)
+    last = case.inner_batch if case.inner_optimizer is None else data.take(case.inner_batch, -1)
     problem, keys, view = case.problem, split_keys(case.key), case.problem.response
-    read: Callable[[PyTree], PyTree] = lambda tree: tree  # noqa: E731
+    read: Callable[[PyTree], PyTree] = lambda x: x  # noqa: E731
     if case.estimator.needs_rollout:
-        data = case.variables.params, case.inner_batch, case.outer_batch
+        where = case.variables.params, case.inner_batch, case.outer_batch
         options: dict[str, Any] = {"inner_optimizer": case.inner_optimizer, "model_state": model_state}
-        reference = _differences.rolled_out(problem, *data, keys=keys, **options)
+        reference = _differences.rolled_out(problem, *where, keys=keys, **options)
     else:
         here = at
         if view is not None and view.weights is not None:
-            problem, read = view.plain, view.center
+            problem, read = view.base_problem, view.base_hyperparams
             here = BilevelParams(view.weights(*at), read(at.hyperparams))
         options = {"keys": keys, "model_state": estimate.model_state}
         reference = _differences.resolved(problem, here, last, case.outer_batch, **options)
 
     base, gradient = read(at.hyperparams), read(estimate.hypergrad)
     along = _differences.probes(gradient)
-    precision = _checks.working_precision(functools.partial(_losses, case, last, estimate.model_state), at)
+    precision = dataflow.working_precision(functools.partial(_losses, case, last, estimate.model_state), at)
     steps = _STEPS if precision == jnp.float64 else _WIDE_STEPS
     usual = _usual(gradient)
     floor = _FLOOR * float(np.linalg.norm(usual))
@@ -183,7 +184,7 @@ def _judged(case: _Case, rtol: float, step: float | None, note: str) -> Hypergra
         dtype=str(precision),
         note=note,
         outer_loss=float(estimate.value),
-        inner_gradient_norm=float(_tree.norm(_slope(case, at, last, estimate.model_state, keys.solve))),
+        inner_gradient_norm=float(tree.norm(_slope(case, at, last, estimate.model_state, keys.solve))),
         error_at_optimum=float("nan"),
         residual=float(solver.residual) if isinstance(solver, SolveInfo) else float("nan"),
     )
@@ -222,7 +223,7 @@ def _values(case: _Case) -> np.ndarray:
     """Return both losses at the point given, where random numbers enter them."""
     if case.key is None:
         return np.zeros(2)
-    batch = case.inner_batch if case.inner_optimizer is None else _batches.take(case.inner_batch, 0)
+    batch = case.inner_batch if case.inner_optimizer is None else data.take(case.inner_batch, 0)
     model_state = check_model_state(case.problem, case.model_state)
     return np.array(jax.jit(functools.partial(_losses, case, batch, model_state))(case.variables), np.float64)
 
@@ -246,7 +247,7 @@ def _losses(case: _Case, batch: Batch, model_state: ModelState, at: BilevelParam
 def _slope(case: _Case, at: BilevelParams, batch: Batch, model_state: ModelState, key: Array | None) -> Params:
     """Return ∇_w L_in, traced anew at every call."""
     inner = functools.partial(_inner, case, batch, model_state, key)
-    return _tree.promote(jax.jit(jax.grad(lambda at: inner(at)))(at).params)
+    return tree.promote(jax.jit(jax.grad(lambda at: inner(at)))(at).params)
 
 
 def _reasons(
@@ -254,7 +255,7 @@ def _reasons(
 ) -> Iterator[str]:
     """Yield why a check failed, most certain first."""
     rtol, key = found.rtol, split_keys(case.key).solve
-    if not _tree.all_finite(estimate.hypergrad):
+    if not tree.all_finite(estimate.hypergrad):
         yield "the estimate is not finite: look for inf or NaN in the losses and in their derivatives"
         return
     slopes = [_slope(case, at, last, estimate.model_state, key) for _ in range(2)]

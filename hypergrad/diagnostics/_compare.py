@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hypergrad import _batches, _checks, _tree
-from hypergrad._functional import value_and_hypergrad
-from hypergrad._problem import BilevelParams, check_variables
-from hypergrad._types import Batch, Hyperparams, Key, ModelState
+from hypergrad import data, tree, validate
 from hypergrad.diagnostics._base import align, digits, table
+from hypergrad.drivers._functional import value_and_hypergrad
 from hypergrad.estimators import HypergradEstimator
+from hypergrad.problem import BilevelParams, check_variables
 from hypergrad.solvers import SolveInfo
+from hypergrad.types import Batch, Hyperparams, Key, ModelState
 
 
 class Agreement(NamedTuple):
@@ -141,19 +141,19 @@ def compare(
     check_variables(variables)
     if not isinstance(estimators, Mapping) or not estimators:
         fix = 'Pass e.g. {"neumann": hg.implicit(problem, hg.solvers.neumann(20))}.'
-        raise TypeError(_checks.message("estimators as a dict by name", _checks.describe(estimators), fix))
-    data = inner_batch, outer_batch
+        raise TypeError(validate.message("estimators as a dict by name", validate.describe(estimators), fix))
+    batches = inner_batch, outer_batch
 
     def run(method: Any) -> Any:
         fn = value_and_hypergrad(method, inner_optimizer) if isinstance(method, HypergradEstimator) else method
         if not callable(fn):
             fix = "Pass an estimator, or a function as hg.value_and_hypergrad returns it."
-            raise TypeError(_checks.message("an estimator or a function", _checks.describe(fn), fix))
-        result = jax.jit(fn)(*variables, *data, key=_checks.as_key(key), model_state=model_state)
+            raise TypeError(validate.message("an estimator or a function", validate.describe(fn), fix))
+        result = jax.jit(fn)(*variables, *batches, key=validate.as_key(key), model_state=model_state)
         if not (isinstance(result, tuple) and len(result) == 2 and hasattr(result[1], "solver")):
             fix = "Pass what hg.value_and_hypergrad returns; hg.hypergrad's result has no info."
             raise TypeError(
-                _checks.message("a function that returns ((value, hypergrad), info)", "another result", fix)
+                validate.message("a function that returns ((value, hypergrad), info)", "another result", fix)
             )
         return result
 
@@ -161,7 +161,7 @@ def compare(
         truth = run(oracle)[0][1]
     else:
         truth = oracle
-        _checks.same_structure("the known hypergradient", truth, "the hyperparameters", variables.hyperparams)
+        validate.same_structure("the known hypergradient", truth, "the hyperparameters", variables.hyperparams)
     _usable(truth)
     return Comparison(tuple(_agreement(name, run(method), truth) for name, method in estimators.items()), truth)
 
@@ -217,24 +217,24 @@ def horizon_bias(
     check_variables(variables)
     if not isinstance(estimator, HypergradEstimator) or not estimator.needs_rollout:
         fix = "Pass hg.unrolled(problem): only what differentiates steps depends on how many there are."
-        raise ValueError(_checks.message("an estimator that differentiates steps", _checks.describe(estimator), fix))
-    longest = _batches.window_length(inner_batch)
+        raise ValueError(validate.message("an estimator that differentiates steps", validate.describe(estimator), fix))
+    longest = data.window_length(inner_batch)
     if horizons is not None and not isinstance(horizons, Sequence):
         fix = "Pass a list of lengths, e.g. horizons=[1, 10, 100]."
-        raise TypeError(_checks.message("horizons as a sequence of ints", _checks.describe(horizons), fix))
+        raise TypeError(validate.message("horizons as a sequence of ints", validate.describe(horizons), fix))
     lengths = [4**i for i in range(longest.bit_length())] if horizons is None else list(horizons)
     for length in lengths if horizons is not None else []:
-        if _checks.positive_int("horizon", length) > longest:
+        if validate.positive_int("horizon", length) > longest:
             fix = "Stack more batches, or ask for shorter windows."
-            raise ValueError(_checks.message(f"horizons of at most {longest}, the window's length", str(length), fix))
+            raise ValueError(validate.message(f"horizons of at most {longest}, the window's length", str(length), fix))
     lengths = sorted({length for length in lengths if length < longest} | {longest})
     fn = jax.jit(value_and_hypergrad(estimator, inner_optimizer))
     found = {
         length: fn(
             *variables,
-            _batches.take(inner_batch, slice(length)),
+            data.take(inner_batch, slice(length)),
             outer_batch,
-            key=_checks.as_key(key),
+            key=validate.as_key(key),
             model_state=model_state,
         )
         for length in lengths
@@ -246,17 +246,17 @@ def horizon_bias(
 
 
 def _usable(truth: Hyperparams) -> None:
-    size = float(_tree.norm(_tree.promote(truth)))
+    size = float(tree.norm(tree.promote(truth)))
     if not 0 < size < float("inf"):
         fix = "Where it is zero or not finite nothing can be compared with it: look at its info, or move the point."
-        raise ValueError(_checks.message("an oracle with a finite hypergradient other than zero", digits(size), fix))
+        raise ValueError(validate.message("an oracle with a finite hypergradient other than zero", digits(size), fix))
 
 
 def _agreement(name: str, result: Any, truth: Hyperparams) -> Agreement:
     (value, gradient), info = result
     solver = info.solver
     residual = float(solver.residual) if isinstance(solver, SolveInfo) else float("nan")
-    pairs = zip(_tree.leaf_names(truth), jax.tree.leaves(gradient), jax.tree.leaves(truth), strict=True)
+    pairs = zip(tree.leaf_names(truth), jax.tree.leaves(gradient), jax.tree.leaves(truth), strict=True)
     leaves = {path: align(a, b).cosine for path, a, b in pairs}
     return Agreement(name, *align(gradient, truth), float(value), residual, leaves)
 

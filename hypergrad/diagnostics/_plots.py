@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from hypergrad import _checks, _tree
-from hypergrad._types import PyTree
+from hypergrad import tree, validate
 from hypergrad.diagnostics._base import readable
 from hypergrad.solvers import SolveInfo
+from hypergrad.types import PyTree
 
 _MANY = 8  # leaves of one number each that get a colour and a name of their own
 
@@ -56,12 +56,12 @@ def plot_trajectories(
     """
     if not snapshots or len(snapshots) != len(steps):
         got = f"{len(snapshots)} for {len(steps)} steps"
-        raise ValueError(_checks.message("one snapshot for each step, at least one", got, "Keep one at every look."))
+        raise ValueError(validate.message("one snapshot for each step, at least one", got, "Keep one at every look."))
     for snapshot in snapshots[1:]:
-        _checks.same_structure("a later snapshot", snapshot, "the first", snapshots[0])
+        validate.same_structure("a later snapshot", snapshot, "the first", snapshots[0])
     tensors: dict[str, np.ndarray] = {
         name: np.stack([np.ravel(np.asarray(leaf, np.float64)) for leaf in leaves])
-        for name, *leaves in zip(_tree.leaf_names(snapshots[0]), *map(jax.tree.leaves, snapshots), strict=True)
+        for name, *leaves in zip(tree.leaf_names(snapshots[0]), *map(jax.tree.leaves, snapshots), strict=True)
     }
     panels: dict[str, dict[str, np.ndarray]] = {"in [0, 1]": {}, "positive": {}, "value": {}}
     for name, rows in tensors.items():
@@ -93,11 +93,11 @@ def plot_trajectories(
     return _finished(figure, title)
 
 
-def plot_layers(tree: PyTree, *, start: float | None = None, title: str = "", xlabel: str = "") -> Any:
+def plot_layers(values: PyTree, *, start: float | None = None, title: str = "", xlabel: str = "") -> Any:
     """Draw learned tensors layer by layer: a histogram for every leaf, over one common axis.
 
     Args:
-      tree: of arrays, best constrained: one decay a weight, weights of examples, rates.
+      values: tree of arrays, best constrained: one decay a weight, weights of examples, rates.
       start: where all of them began, drawn as a line.
       title: of the picture.
       xlabel: what the numbers are.
@@ -114,11 +114,11 @@ def plot_layers(tree: PyTree, *, start: float | None = None, title: str = "", xl
     >>> figure.axes[0].get_xscale()
     'log'
     """
-    leaves = [np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)]
+    leaves = [np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(values)]
     flat = np.concatenate(leaves) if leaves else np.zeros(0)
     if not flat.size or not np.isfinite(flat).all():
         got = f"{int((~np.isfinite(flat)).sum())} of {flat.size} not finite"
-        raise ValueError(_checks.message("at least one number, all of them finite", got, "Look at state.info first."))
+        raise ValueError(validate.message("at least one number, all of them finite", got, "Look at state.info first."))
     low, high = flat.min(), flat.max()
     logarithmic = bool(low > 0 and high >= 10 * low)
     if low == high:
@@ -129,7 +129,7 @@ def plot_layers(tree: PyTree, *, start: float | None = None, title: str = "", xl
     for place, values in enumerate(leaves):
         share = np.histogram(values, bins)[0] / max(1, len(values))
         axes.stairs(-place + 0.8 * share / max(share.max(), 1e-12), bins, baseline=-place, fill=True, alpha=0.6)
-    names = [f"{readable(n)}\n{len(v):,}" for n, v in zip(_tree.leaf_names(tree), leaves, strict=True)]
+    names = [f"{readable(n)}\n{len(v):,}" for n, v in zip(tree.leaf_names(values), leaves, strict=True)]
     axes.set_yticks(0.4 - np.arange(len(leaves)), names, fontsize="small")
     axes.tick_params(axis="y", length=0)
     axes.set(xscale="log" if logarithmic else "linear", xlabel=xlabel)
@@ -165,7 +165,7 @@ def plot_solver(infos: Any, *, title: str = "") -> Any:
         infos = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(len(stacked.step))]
     counted = [info for info in infos if hasattr(info, "aux") or int(info.step) >= 0]
     if not counted:
-        raise ValueError(_checks.message("infos of estimates", f"{len(infos)} from before the first", "Train longer."))
+        raise ValueError(validate.message("infos of estimates", f"{len(infos)} from before the first", "Train longer."))
     counts = [int(info.step) for info in counted]
     steps = counts if min(counts) >= 0 else list(range(len(counted)))
     solves = [info.solver for info in counted if isinstance(info.solver, SolveInfo)]

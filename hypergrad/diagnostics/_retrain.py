@@ -18,8 +18,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from hypergrad import _batches, _checks, _tree
-from hypergrad._problem import (
+from hypergrad import data, tree, validate
+from hypergrad.diagnostics._base import digits, readable, table
+from hypergrad.problem import (
     BilevelParams,
     BilevelProblem,
     check_model_state,
@@ -28,9 +29,8 @@ from hypergrad._problem import (
     evaluate_outer,
     inner_gradient,
 )
-from hypergrad._rollout import resolve_optimizer, step_key
-from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
-from hypergrad.diagnostics._base import digits, readable, table
+from hypergrad.training import resolve_optimizer, step_key
+from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
 
 class Retrained(NamedTuple):
@@ -59,7 +59,7 @@ class Retrained(NamedTuple):
             return f"all {len(finite)} starts diverged at these hyperparameters: there is nothing to compare with"
         lines = [("score", "carried", "retrained", "spread", "baseline", "spread")]
         leaves = [jax.tree.leaves(scores) for scores in (self.carried, self.retrained, self.baseline)]
-        names = [readable(name) for name in _tree.leaf_names(self.carried)]
+        names = [readable(name) for name in tree.leaf_names(self.carried)]
         names = ["score"] if jax.tree_util.treedef_is_leaf(jax.tree.structure(self.carried)) else names
         nothing, verdicts = [np.full(len(others), np.nan)] * len(names), []
         for name, one, many, other in zip(names, *leaves[:2], leaves[2] or nothing, strict=True):
@@ -152,15 +152,15 @@ def retrain(
     for name, value in (("init", init), *([("score", score)] if score is not None else [])):
         if not callable(value):
             fix = "Pass init(key) -> params and score(params, outer_batch) -> scalar."
-            raise TypeError(_checks.message(f"{name} to be callable", _checks.describe(value), fix))
-    num_steps = _checks.positive_int("num_steps", num_steps)
-    num_starts = _checks.positive_int("num_starts", num_starts)
+            raise TypeError(validate.message(f"{name} to be callable", validate.describe(value), fix))
+    num_steps = validate.positive_int("num_steps", num_steps)
+    num_starts = validate.positive_int("num_starts", num_starts)
     model_state = check_model_state(problem, model_state)
-    root = _checks.required_key(key)
+    root = validate.required_key(key)
     if baseline is not None:
-        _checks.same_structure("baseline", baseline, "the hyperparameters", hyperparams)
+        validate.same_structure("baseline", baseline, "the hyperparameters", hyperparams)
     if problem.response is not None:
-        center = problem.response.center
+        center = problem.response.base_hyperparams
         baseline = baseline if baseline is None else center(baseline)
         problem, params, hyperparams = _over_plain_weights(problem, params, hyperparams)
 
@@ -170,11 +170,11 @@ def retrain(
 
     def judge(params: Params, hyperparams: Hyperparams, model_state: ModelState) -> PyTree:
         if score is not None:
-            return score(params, _batches.gathered(outer_batch), *([model_state] if problem.stateful else []))
+            return score(params, data.gathered(outer_batch), *([model_state] if problem.stateful else []))
         at = BilevelParams(params, hyperparams)
         return evaluate_outer(problem, at, outer_batch, jax.random.fold_in(root, 0), model_state).value
 
-    _checks.same_structure("init(key)", jax.eval_shape(fresh, root)[0], "the carried weights", params)
+    validate.same_structure("init(key)", jax.eval_shape(fresh, root)[0], "the carried weights", params)
 
     def train(key: Array, hyperparams: Hyperparams) -> tuple[PyTree, Params, Array]:
         optimizer = resolve_optimizer(inner_optimizer, problem.constrain(hyperparams))
@@ -189,9 +189,9 @@ def retrain(
             updates, state = optimizer.update(grads, state, params)
             return optax.apply_updates(params, updates), state, model_state
 
-        begin = _tree.strip_weak_types((params, optimizer.init(params), model_state))
+        begin = tree.strip_weak_types((params, optimizer.init(params), model_state))
         params, _, model_state = lax.fori_loop(0, num_steps, step, begin)
-        return judge(params, hyperparams, model_state), params, _tree.all_finite(params)
+        return judge(params, hyperparams, model_state), params, tree.all_finite(params)
 
     run = jax.jit(jax.vmap(train, in_axes=(0, None)))
     keys = jax.random.split(jax.random.fold_in(root, 1), num_starts)
@@ -199,9 +199,9 @@ def retrain(
     others, _, others_finite = ((), (), np.zeros(0, bool)) if baseline is None else run(keys, baseline)
     carried = jax.jit(judge)(params, hyperparams, model_state)
     carried, scores, others = jax.tree.map(np.asarray, (carried, scores, others))
-    for path, leaf in zip(_tree.leaf_names(carried), jax.tree.leaves(carried), strict=True):
+    for path, leaf in zip(tree.leaf_names(carried), jax.tree.leaves(carried), strict=True):
         if leaf.ndim:
-            raise ValueError(_checks.message("score to return scalars", f"shape {leaf.shape} at {path}", "Reduce it."))
+            raise ValueError(validate.message("score to return scalars", f"shape {leaf.shape} at {path}", "Reduce it."))
     return Retrained(carried, scores, others, trained, np.asarray(finite), np.asarray(others_finite))
 
 
@@ -211,5 +211,5 @@ def _over_plain_weights(
     view = problem.response
     if view is None or view.weights is None:
         fix = "Apply hg.responses.with_response or hg.responses.self_tuning to the problem."
-        raise ValueError(_checks.message("a response that gives plain weights", "one without", fix))
-    return view.plain, view.weights(params, hyperparams), view.center(hyperparams)
+        raise ValueError(validate.message("a response that gives plain weights", "one without", fix))
+    return view.base_problem, view.weights(params, hyperparams), view.base_hyperparams(hyperparams)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from hypergrad import _batches, _checks, _curvature, _tree
-from hypergrad._problem import (
+from hypergrad import curvature, data, tree, validate
+from hypergrad.diagnostics._base import digits
+from hypergrad.problem import (
     BilevelParams,
     BilevelProblem,
     check_model_state,
@@ -25,9 +26,8 @@ from hypergrad._problem import (
     check_variables,
     evaluate_inner,
 )
-from hypergrad._rollout import split_keys
-from hypergrad._types import Array, Batch, Key, MatVec, ModelState, PyTree
-from hypergrad.diagnostics._base import digits
+from hypergrad.training import split_keys
+from hypergrad.types import Array, Batch, Key, MatVec, ModelState, PyTree
 
 _EPSILONS = 10  # of the largest eigenvalue: what rounding of the products may move an eigenvalue by
 
@@ -121,10 +121,10 @@ def extreme_eigenvalues(
     """
     check_problem(problem)
     check_variables(variables)
-    num_steps = _checks.positive_int("num_steps", num_steps)
+    num_steps = validate.positive_int("num_steps", num_steps)
     model_state = check_model_state(problem, model_state)
-    key = _checks.as_key(key)
-    keys, batch = split_keys(key), _batches.gathered(inner_batch)
+    key = validate.as_key(key)
+    keys, batch = split_keys(key), data.gathered(inner_batch)
 
     def inner(params: PyTree) -> Array:
         at = BilevelParams(params, variables.hyperparams)
@@ -132,7 +132,7 @@ def extreme_eigenvalues(
 
     size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(variables.params))
     start = _random_like(variables.params, jax.random.key(0) if key is None else jax.random.fold_in(key, num_steps))
-    found = _lanczos(_curvature.hvp(inner, variables.params), start, min(num_steps, size))
+    found = _lanczos(curvature.hvp(inner, variables.params), start, min(num_steps, size))
     return _read(found)
 
 
@@ -145,22 +145,22 @@ class _Lanczos(NamedTuple):
 
 
 def _lanczos(matvec: MatVec, start: PyTree, length: int) -> _Lanczos:
-    dtype = _tree.wider(*(leaf.dtype for leaf in jax.tree.leaves(start)))
-    first = _tree.scale(start, 1.0 / _tree.norm(start))
+    dtype = tree.wider(*(leaf.dtype for leaf in jax.tree.leaves(start)))
+    first = tree.scale(start, 1.0 / tree.norm(start))
     basis = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype).at[0].set(x), first)
     empty = jnp.zeros(length, dtype)
 
     def step(c: _Lanczos) -> _Lanczos:
         k = c.num_steps
-        image = _tree.promote(matvec(jax.tree.map(lambda q: q[k], c.basis)))
+        image = tree.promote(matvec(jax.tree.map(lambda q: q[k], c.basis)))
         remainder, along = image, jnp.zeros(length, dtype)
         for _ in range(2):  # twice is enough (Kahan, Parlett)
             overlaps = _overlaps(c.basis, remainder)
             remainder = optax.tree.sub(remainder, _combined(c.basis, overlaps))
             along += overlaps
-        size, scale = _tree.norm(remainder).astype(dtype), _tree.norm(image).astype(dtype)
+        size, scale = tree.norm(remainder).astype(dtype), tree.norm(image).astype(dtype)
         ended = ~(size > 100 * jnp.finfo(dtype).eps * scale)
-        unit = _tree.scale(remainder, jnp.where(ended, 0.0, 1.0 / jnp.where(ended, 1.0, size)))
+        unit = tree.scale(remainder, jnp.where(ended, 0.0, 1.0 / jnp.where(ended, 1.0, size)))
         basis = jax.tree.map(lambda q, u: q.at[k + 1].set(u, mode="drop"), c.basis, unit)
         beside = c.beside.at[k].set(jnp.where(ended, 0.0, size))
         return _Lanczos(basis, c.diagonal.at[k].set(along[k]), beside, k + 1, ended)
@@ -194,7 +194,7 @@ def _noise(values: Array) -> Array:
 def _overlaps(basis: PyTree, vector: PyTree) -> Array:
     pairs = zip(jax.tree.leaves(basis), jax.tree.leaves(vector), strict=True)
     parts: list[Any] = [jnp.tensordot(q, v, v.ndim) for q, v in pairs]
-    dtype = _tree.wider(*(part.dtype for part in parts))
+    dtype = tree.wider(*(part.dtype for part in parts))
     return sum((part.astype(dtype) for part in parts), jnp.zeros(parts[0].shape, dtype))
 
 
@@ -202,8 +202,8 @@ def _combined(basis: PyTree, weights: Array) -> PyTree:
     return jax.tree.map(lambda q: jnp.tensordot(weights.astype(q.dtype), q, 1), basis)
 
 
-def _random_like(tree: PyTree, key: Array) -> PyTree:
-    leaves, structure = jax.tree.flatten(_tree.promote(tree))
+def _random_like(like: PyTree, key: Array) -> PyTree:
+    leaves, structure = jax.tree.flatten(tree.promote(like))
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(
         structure, [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]

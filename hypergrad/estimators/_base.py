@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hypergrad import _batches, _checks, _tree
-from hypergrad._problem import BilevelProblem, inner_gradient
-from hypergrad._rollout import Rollout, depends_on_hyperparams, make_window, resolve_optimizer, rollout
-from hypergrad._types import Array, Batch, Hyperparams, ModelState, Params, PyTree
+from hypergrad import data, dataflow, tree, validate
+from hypergrad.problem import BilevelProblem, inner_gradient
+from hypergrad.training import Rollout, depends_on_hyperparams, make_window, resolve_optimizer, rollout
+from hypergrad.types import Array, Batch, Hyperparams, ModelState, Params, PyTree
 
 
 class HypergradInfo(NamedTuple):
@@ -121,7 +121,7 @@ def describe_estimate(
     value: Array, hypergrad: Hyperparams, *, solver: Any = (), standard_error: Any = (), aux: Any = ()
 ) -> EvaluationInfo:
     """Return the info of an estimate that belongs to no ``update`` call yet."""
-    size = _tree.norm(_tree.promote(hypergrad))
+    size = tree.norm(tree.promote(hypergrad))
     finite = jnp.isfinite(value) & jnp.isfinite(size)  # a norm that overflows counts as not finite: one pass, not two
     return EvaluationInfo(value, size, solver, standard_error, ~finite, jnp.array(-1, jnp.int32), aux)
 
@@ -131,7 +131,7 @@ def refuse_optimizer_function(inner_optimizer: Any) -> None:
     if depends_on_hyperparams(inner_optimizer):
         wanted = "inner_optimizer to be an optax transformation, for an estimator that does not differentiate steps"
         fix = "The inner optimum does not depend on how it is reached: tune optimizer settings with hg.unrolled."
-        raise TypeError(_checks.message(wanted, "a function of the hyperparameters", fix))
+        raise TypeError(validate.message(wanted, "a function of the hyperparameters", fix))
 
 
 def end_of_window(
@@ -151,7 +151,7 @@ def end_of_window(
     if start.inner_state is None:
         start = start._replace(inner_state=optimizer.init(start.params))
     reached = rollout(inner_gradient(problem, hyperparams), optimizer, start, make_window(inner_batch, key))
-    return reached, _batches.take(inner_batch, -1)
+    return reached, data.take(inner_batch, -1)
 
 
 def refuse_zeros(
@@ -161,14 +161,14 @@ def refuse_zeros(
     zero = {i for i in unseen if jnp.size(jax.tree.leaves(hyperparams)[i])}
     if zero:
         value = jax.eval_shape(direct, hyperparams)
-        zero &= set(_checks.independent_leaves(lambda ct: jax.vjp(direct, hyperparams)[1](ct)[0], value))
+        zero &= set(dataflow.independent_leaves(lambda ct: jax.vjp(direct, hyperparams)[1](ct)[0], value))
     if not zero:
         return
-    names = ", ".join(_tree.leaf_names(hyperparams)[i] for i in sorted(zero))
+    names = ", ".join(tree.leaf_names(hyperparams)[i] for i in sorted(zero))
     way, advice = _WAYS[name]
     wanted = f"every hyperparameter leaf to enter {way}, or the outer loss"
     fix = f"Its {name} hypergradient would be zero by construction. {advice} Remove a leaf that nothing uses."
-    raise ValueError(_checks.message(wanted, f"hyperparams leaf {names}, which enters neither", fix))
+    raise ValueError(validate.message(wanted, f"hyperparams leaf {names}, which enters neither", fix))
 
 
 _WAYS = {

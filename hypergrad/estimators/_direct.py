@@ -15,8 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hypergrad import _checks
-from hypergrad._problem import (
+from hypergrad import dataflow, validate
+from hypergrad.estimators._base import (
+    Estimate,
+    HypergradEstimator,
+    describe_estimate,
+    end_of_window,
+    refuse_zeros,
+)
+from hypergrad.problem import (
     BilevelParams,
     BilevelProblem,
     check_model_state,
@@ -25,15 +32,8 @@ from hypergrad._problem import (
     evaluate_inner,
     evaluate_outer,
 )
-from hypergrad._rollout import Rollout, split_keys
-from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
-from hypergrad.estimators._base import (
-    Estimate,
-    HypergradEstimator,
-    describe_estimate,
-    end_of_window,
-    refuse_zeros,
-)
+from hypergrad.training import Rollout, split_keys
+from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
 
 def direct(problem: BilevelProblem) -> HypergradEstimator:
@@ -84,7 +84,7 @@ def direct(problem: BilevelProblem) -> HypergradEstimator:
     ) -> Estimate:
         check_variables(variables)
         model_state = check_model_state(problem, model_state)
-        keys = split_keys(_checks.as_key(key))
+        keys = split_keys(validate.as_key(key))
         if inner_optimizer is not None:
             start = Rollout(variables.params, inner_state, model_state)
             window = inner_batch, keys.inner, inner_optimizer
@@ -114,7 +114,7 @@ def direct(problem: BilevelProblem) -> HypergradEstimator:
     ) -> Params:
         if problem.response is None or problem.response.weights is None:
             fix = "Apply hg.responses.with_response or hg.responses.self_tuning to the problem."
-            raise ValueError(_checks.message("a problem with a response, for its weights", "one without", fix))
+            raise ValueError(validate.message("a problem with a response, for its weights", "one without", fix))
         if inner_optimizer is not None:
             start = Rollout(params, None, check_model_state(problem, model_state))
             window = inner_batch, split_keys(key).inner, inner_optimizer
@@ -143,7 +143,7 @@ def _refuse_unseen(
     if view is None or view.weights is None or not jax.tree.leaves(inner_batch):
         outer = lambda h: evaluate_outer(problem, BilevelParams(params, h), outer_batch, key, model_state).value  # noqa: E731
         return refuse_zeros("direct", hyperparams, list(range(len(jax.tree.leaves(hyperparams)))), outer)
-    plain, center = view.plain, view.center(hyperparams)
+    plain, center = view.base_problem, view.base_hyperparams(hyperparams)
     weights = jax.eval_shape(view.weights, params, hyperparams)
 
     def losses(values: tuple[Hyperparams, Params]) -> Array:
@@ -154,6 +154,6 @@ def _refuse_unseen(
         return jnp.stack([inner, evaluate_outer(plain, at, outer_batch, key, model_state).value])
 
     count, total = len(jax.tree.leaves(center)), len(jax.tree.leaves((center, weights)))
-    depends = _checks.dependence(losses, (center, weights))
+    depends = dataflow.dependence(losses, (center, weights))
     unseen = [i for i in range(count) if not depends([i == j for j in range(total)])[0]]
     return refuse_zeros("direct", center, unseen, lambda _: jnp.zeros(()))

@@ -17,8 +17,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from hypergrad import _checks, _curvature, _tree
-from hypergrad._problem import (
+from hypergrad import curvature, dataflow, tree, validate
+from hypergrad.estimators._base import (
+    Estimate,
+    HypergradEstimator,
+    describe_estimate,
+    end_of_window,
+    refuse_zeros,
+)
+from hypergrad.problem import (
     BilevelParams,
     BilevelProblem,
     check_model_state,
@@ -28,16 +35,9 @@ from hypergrad._problem import (
     evaluate_outer,
     inner_gradient,
 )
-from hypergrad._rollout import Rollout, split_keys
-from hypergrad._types import Array, Batch, Hyperparams, Key, MatVec, ModelState, Params, PyTree
-from hypergrad.estimators._base import (
-    Estimate,
-    HypergradEstimator,
-    describe_estimate,
-    end_of_window,
-    refuse_zeros,
-)
 from hypergrad.solvers import LinearSolver, SolveInfo
+from hypergrad.training import Rollout, split_keys
+from hypergrad.types import Array, Batch, Hyperparams, Key, MatVec, ModelState, Params, PyTree
 
 
 def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimator:
@@ -76,11 +76,11 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
     """
     check_problem(problem)
     if not isinstance(solver, LinearSolver):
-        got, fix = _checks.describe(solver), "Pass e.g. solver=hg.solvers.neumann(num_terms=20)."
-        raise TypeError(_checks.message("solver to be a LinearSolver", got, fix))
+        got, fix = validate.describe(solver), "Pass e.g. solver=hg.solvers.neumann(num_terms=20)."
+        raise TypeError(validate.message("solver to be a LinearSolver", got, fix))
 
     def init(variables: BilevelParams) -> PyTree:
-        return _tree.strip_weak_types(solver.init(check_variables(variables).params))
+        return tree.strip_weak_types(solver.init(check_variables(variables).params))
 
     def estimate(
         variables: BilevelParams,
@@ -95,7 +95,7 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
     ) -> Estimate:
         check_variables(variables)
         model_state = check_model_state(problem, model_state)
-        keys = split_keys(_checks.as_key(key))
+        keys = split_keys(validate.as_key(key))
         if inner_optimizer is not None:
             start = Rollout(variables.params, inner_state, model_state)
             window = inner_batch, keys.inner, inner_optimizer
@@ -114,9 +114,9 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
 
         _refuse_unseen(inner, outer, variables)
         (value, aux), (slope, direct) = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)(*variables)
-        product = _curvature.hvp(lambda w: inner(w, variables.hyperparams), variables.params)
+        product = curvature.hvp(lambda w: inner(w, variables.hyperparams), variables.params)
         solution, estimator_state, solve_info = solver.solve(product, slope, estimator_state)
-        indirect = _curvature.mixed_vjp(inner, *variables)(solution)
+        indirect = curvature.mixed_vjp(inner, *variables)(solution)
         hypergrad = jax.tree.map(lambda d, i: d - i, direct, indirect)
         # Where slope or Hessian is not finite the solver hands back a finite x, often 0, with residual inf: what
         # would look like a zero must not pass as one.
@@ -145,8 +145,8 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
             return inner_gradient(problem, hyperparams)(params, inner_batch, keys.solve, model_state)[0]
 
         def solve(matvec: MatVec, b: PyTree) -> PyTree:
-            wide = _tree.promote(b)
-            product = lambda v: _tree.promote(matvec(optax.tree.cast_like(v, b)))  # noqa: E731
+            wide = tree.promote(b)
+            product = lambda v: tree.promote(matvec(optax.tree.cast_like(v, b)))  # noqa: E731
             x, _, info = solver.solve(product, wide, solver.init(wide))
             sound = jnp.isfinite(info.residual)
             return optax.tree.cast_like(jax.tree.map(lambda leaf: jnp.where(sound, leaf, jnp.nan), x), b)
@@ -163,5 +163,5 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
 def _refuse_unseen(inner: Any, outer: Any, variables: BilevelParams) -> None:
     """Refuse leaves with a zero mixed derivative and a zero direct one, both by construction."""
     params, hyperparams = variables
-    unmixed = _checks.independent_leaves(_curvature.mixed_vjp(inner, params, hyperparams), _tree.promote(params))
+    unmixed = dataflow.independent_leaves(curvature.mixed_vjp(inner, params, hyperparams), tree.promote(params))
     refuse_zeros("implicit", hyperparams, unmixed, lambda h: outer(params, h)[0])

@@ -15,9 +15,11 @@ from typing import Any
 
 import jax
 
-from hypergrad import _checks, _probe, _tree
-from hypergrad._modes import Judge, UnrollMode, reverse
-from hypergrad._problem import (
+from hypergrad import dataflow, tree, validate
+from hypergrad.estimators import _probe
+from hypergrad.estimators._base import Estimate, HypergradEstimator, describe_estimate, refuse_zeros
+from hypergrad.estimators._modes import Judge, UnrollMode, reverse
+from hypergrad.problem import (
     BilevelParams,
     BilevelProblem,
     check_model_state,
@@ -26,7 +28,7 @@ from hypergrad._problem import (
     evaluate_outer,
     inner_gradient,
 )
-from hypergrad._rollout import (
+from hypergrad.training import (
     Rollout,
     Window,
     checkpoint_interval,
@@ -36,8 +38,7 @@ from hypergrad._rollout import (
     split_keys,
     split_window,
 )
-from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
-from hypergrad.estimators._base import Estimate, HypergradEstimator, describe_estimate, refuse_zeros
+from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
 
 def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> HypergradEstimator:
@@ -76,7 +77,7 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Hypergr
     mode = reverse() if mode is None else mode
     if not isinstance(mode, UnrollMode):
         fix = "Pass mode=hg.reverse() or mode=hg.forward()."
-        raise TypeError(_checks.message("mode to be an UnrollMode", _checks.describe(mode), fix))
+        raise TypeError(validate.message("mode to be an UnrollMode", validate.describe(mode), fix))
 
     def estimate(
         variables: BilevelParams,
@@ -90,7 +91,7 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Hypergr
         model_state: ModelState = None,
     ) -> Estimate:
         params, hyperparams = check_variables(variables)
-        keys = split_keys(_checks.as_key(key))
+        keys = split_keys(validate.as_key(key))
         start = Rollout(params, inner_state, check_model_state(problem, model_state))
         window = make_window(inner_batch, keys.inner)
         _check_optimizer(problem, mode, inner_optimizer, variables, window)
@@ -127,7 +128,7 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Hypergr
         if mode.truncate is not None and mode.truncate < len(window.numbers):
             fix = "The derivative in the first weights would be zero: choose a window of the steps that count."
             got = f"truncate={mode.truncate} for {len(window.numbers)} steps"
-            raise ValueError(_checks.message("best_response of an unroll that is differentiated whole", got, fix))
+            raise ValueError(validate.message("best_response of an unroll that is differentiated whole", got, fix))
         # Plain autodiff: the mixed rule has no forward mode, which products of an outer solver take.
         return _passage(problem, mode._replace(mixed=False), inner_optimizer, start, window, hyperparams).params
 
@@ -170,7 +171,7 @@ def _check_optimizer(
 ) -> None:
     if inner_optimizer is None:
         fix = "Pass inner_optimizer=optax.sgd(...), and batches with a leading window axis."
-        raise ValueError(_checks.message("an inner_optimizer for unrolled differentiation", "None", fix))
+        raise ValueError(validate.message("an inner_optimizer for unrolled differentiation", "None", fix))
     make = lambda h: resolve_optimizer(inner_optimizer, problem.constrain(h))  # noqa: E731
     make(at.hyperparams)
     steps = len(window.numbers)
@@ -198,15 +199,15 @@ def _refuse_unseen(
 
     if not given:
         start = start._replace(inner_state=initial(hyperparams))
-    floats, restore = _tree.split_floating(start)
+    floats, restore = tree.split_floating(start)
 
     def step(floats: list[Array], hyperparams: Hyperparams) -> list[Array]:
         plain = mode._replace(truncate=None, checkpoint_every=math.inf)
         reached = _passage(problem, plain, inner_optimizer, restore(floats), first, hyperparams)
-        return _tree.split_floating(reached)[0]
+        return tree.split_floating(reached)[0]
 
-    reaches = _checks.dependence(lambda ct: jax.vjp(step, floats, hyperparams)[1](ct), floats)
-    weights, state, model_state = (len(_tree.split_floating(part)[0]) for part in start)
+    reaches = dataflow.dependence(lambda ct: jax.vjp(step, floats, hyperparams)[1](ct), floats)
+    weights, state, model_state = (len(tree.split_floating(part)[0]) for part in start)
     carried = [True] * weights + [False] * state + [problem.stateful] * model_state
     seen = [False] * len(jax.tree.leaves(hyperparams))
     length = len(window.numbers)
@@ -218,9 +219,9 @@ def _refuse_unseen(
         if carried == before:
             break
     if not given and differentiated == length:
-        of_state = _tree.split_floating(start.inner_state)[0]
-        begins = _checks.dependence(
-            lambda ct: jax.vjp(lambda h: _tree.split_floating(initial(h))[0], hyperparams)[1](ct), of_state
+        of_state = tree.split_floating(start.inner_state)[0]
+        begins = dataflow.dependence(
+            lambda ct: jax.vjp(lambda h: tree.split_floating(initial(h))[0], hyperparams)[1](ct), of_state
         )
         seen = _either(seen, begins(carried[weights : weights + state]))
     unseen = [i for i, mark in enumerate(seen) if not mark]

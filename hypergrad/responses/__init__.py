@@ -1,6 +1,5 @@
 """Learned best responses w(λ): problem transforms that make them the inner variable, for ``hg.direct``."""
 
-from hypergrad._layers import self_tunable, untuned
 from hypergrad.responses._base import Encoding, Perturbed, Response, init, labels, weights_at
 from hypergrad.responses._hypernetwork import HypernetworkParams, hypernetwork, magnitude_invariant
 from hypergrad.responses._linear import GatedParams, LinearParams, gated, linear
@@ -14,6 +13,7 @@ from hypergrad.responses._self_tuning import (
     stn,
 )
 from hypergrad.responses._with_response import with_response
+from hypergrad.responses.layers import self_tunable, untuned
 
 __all__ = [
     "CenteredParams",

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from hypergrad import _batches, _checks, _tree
-from hypergrad._problem import BilevelProblem, check_model_state, check_problem, check_variables
-from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
+from hypergrad import data, tree, validate
+from hypergrad.problem import BilevelProblem, check_model_state, check_problem, check_variables
+from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
 
 class Response(NamedTuple):
@@ -108,12 +108,12 @@ def init(
     check_problem(problem)
     if problem.response is None:
         fix = "Apply hg.responses.with_response or hg.responses.self_tuning first."
-        raise ValueError(_checks.message("a problem over a response", "one over plain weights", fix))
-    _checks.floating_leaves("params", params)
-    _checks.floating_leaves("hyperparams", hyperparams)
+        raise ValueError(validate.message("a problem over a response", "one over plain weights", fix))
+    validate.floating_leaves("params", params)
+    validate.floating_leaves("hyperparams", hyperparams)
     state = check_model_state(problem, model_state)
-    first = problem.response.init(_checks.as_key(key), params, hyperparams, _batches.gathered(batch), state)
-    return _tree.unalias(_tree.strip_weak_types(first), params, hyperparams)
+    first = problem.response.init(validate.as_key(key), params, hyperparams, data.gathered(batch), state)
+    return tree.unalias(tree.strip_weak_types(first), params, hyperparams)
 
 
 def weights_at(variables: Any) -> Params:
@@ -140,7 +140,7 @@ def weights_at(variables: Any) -> Params:
     params, hyperparams = check_variables(variables)
     if not isinstance(params, ResponseParams):
         fix = "For a response of your own call its apply(response_params, hyperparams)."
-        raise TypeError(_checks.message("params made by hg.responses", _checks.describe(params), fix))
+        raise TypeError(validate.message("params made by hg.responses", validate.describe(params), fix))
     hyperparams = hyperparams.hyperparams if isinstance(hyperparams, Perturbed) else hyperparams
     return params.weights_at(hyperparams)
 
@@ -167,7 +167,7 @@ def labels(response_params: PyTree) -> PyTree:
     """
     if not isinstance(response_params, ResponseParams):
         fix = "Pass hg.responses.labels itself to optax.partition, over response parameters."
-        raise TypeError(_checks.message("params made by hg.responses", _checks.describe(response_params), fix))
+        raise TypeError(validate.message("params made by hg.responses", validate.describe(response_params), fix))
     marks = {name: "weights" if name == "params" else "response" for name in _fields(response_params)}
     if isinstance(response_params, tuple):
         return type(response_params)(**marks)
@@ -176,7 +176,7 @@ def labels(response_params: PyTree) -> PyTree:
 
 def flat(hyperparams: Hyperparams) -> Array:
     """Return all hyperparameters as one vector (n,), in at least float32, leaf after leaf."""
-    leaves = [jnp.ravel(leaf) for leaf in jax.tree.leaves(_tree.promote(hyperparams))]
+    leaves = [jnp.ravel(leaf) for leaf in jax.tree.leaves(tree.promote(hyperparams))]
     return jnp.concatenate(leaves)
 
 
@@ -186,7 +186,7 @@ def as_encoding(encoding: Encoding | None) -> Encoding:
         return _IDENTITY
     if not isinstance(encoding, Encoding):
         fix = "Pass e.g. hg.responses.magnitude_invariant(low, high), or None."
-        raise TypeError(_checks.message("encoding to be an Encoding", _checks.describe(encoding), fix))
+        raise TypeError(validate.message("encoding to be an Encoding", validate.describe(encoding), fix))
     return encoding
 
 
@@ -200,14 +200,14 @@ def marks_of(per_example: PyTree, hyperparams: Hyperparams) -> PyTree:
     except (ValueError, TypeError) as error:
         got = f"{jax.tree.structure(per_example)} for {jax.tree.structure(hyperparams)}"
         fix = "Pass True, False, or the hyperparameters' structure with bools in place of subtrees."
-        raise ValueError(_checks.message("per_example to be a tree prefix of hyperparams", got, fix)) from error
+        raise ValueError(validate.message("per_example to be a tree prefix of hyperparams", got, fix)) from error
 
 
 def same_size(name: str, got: int, want: int) -> None:
     """Refuse hyperparameters of another number than a response was made for."""
     if got != want:
         fix = "Make response parameters anew (hg.responses.init) for other hyperparameters."
-        raise ValueError(_checks.message(f"{want} hyperparameters, which the {name} response has", str(got), fix))
+        raise ValueError(validate.message(f"{want} hyperparameters, which the {name} response has", str(got), fix))
 
 
 def checked(name: str, response_params: Any, kind: type) -> Any:
@@ -215,7 +215,7 @@ def checked(name: str, response_params: Any, kind: type) -> Any:
     if not isinstance(response_params, kind):
         fix = "Pass what this response's init returned, or hg.responses.init(problem, key, params, hyperparams)."
         raise TypeError(
-            _checks.message(f"{name} response parameters", _checks.describe(type(response_params).__name__), fix)
+            validate.message(f"{name} response parameters", validate.describe(type(response_params).__name__), fix)
         )
     return response_params
 

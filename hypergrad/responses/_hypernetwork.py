@@ -20,9 +20,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from hypergrad import _checks
-from hypergrad._types import Array, Hyperparams, Key, Params, PyTree
+from hypergrad import validate
 from hypergrad.responses._base import Encoding, Response, as_encoding, checked, flat
+from hypergrad.types import Array, Hyperparams, Key, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,20 +94,20 @@ def hypernetwork(
     """
     if not callable(module):
         fix = "Pass a Linen module, or e.g. lambda size: nn.Dense(size)."
-        raise TypeError(_checks.message("module to be a flax.linen.Module", _checks.describe(module), fix))
+        raise TypeError(validate.message("module to be a flax.linen.Module", validate.describe(module), fix))
     if chunk_size is not None:
-        chunk_size = _checks.positive_int("chunk_size", chunk_size)
-    embedding_size = _checks.positive_int("embedding_size", embedding_size)
+        chunk_size = validate.positive_int("chunk_size", chunk_size)
+    embedding_size = validate.positive_int("embedding_size", embedding_size)
     encoding = as_encoding(encoding)
 
     def init(key: Key, params: Params, hyperparams: Hyperparams) -> HypernetworkParams:
-        _checks.floating_leaves("params", params)
+        validate.floating_leaves("params", params)
         size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
-        network_key, embedding_key = jax.random.split(_checks.required_key(key))
+        network_key, embedding_key = jax.random.split(validate.required_key(key))
         made = module if isinstance(module, nn.Module) else module(chunk_size or size)
         if not isinstance(made, nn.Module):
             fix = "Return e.g. nn.Dense(size)."
-            raise TypeError(_checks.message("module(size) to be a flax.linen.Module", _checks.describe(made), fix))
+            raise TypeError(validate.message("module(size) to be a flax.linen.Module", validate.describe(made), fix))
         network = _Network(made, chunk_size, encoding)
         vector = flat(hyperparams)
         encoding.check(vector)
@@ -120,10 +120,10 @@ def hypernetwork(
         if jnp.shape(output) != (chunk_size or size,):
             wanted = f"the module to return {chunk_size or size} weights, shape {(chunk_size or size,)}"
             fix = "Give its last layer that many outputs, or pass a function size -> module."
-            raise ValueError(_checks.message(wanted, f"shape {jnp.shape(output)}", fix))
+            raise ValueError(validate.message(wanted, f"shape {jnp.shape(output)}", fix))
         if set(variables) != {"params"}:
             fix = "Use a module without batch statistics or other state."
-            raise ValueError(_checks.message("a module with params alone", ", ".join(variables) or "none", fix))
+            raise ValueError(validate.message("a module with params alone", ", ".join(variables) or "none", fix))
         return HypernetworkParams(jax.tree.map(jnp.copy, params), variables["params"], embeddings, network)
 
     def apply(
@@ -160,7 +160,7 @@ def magnitude_invariant(low: Any, high: Any) -> Encoding:
     """
     low, high = jnp.asarray(low, float), jnp.asarray(high, float)
     if not bool(jnp.all(jnp.isfinite(low) & jnp.isfinite(high) & (low < high))):
-        raise ValueError(_checks.message("low < high, both finite", f"{low} and {high}", "Give the range of λ."))
+        raise ValueError(validate.message("low < high, both finite", f"{low} and {high}", "Give the range of λ."))
 
     def gamma(vector: Array) -> Array:
         return (vector - low.astype(vector.dtype)) / (high - low).astype(vector.dtype)
@@ -171,7 +171,7 @@ def magnitude_invariant(low: Any, high: Any) -> Encoding:
         if not bool(jnp.all((vector >= low) & (vector <= high))):
             got = f"{float(vector.min()):g} … {float(vector.max()):g}"
             fix = "Widen the range, or begin inside."
-            raise ValueError(_checks.message(f"hyperparameters inside [{low}, {high}]", got, fix))
+            raise ValueError(validate.message(f"hyperparameters inside [{low}, {high}]", got, fix))
 
     def encode(vector: Array) -> Array:
         angle = 0.5 * jnp.pi * gamma(vector)

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hypergrad import _checks
-from hypergrad._types import Array, Hyperparams, Key, Params, PyTree
+from hypergrad import validate
 from hypergrad.responses._base import Encoding, Response, as_encoding, checked, flat, same_size
+from hypergrad.types import Array, Hyperparams, Key, Params, PyTree
 
 
 class LinearParams(NamedTuple):
@@ -84,7 +84,7 @@ def linear(rank: int | None = None, *, encoding: Encoding | None = None) -> Resp
     Reference: Lorraine & Duvenaud, arXiv 1802.09419.
     """
     if rank is not None:
-        rank = _checks.positive_int("rank", rank)
+        rank = validate.positive_int("rank", rank)
     encoding = as_encoding(encoding)
 
     def init(key: Key, params: Params, hyperparams: Hyperparams) -> LinearParams:
@@ -93,7 +93,7 @@ def linear(rank: int | None = None, *, encoding: Encoding | None = None) -> Resp
         basis = jax.tree.map(lambda w: jnp.zeros((columns, *jnp.shape(w)), jnp.asarray(w).dtype), params)
         mixing: Any = ()
         if rank is not None:
-            mixing = jax.random.normal(_checks.required_key(key), (size, rank)) / math.sqrt(size)
+            mixing = jax.random.normal(validate.required_key(key), (size, rank)) / math.sqrt(size)
         return LinearParams(jax.tree.map(jnp.copy, params), basis, mixing)
 
     def apply(response_params: LinearParams, hyperparams: Hyperparams, center: Hyperparams | None = None) -> Params:
@@ -137,7 +137,7 @@ def gated(*, encoding: Encoding | None = None) -> Response:
     def init(key: Key, params: Params, hyperparams: Hyperparams) -> GatedParams:
         size = _encoded_size(encoding, hyperparams)
         leaves, structure = jax.tree.flatten(params)
-        keys = jax.random.split(_checks.required_key(key), len(leaves))
+        keys = jax.random.split(validate.required_key(key), len(leaves))
         direction = [_direction(k, jnp.asarray(w)) for k, w in zip(keys, leaves, strict=True)]
         gate = jax.tree.map(lambda w: jnp.zeros((size, *jnp.shape(w)[-1:]), jnp.asarray(w).dtype), params)
         return GatedParams(jax.tree.map(jnp.copy, params), jax.tree.unflatten(structure, direction), gate)

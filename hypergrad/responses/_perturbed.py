@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hypergrad import _checks, _tree
-from hypergrad._problem import BilevelProblem, ResponseView, check_problem
-from hypergrad._types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
+from hypergrad import tree, validate
+from hypergrad.problem import BilevelProblem, ResponseSpec, check_problem
 from hypergrad.responses._base import Perturbed, marks_of
+from hypergrad.types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
 
 _ENTROPY_OF_ONE = 0.5 * math.log(2 * math.pi * math.e)
 
@@ -66,7 +66,7 @@ def learned_scale(entropy: float = 1e-3, low: float = 0.05, high: float = 1.5) -
     Reference: MacKay et al., arXiv 1903.03088.
     """
     for name, value, least in (("entropy", entropy, 0.0), ("low", low, 0.0), ("high", high, low)):
-        _checks.number(name, value, low=float(least), strict=name != "entropy")
+        validate.number(name, value, low=float(least), strict=name != "entropy")
     return LearnedScale(entropy, low, high)
 
 
@@ -155,16 +155,16 @@ def sampled(
     """
     if not callable(draw):
         fix = "Pass draw(key, hyperparams) -> hyperparams."
-        raise TypeError(_checks.message("draw to be callable", _checks.describe(draw), fix))
+        raise TypeError(validate.message("draw to be callable", validate.describe(draw), fix))
 
     def one(key: Array, hyperparams: Hyperparams, shape: Any) -> Hyperparams:
         if any(jax.tree.leaves(shape)):
             fix = "Build it with self_tuning(..., per_example=False), or use perturbed."
             wanted = "a problem that takes one value of each hyperparameter a batch"
-            raise ValueError(_checks.message(wanted, "one that takes a value an example", fix))
+            raise ValueError(validate.message(wanted, "one that takes a value an example", fix))
         drawn = draw(key, hyperparams)
-        _checks.same_structure("what draw returned", drawn, "the hyperparameters", hyperparams)
-        return _tree.match_dtypes(drawn, hyperparams)
+        validate.same_structure("what draw returned", drawn, "the hyperparameters", hyperparams)
+        return tree.match_dtypes(drawn, hyperparams)
 
     return _averaged(problem, one, None, num_samples, num_groups)
 
@@ -173,18 +173,18 @@ def _averaged(
     problem: BilevelProblem, draw: Any, learned: LearnedScale | None, num_samples: int, num_groups: int | None
 ) -> BilevelProblem:
     check_problem(problem)
-    view = problem.response or ResponseView(
+    view = problem.response or ResponseSpec(
         init=_no_response,
         weights=None,
-        around=lambda _center: (problem.inner_loss, problem.outer_loss),
-        plain=problem,
+        losses_at=lambda _center: (problem.inner_loss, problem.outer_loss),
+        base_problem=problem,
     )
-    if view.around is None:
+    if view.losses_at is None:
         fix = "Perturb once, last of all transforms."
-        raise ValueError(_checks.message("a problem that is not perturbed yet", "a perturbed one", fix))
-    num_samples = _checks.positive_int("num_samples", num_samples)
-    groups = None if num_groups is None else _checks.positive_int("num_groups", num_groups)
-    around, strip, bounded = view.around, _stripper(learned), _bounder(learned)
+        raise ValueError(validate.message("a problem that is not perturbed yet", "a perturbed one", fix))
+    num_samples = validate.positive_int("num_samples", num_samples)
+    groups = None if num_groups is None else validate.positive_int("num_groups", num_groups)
+    around, strip, bounded = view.losses_at, _stripper(learned), _bounder(learned)
 
     def perturb(which: int) -> Loss:
         def loss(params: Params, hyperparams: Hyperparams, batch: Batch, key: Any, *state: ModelState) -> Any:
@@ -200,7 +200,7 @@ def _averaged(
                     noisy = jax.tree.map(lambda m, h: jnp.repeat(h, repeats, 0) if m else h, marks, noisy)
                 return of_center(params, noisy, batch, loss_key, *state)
 
-            return _sample(one, _checks.required_key(key), batch, num_samples, groups, any(jax.tree.leaves(marks)))
+            return _sample(one, validate.required_key(key), batch, num_samples, groups, any(jax.tree.leaves(marks)))
 
         return loss
 
@@ -212,12 +212,12 @@ def _averaged(
         return (result[0] - bonus, *result[1:]) if isinstance(result, tuple) else result - bonus
 
     weights = view.weights
-    new_view = ResponseView(
+    new_view = ResponseSpec(
         init=lambda key, params, hyperparams, *rest: view.init(key, params, strip(hyperparams), *rest),
         weights=None if weights is None else lambda params, hyperparams: weights(params, strip(hyperparams)),
-        around=None,
-        plain=view.plain,
-        center=strip,
+        losses_at=None,
+        base_problem=view.base_problem,
+        base_hyperparams=strip,
     )
     outer = problem.outer_loss if learned is None else outer_with_entropy
     constrain = lambda hyperparams: problem.constrain(strip(hyperparams))  # noqa: E731
@@ -229,7 +229,7 @@ def _averaged(
 def _sample(one: Any, key: Array, batch: Batch, num_samples: int, groups: int | None, per_example: bool) -> Any:
     """Run ``one(key, batch, size)`` for all samples and groups, and average."""
     split_groups = groups is not None and not per_example
-    size = _checks.batch_size(batch) if per_example or split_groups else None
+    size = validate.batch_size(batch) if per_example or split_groups else None
     if split_groups:
         assert groups is not None
         each = _group_size(batch, groups)
@@ -253,10 +253,10 @@ def _mean(stacked: Any) -> Any:
 
 
 def _group_size(batch: Batch, groups: int) -> int:
-    size = _checks.batch_size(batch)
+    size = validate.batch_size(batch)
     if size % groups:
         fix = "Choose num_groups that divides the batch."
-        raise ValueError(_checks.message(f"a batch that divides into {groups} groups", f"{size} examples", fix))
+        raise ValueError(validate.message(f"a batch that divides into {groups} groups", f"{size} examples", fix))
     return size // groups
 
 
@@ -268,9 +268,9 @@ def _spread(hyperparams: Hyperparams, scale: PyTree | LearnedScale) -> tuple[Hyp
     else:
         if isinstance(hyperparams, Perturbed):
             fix = "Pass the hyperparameters alone, or scale=hg.responses.learned_scale()."
-            raise TypeError(_checks.message("hyperparams without a scale, for a fixed one", "a Perturbed", fix))
+            raise TypeError(validate.message("hyperparams without a scale, for a fixed one", "a Perturbed", fix))
         center, sigma = hyperparams, scale
-    found = _checks.by_prefix("perturbed", "scale", center, sigma, of="hyperparams")
+    found = validate.by_prefix("perturbed", "scale", center, sigma, of="hyperparams")
     return center, jax.tree.unflatten(jax.tree.structure(center), [s for _, _, s in found])
 
 
@@ -289,9 +289,9 @@ def _noisy(key: Array, center: Hyperparams, sigma: PyTree, shape: PyTree) -> Hyp
 
 def _entropy(hyperparams: Any) -> Array:
     """Return Σ log(σᵢ √(2πe)) over all entries of the hyperparameters."""
-    found = _checks.by_prefix("perturbed", "log_scale", *_check_perturbed(hyperparams), of="hyperparams")
+    found = validate.by_prefix("perturbed", "log_scale", *_check_perturbed(hyperparams), of="hyperparams")
     terms = [jnp.sum(jnp.broadcast_to(s, jnp.shape(h)) + _ENTROPY_OF_ONE) for _, h, s in found]
-    return _tree.total(terms)
+    return tree.total(terms)
 
 
 def _bounder(learned: LearnedScale | None) -> Callable[[Any], Any]:
@@ -330,20 +330,20 @@ def _stripper(learned: LearnedScale | None) -> Callable[[Any], Hyperparams]:
 def _check_perturbed(hyperparams: Any) -> Perturbed:
     if not isinstance(hyperparams, Perturbed):
         got, fix = type(hyperparams).__name__, "Pass hg.responses.Perturbed(hyperparams, log_scale)."
-        raise TypeError(_checks.message("hyperparams to be a Perturbed, for a learned scale", got, fix))
+        raise TypeError(validate.message("hyperparams to be a Perturbed, for a learned scale", got, fix))
     return hyperparams
 
 
 def _check_scale(scale: PyTree) -> None:
     if not jax.tree.leaves(scale):
         fix = "Pass one number, a tree prefix of the hyperparameters, or hg.responses.learned_scale()."
-        raise ValueError(_checks.message("scale with at least one number", _checks.describe(scale), fix))
+        raise ValueError(validate.message("scale with at least one number", validate.describe(scale), fix))
     for leaf in jax.tree.leaves(scale):
         if not isinstance(leaf, jax.core.Tracer) and isinstance(leaf, jax.Array | np.ndarray) and jnp.ndim(leaf):
             leaf = jnp.min(leaf)
-        _checks.number("scale", leaf, low=0.0)
+        validate.number("scale", leaf, low=0.0)
 
 
 def _no_response(*_: Any) -> PyTree:
     fix = "Apply hg.responses.with_response or hg.responses.self_tuning first."
-    raise ValueError(_checks.message("a problem over a response", "one over plain weights", fix))
+    raise ValueError(validate.message("a problem over a response", "one over plain weights", fix))

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hypergrad import _checks
-from hypergrad._layers import Found, LayerResponse, Run, displaced_weights, intercepted, weights_by_path
-from hypergrad._problem import BilevelProblem, ResponseView, check_problem, refuse_response
-from hypergrad._types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
+from hypergrad import validate
+from hypergrad.problem import BilevelProblem, ResponseSpec, check_problem, refuse_response
 from hypergrad.responses._base import flat, marks_of
+from hypergrad.responses.layers import Found, LayerResponse, Run, displaced_weights, intercepted, weights_by_path
+from hypergrad.types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
 
 
 class CenteredParams(NamedTuple):
@@ -86,7 +86,7 @@ def delta_stn(*, linearized: bool = True) -> SelfTuningForm:
 
     Reference: Bae & Grosse, arXiv 2010.13514.
     """
-    _checks.flag("linearized", linearized)
+    validate.flag("linearized", linearized)
     return SelfTuningForm(centered=True, linearized=linearized, gate_std=0.0)
 
 
@@ -98,7 +98,7 @@ def stn(*, gate_std: float = 0.01) -> SelfTuningForm:
 
     Reference: MacKay et al., arXiv 1903.03088.
     """
-    _checks.number("gate_std", gate_std, low=0.0, strict=True)
+    validate.number("gate_std", gate_std, low=0.0, strict=True)
     return SelfTuningForm(centered=False, linearized=False, gate_std=gate_std)
 
 
@@ -155,9 +155,9 @@ def self_tuning(
     form = delta_stn() if form is None else form
     if not isinstance(form, SelfTuningForm):
         fix = "Pass hg.responses.delta_stn() or hg.responses.stn()."
-        raise TypeError(_checks.message("form to be a SelfTuningForm", _checks.describe(form), fix))
+        raise TypeError(validate.message("form to be a SelfTuningForm", validate.describe(form), fix))
     for mark in jax.tree.leaves(per_example, is_leaf=lambda x: x is None):
-        _checks.flag("per_example", mark)
+        validate.flag("per_example", mark)
     kind = CenteredParams if form.centered else UncenteredParams
     extended = bool(problem.has_aux or problem.stateful)
 
@@ -212,7 +212,7 @@ def self_tuning(
             at, slope = jax.jvp(outputs, (start,), (jnp.ones_like(start),))
             if not at:
                 fix = "Call the model's own apply in the inner loss, or use delta_stn(linearized=False)."
-                raise ValueError(_checks.message("an inner loss that runs a Flax model", "no call of one", fix))
+                raise ValueError(validate.message("an inner loss that runs a Flax model", "no call of one", fix))
             replay = [jax.tree.map(_moved, o, do) for o, do in zip(at, slope, strict=True)]
             there = held if shared is None else displaced_weights(held, own, shared)
             second = _run(loss, Run(there, own, replay=replay), hyperparams, *rest)
@@ -229,25 +229,25 @@ def self_tuning(
         if not chosen:
             fix = "Layers are nn.Dense, DenseGeneral, Conv, Embed and recurrent cells; NNX models need self_tunable."
             got = f"{', '.join(found) or 'none'}, of which layers() chose none" if found else "none"
-            raise ValueError(_checks.message("an inner loss that runs layers that can be tuned", got, fix))
+            raise ValueError(validate.message("an inner loss that runs layers that can be tuned", got, fix))
         dtypes = _check_weights(params, chosen)
         size = int(flat(hyperparams).size)
-        keys = jax.random.split(_checks.required_key(key), len(chosen))
+        keys = jax.random.split(validate.required_key(key), len(chosen))
         own = {
             path: _start(k, layer, dtypes[path], size, form.gate_std)
             for k, (path, layer) in zip(keys, chosen.items(), strict=True)
         }
         return kind(jax.tree.map(jnp.copy, params), own)
 
-    def around(center: Hyperparams) -> tuple[Loss, Loss]:
+    def losses_at(center: Hyperparams) -> tuple[Loss, Loss]:
         inner = linearized(center) if form.linearized else gated(problem.inner_loss, center)
         return inner, gated(problem.outer_loss, center)
 
-    view = ResponseView(
+    view = ResponseSpec(
         init=start,
         weights=weights,
-        around=around,
-        plain=dataclasses.replace(
+        losses_at=losses_at,
+        base_problem=dataclasses.replace(
             problem, inner_loss=widened(problem.inner_loss), outer_loss=widened(problem.outer_loss)
         ),
         per_example=per_example,
@@ -268,7 +268,7 @@ def _moved(output: Any, slope: Any) -> Any:
 def _checked(response_params: Any, kind: type) -> Any:
     if not isinstance(response_params, kind):
         fix = "Start from hg.responses.init(problem, key, params, hyperparams, batch)."
-        raise TypeError(_checks.message(f"self-tuning params ({kind.__name__})", type(response_params).__name__, fix))
+        raise TypeError(validate.message(f"self-tuning params ({kind.__name__})", type(response_params).__name__, fix))
     return response_params
 
 
@@ -276,7 +276,7 @@ def _per_example(per_example: PyTree, hyperparams: Hyperparams, batch: Batch) ->
     """Give the marked hyperparameters a leading batch axis."""
     if not any(jax.tree.leaves(per_example)):
         return hyperparams
-    size = _checks.batch_size(batch)
+    size = validate.batch_size(batch)
 
     def spread(mark: bool, h: Array) -> Array:
         return jnp.broadcast_to(h, (size, *jnp.shape(h))) if mark else h
@@ -310,7 +310,7 @@ def _find(
     """Return the layers that the inner loss runs, by path, without computing anything."""
     if batch is None:
         fix = "Pass a training batch: hg.responses.init(problem, key, params, hyperparams, batch)."
-        raise ValueError(_checks.message("a batch, to look for layers with", "None", fix))
+        raise ValueError(validate.message("a batch, to look for layers with", "None", fix))
     found: dict[str, Found] = {}
 
     def look(params: Params, hyperparams: Hyperparams, batch: Batch, state: ModelState, key: Array) -> Any:
@@ -331,7 +331,7 @@ def _check_weights(params: Params, layers: dict[str, Found]) -> dict[str, Any]:
         if shape != layer.weight.shape or (layer.bias is not None and layer.bias.shape != layer.features):
             got = f"{'no such array' if shape is None else f'shape {shape}'} in params"
             fix = "Layers under nn.scan or nn.vmap over weights cannot respond: leave them out with layers=..."
-            raise ValueError(_checks.message(f"layer {path} to run with weights {layer.weight.shape}", got, fix))
+            raise ValueError(validate.message(f"layer {path} to run with weights {layer.weight.shape}", got, fix))
         dtypes[path] = jnp.asarray(leaves[places[path][0]]).dtype
     return dtypes
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from jax import lax
 
-from hypergrad import _checks
-from hypergrad._problem import BilevelProblem, ResponseView, check_problem, refuse_response
-from hypergrad._types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
+from hypergrad import validate
+from hypergrad.problem import BilevelProblem, ResponseSpec, check_problem, refuse_response
 from hypergrad.responses._base import Response
+from hypergrad.types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
 
 
 def with_response(problem: BilevelProblem, response: Response) -> BilevelProblem:
@@ -50,7 +50,7 @@ def with_response(problem: BilevelProblem, response: Response) -> BilevelProblem
     check_problem(problem)
     if not isinstance(response, Response):
         fix = "Pass e.g. hg.responses.linear(), or hg.responses.Response(init, apply)."
-        raise TypeError(_checks.message("response to be a Response", _checks.describe(response), fix))
+        raise TypeError(validate.message("response to be a Response", validate.describe(response), fix))
     refuse_response("with_response", problem)
 
     def at_response(loss: Loss, center: Hyperparams | None = None) -> Loss:
@@ -64,13 +64,13 @@ def with_response(problem: BilevelProblem, response: Response) -> BilevelProblem
     def start(key: Array, params: Params, hyperparams: Hyperparams, _batch: Batch, _state: ModelState) -> PyTree:
         return response.init(key, params, hyperparams)
 
-    view = ResponseView(
+    view = ResponseSpec(
         init=start,
         weights=lambda response_params, hyperparams: response.apply(
             response_params, hyperparams, lax.stop_gradient(hyperparams)
         ),
-        around=lambda center: (at_response(problem.inner_loss, center), at_response(problem.outer_loss, center)),
-        plain=problem,
+        losses_at=lambda center: (at_response(problem.inner_loss, center), at_response(problem.outer_loss, center)),
+        base_problem=problem,
     )
     inner, outer = at_response(problem.inner_loss), at_response(problem.outer_loss)
     return dataclasses.replace(problem, inner_loss=inner, outer_loss=outer, response=view)

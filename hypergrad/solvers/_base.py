@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from hypergrad import _checks, _tree
-from hypergrad._types import Array, MatVec, PyTree
+from hypergrad import tree, validate
+from hypergrad.types import Array, MatVec, PyTree
 
 
 class SolveInfo(NamedTuple):
@@ -73,23 +73,23 @@ def assemble(
       damping: δ ≥ 0; the system solved is (A + δI) x = b.
       rtol: the residual up to which a solve counts as converged; None: any residual below 1.
     """
-    _checks.number("damping", damping, low=0.0)
+    validate.number("damping", damping, low=0.0)
     if rtol is not None:
-        _checks.number("rtol", rtol, low=0.0)
+        validate.number("rtol", rtol, low=0.0)
 
     def solve(matvec: MatVec, b: PyTree, state: PyTree) -> tuple[PyTree, PyTree, SolveInfo]:
-        b = _tree.promote(b)
-        top = _tree.max_abs(b)
+        b = tree.promote(b)
+        top = tree.max_abs(b)
         finite, present = jnp.isfinite(top), top >= jnp.finfo(top.dtype).tiny
         power = _power_of_two(jnp.where(finite & present, top, 1.0))
         # A quotient of scalars: XLA computes it once, where it would repeat a select inside every leaf's kernel.
         shrink = jnp.where(finite & present, 1.0, 0.0).astype(power.dtype) / power
         b = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x * shrink.astype(x.dtype), 0.0), b)
-        size = _tree.norm(b)
+        size = tree.norm(b)
 
         x, state, num_steps, remainder = solve_scaled(_damped(matvec, b, damping), b, size, state)
-        fits = jnp.isfinite(_tree.max_abs(x) * power)
-        x = _tree.scale(x, jnp.where(fits, power, 0.0))
+        fits = jnp.isfinite(tree.max_abs(x) * power)
+        x = tree.scale(x, jnp.where(fits, power, 0.0))
         residual = jnp.where(size > 0, remainder / jnp.where(size > 0, size, 1.0), 0.0)
         residual = jnp.where(finite & fits & ~jnp.isnan(residual), residual, jnp.inf)
         converged = residual < 1.0 if rtol is None else residual <= rtol
@@ -108,7 +108,7 @@ def _power_of_two(x: Array) -> Array:
 
 def normalized(x: PyTree, size: Array) -> PyTree:
     """Return x / ‖b‖: the form in which a solution is kept for a later solve, whose b has another size."""
-    return _tree.scale(x, 1.0 / jnp.where(size > 0, size, 1.0))
+    return tree.scale(x, 1.0 / jnp.where(size > 0, size, 1.0))
 
 
 class Progress(Protocol):
@@ -152,9 +152,9 @@ def no_state(_: PyTree) -> PyTree:
 def _damped(matvec: MatVec, b: PyTree, damping: float) -> MatVec:
     def product(vector: PyTree) -> PyTree:
         result = matvec(vector)
-        _checks.same_structure("matvec(v)", result, "b", b)
+        validate.same_structure("matvec(v)", result, "b", b)
         result = optax.tree.cast_like(result, b)
         static_zero = isinstance(damping, int | float) and damping == 0
-        return result if static_zero else _tree.add_scaled(result, damping, vector)
+        return result if static_zero else tree.add_scaled(result, damping, vector)
 
     return product

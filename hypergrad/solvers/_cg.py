@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from hypergrad import _checks, _tree
-from hypergrad._types import Array, MatVec, PyTree
+from hypergrad import tree, validate
 from hypergrad.solvers._base import LinearSolver, assemble, iterate, normalized
+from hypergrad.types import Array, MatVec, PyTree
 
 
 class CGState(NamedTuple):
@@ -64,11 +64,11 @@ def cg(
 
     Reference: Pedregosa, arXiv 1602.02355.
     """
-    _checks.positive_int("max_steps", max_steps)
-    _checks.unroll(unroll)
+    validate.positive_int("max_steps", max_steps)
+    validate.unroll(unroll)
 
     def init(b_like: PyTree) -> PyTree:
-        return CGState(_tree.promoted_zeros_like(b_like)) if warm_start else ()
+        return CGState(tree.promoted_zeros_like(b_like)) if warm_start else ()
 
     def solve_scaled(matvec: MatVec, b: PyTree, size: Array, state: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
         start = _start(matvec, b, size, state, rtol)
@@ -91,13 +91,13 @@ class _Krylov(NamedTuple):
 
 
 def _start(matvec: MatVec, b: PyTree, size: Array, state: PyTree, rtol: float) -> _Krylov:
-    solution, remainder, square = _tree.promoted_zeros_like(b), b, size * size
+    solution, remainder, square = tree.promoted_zeros_like(b), b, size * size
     if isinstance(state, CGState):
-        guess = _tree.scale(state.solution, size)
-        left = _tree.add_scaled(b, -1.0, matvec(guess))
-        better = _tree.vdot(left, left) < square
+        guess = tree.scale(state.solution, size)
+        left = tree.add_scaled(b, -1.0, matvec(guess))
+        better = tree.vdot(left, left) < square
         solution, remainder = optax.tree.where(better, (guess, left), (solution, b))
-        square = _tree.vdot(remainder, remainder)
+        square = tree.vdot(remainder, remainder)
     zero = jnp.zeros_like(size)
     done = _small(square, rtol * size)
     return _Krylov(solution, remainder, remainder, square, square, zero, jnp.zeros((), jnp.int32), done)
@@ -105,19 +105,19 @@ def _start(matvec: MatVec, b: PyTree, size: Array, state: PyTree, rtol: float) -
 
 def _step(matvec: MatVec, c: _Krylov, tolerance: Array) -> _Krylov:
     image = matvec(c.direction)
-    curvature = _tree.vdot(c.direction, image)
+    curvature = tree.vdot(c.direction, image)
     length = c.remainder_sq / jnp.where(curvature > 0, curvature, 1.0)
     # At a breakdown the step has length 0: x stays, and what is NaN in the remainder is never used.
     sound = (curvature > 0) & jnp.isfinite(length * jnp.sqrt(c.direction_sq))
     length = jnp.where(sound, length, 0.0)
-    solution = _tree.add_scaled(c.solution, length, c.direction)
-    remainder = _tree.add_scaled(c.remainder, -length, image)
-    size = jnp.where(sound, _tree.vdot(remainder, remainder), c.remainder_sq)
+    solution = tree.add_scaled(c.solution, length, c.direction)
+    remainder = tree.add_scaled(c.remainder, -length, image)
+    size = jnp.where(sound, tree.vdot(remainder, remainder), c.remainder_sq)
     ratio = size / c.remainder_sq
     return _Krylov(
         solution,
         remainder,
-        _tree.add_scaled(remainder, ratio, c.direction),
+        tree.add_scaled(remainder, ratio, c.direction),
         size,
         size + ratio * ratio * c.direction_sq,  # new remainder ⟂ old direction
         jnp.maximum(c.stiffest, jnp.where(sound, curvature / c.direction_sq, 0.0)),
@@ -133,10 +133,10 @@ def _verified(matvec: MatVec, b: PyTree, final: _Krylov, tolerance: Array) -> Ar
     """
     residual = jnp.sqrt(final.remainder_sq)
     epsilon = jnp.finfo(residual.dtype).eps
-    drift = final.num_steps.astype(residual.dtype) * epsilon * final.stiffest * _tree.norm(final.solution)
+    drift = final.num_steps.astype(residual.dtype) * epsilon * final.stiffest * tree.norm(final.solution)
 
     def measure() -> Array:
-        return _tree.norm(_tree.add_scaled(b, -1.0, matvec(final.solution)))
+        return tree.norm(tree.add_scaled(b, -1.0, matvec(final.solution)))
 
     return lax.cond(drift > jnp.maximum(residual, tolerance), measure, lambda: residual)
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from hypergrad import _checks, _tree
-from hypergrad._types import Array, MatVec, PyTree
+from hypergrad import tree, validate
 from hypergrad.solvers._base import LinearSolver, assemble, no_state
+from hypergrad.types import Array, MatVec, PyTree
 
 _LARGEST = 10_000
 
@@ -47,15 +47,15 @@ def dense(rtol: float = 1e-5, *, damping: float = 0.0) -> LinearSolver:
         flat, unravel = ravel_pytree(b)
         if flat.size > _LARGEST:
             fix = "Use solvers.cg or solvers.neumann, which need no matrix."
-            raise ValueError(_checks.message(f"at most {_LARGEST} unknowns for dense", str(flat.size), fix))
+            raise ValueError(validate.message(f"at most {_LARGEST} unknowns for dense", str(flat.size), fix))
 
         def column(e: Array) -> Array:
             return ravel_pytree(matvec(unravel(e)))[0]
 
         columns = jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=min(64, flat.size))
         solution = unravel(jnp.linalg.solve(columns.T, flat))
-        solution = optax.tree.where(_tree.all_finite(solution), solution, _tree.promoted_zeros_like(b))
-        residual = _tree.norm(_tree.add_scaled(b, -1.0, matvec(solution)))
+        solution = optax.tree.where(tree.all_finite(solution), solution, tree.promoted_zeros_like(b))
+        residual = tree.norm(tree.add_scaled(b, -1.0, matvec(solution)))
         return solution, state, jnp.asarray(flat.size, jnp.int32), residual
 
     return assemble(no_state, solve_scaled, damping=damping, rtol=rtol)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
-from hypergrad import _checks, _tree
-from hypergrad._types import Array, MatVec, PyTree
+from hypergrad import tree, validate
 from hypergrad.solvers._base import LinearSolver, assemble, normalized
+from hypergrad.types import Array, MatVec, PyTree
 
 
 class ForeignState(NamedTuple):
@@ -63,21 +63,21 @@ def from_callable(
     """
     if not callable(solve):
         fix = "Pass a function (matvec, b, x0) -> x."
-        raise TypeError(_checks.message("solve to be callable", _checks.describe(solve), fix))
+        raise TypeError(validate.message("solve to be callable", validate.describe(solve), fix))
 
     def init(b_like: PyTree) -> PyTree:
-        return ForeignState(_tree.promoted_zeros_like(b_like)) if warm_start else ()
+        return ForeignState(tree.promoted_zeros_like(b_like)) if warm_start else ()
 
     def solve_scaled(matvec: MatVec, b: PyTree, size: Array, state: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
-        start = _tree.promoted_zeros_like(b)
+        start = tree.promoted_zeros_like(b)
         if isinstance(state, ForeignState):
-            start = _tree.scale(state.solution, size)
+            start = tree.scale(state.solution, size)
         answer = solve(matvec, b, start)
-        _checks.same_structure("the solution x of the wrapped solver", answer, "b", b)
+        validate.same_structure("the solution x of the wrapped solver", answer, "b", b)
         answer = optax.tree.cast_like(answer, b)
-        finite = _tree.all_finite(answer)
+        finite = tree.all_finite(answer)
         solution = optax.tree.where(finite, answer, start)
-        residual = _tree.norm(_tree.add_scaled(b, -1.0, matvec(solution)))
+        residual = tree.norm(tree.add_scaled(b, -1.0, matvec(solution)))
         residual = jnp.where(finite, residual, jnp.inf)
         kept = ForeignState(normalized(solution, size)) if warm_start else ()
         return solution, kept, jnp.asarray(-1, jnp.int32), residual

@@ -11,9 +11,9 @@ hyperparameters, arXiv 1511.06727.
 
 import jax.numpy as jnp
 
-from hypergrad import _tree
-from hypergrad._types import Array, MatVec, PyTree
+from hypergrad import tree
 from hypergrad.solvers._base import LinearSolver, assemble, no_state
+from hypergrad.types import Array, MatVec, PyTree
 
 
 def identity() -> LinearSolver:
@@ -37,7 +37,7 @@ def identity() -> LinearSolver:
     """
 
     def solve_scaled(matvec: MatVec, b: PyTree, size: Array, state: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
-        remainder = _tree.norm(_tree.add_scaled(b, -1.0, matvec(b)))
+        remainder = tree.norm(tree.add_scaled(b, -1.0, matvec(b)))
         return b, state, jnp.zeros_like(size, jnp.int32), remainder
 
     return assemble(no_state, solve_scaled)

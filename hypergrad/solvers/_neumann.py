@@ -17,9 +17,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
-from hypergrad import _checks, _tree
-from hypergrad._types import Array, MatVec, PyTree
+from hypergrad import tree, validate
 from hypergrad.solvers._base import LinearSolver, assemble, iterate, normalized
+from hypergrad.types import Array, MatVec, PyTree
 
 _FIRST_POWER_STEPS, _WARM_POWER_STEPS = 12, 2
 _EXPLORE = 0.1  # how much of b is mixed into the warm direction, so that a new top eigenvector is found
@@ -70,13 +70,13 @@ def neumann(
 
     Reference: Lorraine, Vicol & Duvenaud, arXiv 1911.02590.
     """
-    _checks.positive_int("num_terms", num_terms)
-    _checks.unroll(unroll)
+    validate.positive_int("num_terms", num_terms)
+    validate.unroll(unroll)
     if step_size is not None:
-        _checks.number("step_size", step_size, low=0.0, strict=True)
+        validate.number("step_size", step_size, low=0.0, strict=True)
 
     def init(b_like: PyTree) -> PyTree:
-        return () if step_size is not None else NeumannState(_tree.promoted_zeros_like(b_like))
+        return () if step_size is not None else NeumannState(tree.promoted_zeros_like(b_like))
 
     def solve_scaled(matvec: MatVec, b: PyTree, size: Array, state: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
         if step_size is not None:
@@ -103,14 +103,14 @@ class _Sum(NamedTuple):
 
 def _series(matvec: MatVec, b: PyTree, size: Array, alpha: Array, num_terms: int, unroll: int | bool) -> _Sum:
     def step(c: _Sum) -> _Sum:
-        solution = _tree.add_scaled(c.solution, alpha, c.term)
-        term = _tree.add_scaled(c.term, -alpha, matvec(c.term))
-        remainder = _tree.norm(term)
+        solution = tree.add_scaled(c.solution, alpha, c.term)
+        term = tree.add_scaled(c.term, -alpha, matvec(c.term))
+        remainder = tree.norm(term)
         # Past α λ = 2 a term turns round at each step; along negative curvature it grows without turning.
-        overshot = _tree.vdot(term, c.term) < 0
+        overshot = tree.vdot(term, c.term) < 0
         return _Sum(term, solution, c.num_steps + 1, remainder, overshot, ~(remainder <= _DIVERGED * size))
 
-    start = _Sum(b, _tree.promoted_zeros_like(b), jnp.zeros((), jnp.int32), size, jnp.array(False), size == 0)
+    start = _Sum(b, tree.promoted_zeros_like(b), jnp.zeros((), jnp.int32), size, jnp.array(False), size == 0)
     return iterate(step, start, length=num_terms, unroll=unroll)
 
 
@@ -123,16 +123,16 @@ class _Power(NamedTuple):
 
 def _power(matvec: MatVec, unit: PyTree, direction: PyTree, unroll: int | bool) -> tuple[PyTree, Array]:
     """Return a unit vector and ‖A v‖ at the last one: at most |λ|max, and growing from step to step."""
-    cold = _tree.norm(direction) == 0
+    cold = tree.norm(direction) == 0
     steps = jnp.where(cold, _FIRST_POWER_STEPS, _WARM_POWER_STEPS)
-    mixed = _tree.add_scaled(direction, _EXPLORE, unit)
-    size = _tree.norm(mixed)
+    mixed = tree.add_scaled(direction, _EXPLORE, unit)
+    size = tree.norm(mixed)
 
     def step(c: _Power) -> _Power:
         image = matvec(c.direction)
-        peak = _tree.max_abs(image)
+        peak = tree.max_abs(image)
         image = normalized(image, peak)  # so that its square does not underflow
-        length = _tree.norm(image)
+        length = tree.norm(image)
         top = peak * length
         usable = jnp.isfinite(top) & (top > 0)
         moved = optax.tree.where(usable, normalized(image, length), c.direction)

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from hypergrad import _batches, _checks, _tree
-from hypergrad._problem import BilevelParams, check_model_state, check_variables, inner_gradient
-from hypergrad._rollout import (
+from hypergrad import data, tree, validate
+from hypergrad.estimators import Estimate, HypergradEstimator, HypergradInfo
+from hypergrad.estimators._base import blank_info, refuse_optimizer_function
+from hypergrad.problem import BilevelParams, check_model_state, check_variables, inner_gradient
+from hypergrad.training import (
     Rollout,
     make_window,
     resolve_optimizer,
@@ -28,9 +30,7 @@ from hypergrad._rollout import (
     step_key,
     with_keywords,
 )
-from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
-from hypergrad.estimators import Estimate, HypergradEstimator, HypergradInfo
-from hypergrad.estimators._base import blank_info, refuse_optimizer_function
+from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
 
 class BilevelState(NamedTuple):
@@ -112,19 +112,19 @@ def bilevel(
     """
     if not isinstance(estimator, HypergradEstimator):
         fix = "Pass e.g. hg.implicit(problem, hg.solvers.neumann(20))."
-        raise TypeError(_checks.message("a HypergradEstimator", _checks.describe(estimator), fix))
+        raise TypeError(validate.message("a HypergradEstimator", validate.describe(estimator), fix))
     problem = estimator.problem
     if not estimator.needs_rollout:
         refuse_optimizer_function(inner_optimizer)
-        _checks.transformation("inner_optimizer", inner_optimizer)
-    outer_tx = _checks.transformation("outer_optimizer", outer_optimizer)
-    window = _checks.positive_int("window", window)
+        validate.transformation("inner_optimizer", inner_optimizer)
+    outer_tx = validate.transformation("outer_optimizer", outer_optimizer)
+    window = validate.positive_int("window", window)
     if not callable(every):
-        every = _checks.positive_int("every", every)
+        every = validate.positive_int("every", every)
     first_model_state = check_model_state(problem, model_state)
-    root = _checks.as_key(key)
+    root = validate.as_key(key)
     if root is None:
-        raise TypeError(_checks.message("key to be an int or a jax.random.key", "None", "Leave the default, key=0."))
+        raise TypeError(validate.message("key to be an int or a jax.random.key", "None", "Leave the default, key=0."))
     setup = _Setup(estimator, inner_optimizer, outer_tx, window, every, jax.random.key_impl(root))
 
     def init(params: BilevelParams) -> BilevelState:
@@ -140,7 +140,7 @@ def bilevel(
             model_state=jax.tree.map(jnp.copy, first_model_state),
             info=jax.tree.map(jnp.copy, blank_info(estimator.solver_info)),
         )
-        return _tree.unalias(_tree.strip_weak_types(state), variables)
+        return tree.unalias(tree.strip_weak_types(state), variables)
 
     def update(
         grads: Any,
@@ -207,37 +207,37 @@ def _read_call(
 ) -> _Call:
     if variables is None:
         fix = "Call tx.update(grads, state, variables, inner_batch=..., outer_batch=...)."
-        raise ValueError(_checks.message("params, the current BilevelParams, as third argument", "None", fix))
+        raise ValueError(validate.message("params, the current BilevelParams, as third argument", "None", fix))
     variables = check_variables(variables)
     if not isinstance(state, BilevelState):
         fix = "Pass the state from tx.init(variables) or the last update."
-        raise TypeError(_checks.message("a BilevelState", _checks.describe(state), fix))
+        raise TypeError(validate.message("a BilevelState", validate.describe(state), fix))
     for name, batch in (("inner_batch", inner_batch), ("outer_batch", outer_batch)):
         if batch is None:
             fix = f"Pass {name}=... on every call, also where no outer step is due; () for a loss without data."
-            raise ValueError(_checks.message(f"{name} for update", "None", fix))
+            raise ValueError(validate.message(f"{name} for update", "None", fix))
     if setup.window > 1 and jax.tree.leaves(inner_batch):
-        _batches.window_length(inner_batch, setup.window)
+        data.window_length(inner_batch, setup.window)
 
     problem = setup.estimator.problem
     if grads is not None:
         if setup.window > 1 or setup.estimator.needs_rollout:
             wanted = f"grads=None with window={setup.window} and needs_rollout={setup.estimator.needs_rollout}"
             raise ValueError(
-                _checks.message(wanted, type(grads).__name__, "Pass None: gradients are computed from inner_batch.")
+                validate.message(wanted, type(grads).__name__, "Pass None: gradients are computed from inner_batch.")
             )
         grads = grads.params if isinstance(grads, BilevelParams) else grads
-        _checks.same_structure("grads", grads, "the weights (or of the BilevelParams)", variables.params)
+        validate.same_structure("grads", grads, "the weights (or of the BilevelParams)", variables.params)
         if problem.stateful and model_state is None:
             wanted = "model_state with the grads of a stateful problem"
             fix = "Pass the model_state that your inner loss returned, or grads=None."
-            raise ValueError(_checks.message(wanted, "None", fix))
+            raise ValueError(validate.message(wanted, "None", fix))
     if model_state is None:
         model_state = state.model_state
     else:
         check_model_state(problem, model_state)
-        _checks.same_structure("model_state", model_state, "the state's", state.model_state)
-        model_state = _tree.match_dtypes(model_state, state.model_state)
+        validate.same_structure("model_state", model_state, "the state's", state.model_state)
+        model_state = tree.match_dtypes(model_state, state.model_state)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=setup.key_impl), state.step)
     number = state.step + 1
     return _Call(number, key, grads, state, variables, inner_batch, outer_batch, model_state, extra)
@@ -247,7 +247,7 @@ def _plain_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, _Outer]:
     """Take the inner steps, then estimate at the weights that they reached."""
     params, hyperparams = call.variables
     optimizer = resolve_optimizer(setup.inner_optimizer, None)
-    batch = call.batches if setup.window == 1 else _batches.take(call.batches, -1)
+    batch = call.batches if setup.window == 1 else data.take(call.batches, -1)
     if setup.window == 1:
         grads, model_state = call.grads, call.model_state
         if grads is None:
@@ -260,8 +260,8 @@ def _plain_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, _Outer]:
 
     def estimate(before: _Outer) -> _Outer:
         at = BilevelParams(reached.params, hyperparams), reached.inner_state, before.estimator
-        data = batch, call.outer_batch
-        result = setup.estimator.estimate(*at, *data, key=call.key, model_state=reached.model_state)
+        batches = batch, call.outer_batch
+        result = setup.estimator.estimate(*at, *batches, key=call.key, model_state=reached.model_state)
         return _outer_step(setup, call, before, result)
 
     return reached, updates, _once_if(_is_due(setup, call), estimate, _no_outer_step(call))
@@ -271,7 +271,7 @@ def _differentiated_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, 
     """Let the estimator take the inner steps, or take them without it where no outer step is due."""
     hyperparams, due = call.variables.hyperparams, _is_due(setup, call)
     one = setup.window == 1
-    batches = _batches.one_step(call.batches) if one else _batches.of_length(call.batches, setup.window)
+    batches = data.one_step(call.batches) if one else data.of_length(call.batches, setup.window)
     call = call._replace(batches=batches)
     inner_optimizer = with_keywords(setup.inner_optimizer, call.extra)
 
@@ -293,7 +293,7 @@ def _differentiated_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, 
 def _window(setup: _Setup, call: _Call, optimizer: Any) -> tuple[Rollout, Params]:
     start = Rollout(call.variables.params, call.state.inner, call.model_state)
     gradient, key = inner_gradient(setup.estimator.problem, call.variables.hyperparams), split_keys(call.key).inner
-    window = make_window(_batches.of_length(call.batches, setup.window), key)
+    window = make_window(data.of_length(call.batches, setup.window), key)
     reached = rollout(gradient, optimizer, start, window, unroll=setup.estimator.unroll)
     return reached, jax.tree.map(jnp.subtract, reached.params, start.params)
 
@@ -303,16 +303,16 @@ def _outer_step(setup: _Setup, call: _Call, before: _Outer, result: Estimate) ->
 
     def take(start: tuple[Hyperparams, PyTree]) -> tuple[Hyperparams, PyTree]:
         updates, state = setup.outer_tx.update(result.hypergrad, start[1], hyperparams, value=result.value)
-        return _tree.match_dtypes(updates, hyperparams), state
+        return tree.match_dtypes(updates, hyperparams), state
 
     updates, state = _once_if(~result.info.skipped, take, (before.updates, before.state))
     info = HypergradInfo(*result.info[: len(HypergradInfo._fields)])._replace(step=call.number)
-    _checks.same_structure("the estimator's info", info, "its blank info (solver_info)", before.info)
-    return _Outer(updates, state, result.estimator_state, _tree.match_dtypes(info, before.info))
+    validate.same_structure("the estimator's info", info, "its blank info (solver_info)", before.info)
+    return _Outer(updates, state, result.estimator_state, tree.match_dtypes(info, before.info))
 
 
 def _no_outer_step(call: _Call) -> _Outer:
-    zeros = _tree.strip_weak_types(optax.tree.zeros_like(call.variables.hyperparams))
+    zeros = tree.strip_weak_types(optax.tree.zeros_like(call.variables.hyperparams))
     return _Outer(zeros, call.state.outer, call.state.estimator, call.state.info)
 
 
@@ -323,7 +323,7 @@ def _is_due(setup: _Setup, call: _Call) -> Any:
     due = jnp.asarray(setup.every(call.number))
     if due.shape != () or due.dtype != jnp.bool_:
         fix = "Return a scalar bool, e.g. (n > 1000) & (n % 10 == 0)."
-        raise TypeError(_checks.message("every(n) to return a scalar bool", _checks.describe(due), fix))
+        raise TypeError(validate.message("every(n) to return a scalar bool", validate.describe(due), fix))
     return due
 
 

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hypergrad import _checks, _tree
-from hypergrad._types import Array, Key, Params, PyTree
+from hypergrad import tree, validate
+from hypergrad.types import Array, Key, Params, PyTree
 
 
 def dropout(key: Key, x: Array, rate: Any, *, broadcast_dims: Sequence[int] = ()) -> Array:
@@ -139,7 +139,7 @@ def smooth_labels(labels: Array, num_classes: int, rate: Any) -> Array:
     [[1.0, 0.0], [0.25, 0.75]]
     """
     labels = _typed("smooth_labels", "labels", labels, jnp.integer)
-    onehot = jax.nn.one_hot(labels, _checks.positive_int("num_classes", num_classes), dtype=jnp.float32)
+    onehot = jax.nn.one_hot(labels, validate.positive_int("num_classes", num_classes), dtype=jnp.float32)
     p = _numbers("smooth_labels", "rate", rate, like=onehot, high=1.0)
     return (1 - p) * onehot.astype(p.dtype) + p / num_classes
 
@@ -162,7 +162,7 @@ def stochastic_round(key: Key, x: Any) -> Array:
     >>> stochastic_round(jax.random.key(0), jnp.array([2.0, -3.0])).tolist()
     [2, -3]
     """
-    x = _tree.promote(lax.stop_gradient(_typed("stochastic_round", "x", x)))
+    x = tree.promote(lax.stop_gradient(_typed("stochastic_round", "x", x)))
     down = jnp.floor(x)
     up = jax.random.uniform(_key("stochastic_round", key), x.shape, x.dtype) < x - down
     return down.astype(jnp.int32) + up.astype(jnp.int32)
@@ -193,7 +193,7 @@ def cutout(key: Key, images: Array, size: Any, count: Any, *, max_count: int) ->
     images = jnp.asarray(images)
     wanted, fix = "images (B, H, W) or (B, H, W, C)", "Reshape them, and give a single image a batch axis of 1."
     _require(images.ndim in (3, 4), "cutout", wanted, f"shape {images.shape}", fix)
-    holes = np.arange(_checks.positive_int("max_count", max_count), dtype=np.int32)
+    holes = np.arange(validate.positive_int("max_count", max_count), dtype=np.int32)
     planes, batch = images.reshape(*images.shape[:3], -1)[..., 0], images.shape[:1]
     keys = jax.random.split(_key("cutout", key), 4)
     sizes = _numbers("cutout", "size", size, like=planes)
@@ -253,7 +253,7 @@ def perturb_weights(key: Key, params: Params, scale: PyTree) -> Params:
     """
 
     def perturb(key: Array, w: Array, s: Array) -> Array:
-        wide = lax.stop_gradient(w).astype(_tree.wider(w.dtype, s.dtype))
+        wide = lax.stop_gradient(w).astype(tree.wider(w.dtype, s.dtype))
         return _plus_noise(key, w, s.astype(wide.dtype) * jnp.sqrt(jnp.mean(wide * wide)))
 
     return _by_weight("perturb_weights", "scale", perturb, key, params, scale)
@@ -286,7 +286,7 @@ def drop_tokens(key: Key, ids: Array, embedded: Array, rate: Any, *, vocabulary:
     fits, wanted = ids.ndim > 0 and embedded.shape[:-1] == ids.shape, f"embedded of shape {ids.shape} + (features,)"
     _require(fits, "drop_tokens", wanted, f"shape {embedded.shape}", "Pass ids (B, …) and their embeddings.")
     p = _numbers("drop_tokens", "rate", rate, like=embedded, high=1.0)
-    size = (ids.shape[0], _checks.positive_int("vocabulary", vocabulary))
+    size = (ids.shape[0], validate.positive_int("vocabulary", vocabulary))
     by_type = jax.random.uniform(_key("drop_tokens", key), size, p.dtype)
     drawn = jnp.take_along_axis(by_type, ids.reshape(ids.shape[0], -1), axis=1, mode="clip")
     return _masked(embedded, drawn.reshape(*ids.shape, 1), p)
@@ -296,19 +296,19 @@ def _masked(x: Array, uniform: Array, rate: Array) -> Array:
     """Keep where u < 1 − p; no division by zero, whose derivative would be NaN, where p = 1."""
     keep = 1 - jnp.clip(lax.stop_gradient(rate), 0, 1)
     factor = jnp.where(uniform < keep, 1 / jnp.where(keep > 0, keep, 1), 0)
-    dtype = _tree.wider(x.dtype, factor.dtype)
+    dtype = tree.wider(x.dtype, factor.dtype)
     return (x.astype(dtype) * factor.astype(dtype)).astype(x.dtype)
 
 
 def _plus_noise(key: Array, x: Array, scale: Array) -> Array:
-    dtype = _tree.wider(x.dtype, scale.dtype)
+    dtype = tree.wider(x.dtype, scale.dtype)
     return (x.astype(dtype) + scale.astype(dtype) * jax.random.normal(key, x.shape, dtype)).astype(x.dtype)
 
 
 def _by_weight(name: str, what: str, change: Any, key: Key, params: Params, strengths: PyTree, **bounds: Any) -> Params:
     """Apply ``change(key, weight, strength)`` to every array, with a key by its place in the tree."""
     one, changed = _key(name, key), []
-    for i, (path, weight, strength) in enumerate(_checks.by_prefix(f"hyper.{name}", f"{what}s", params, strengths)):
+    for i, (path, weight, strength) in enumerate(validate.by_prefix(f"hyper.{name}", f"{what}s", params, strengths)):
         w, s = _typed(name, f"params leaf {path}", weight), _numbers(name, what, strength, **bounds)
         s = s.reshape((1,) * (w.ndim - s.ndim) + s.shape)
         untouched = isinstance(strength, int | float) and strength == 0
@@ -317,7 +317,7 @@ def _by_weight(name: str, what: str, change: Any, key: Key, params: Params, stre
 
 
 def _key(name: str, key: Key) -> Array:
-    found = _checks.as_key(key)
+    found = validate.as_key(key)
     _require(found is not None, name, "a random key", "None", "Pass jax.random.key(seed).")
     return jnp.asarray(found)
 
@@ -331,7 +331,7 @@ def _typed(name: str, what: str, x: Any, kind: Any = jnp.floating) -> Array:
 def _numbers(name: str, what: str, value: Any, *, like: Any = None, high: Any = np.inf, closed: bool = False) -> Array:
     """Return numbers in [0, high) in at least float32: with ``like`` one, or one an example, with as many axes."""
     fine = isinstance(value, int | float | np.number | jax.Array | np.ndarray) and not isinstance(value, bool)
-    _require(fine, name, f"{what} to be a number", _checks.describe(value), "Pass a float.", TypeError)
+    _require(fine, name, f"{what} to be a number", validate.describe(value), "Pass a float.", TypeError)
     shape = jnp.shape(value)
     batch, rank = (shape, len(shape)) if like is None else (like.shape[:1], like.ndim)
     fix = "Pass one number, or one an example."
@@ -341,9 +341,9 @@ def _numbers(name: str, what: str, value: Any, *, like: Any = None, high: Any = 
         odd = flat[~((flat >= 0) & np.isfinite(flat) & (flat <= high if closed else flat < high))].ravel()
         fix = "Constrain it, e.g. with hg.bijectors.sigmoid() or hg.bijectors.interval(0.0, high)."
         _require(not odd.size, name, f"{what} in [0, {high:g}{']' if closed else ')'}", f"{odd[:1]}", fix)
-    return _tree.promote(value).reshape(shape + (1,) * (rank - len(shape)))
+    return tree.promote(value).reshape(shape + (1,) * (rank - len(shape)))
 
 
 def _require(holds: bool, name: str, expected: str, got: str, fix: str, error: Any = ValueError) -> None:
     if not holds:
-        raise error(f"hyper.{name}: {_checks.message(expected, got, fix)}")
+        raise error(f"hyper.{name}: {validate.message(expected, got, fix)}")

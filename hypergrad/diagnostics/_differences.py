@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad import _optimum, _tree
-from hypergrad._problem import BilevelParams, BilevelProblem, evaluate_inner, evaluate_outer, inner_gradient
-from hypergrad._rollout import CallKeys, Rollout, make_window, resolve_optimizer, rollout
-from hypergrad._types import Array, Batch, Hyperparams, ModelState, Params, PyTree
+from hypergrad import tree
+from hypergrad.diagnostics import _optimum
+from hypergrad.problem import BilevelParams, BilevelProblem, evaluate_inner, evaluate_outer, inner_gradient
+from hypergrad.training import CallKeys, Rollout, make_window, resolve_optimizer, rollout
+from hypergrad.types import Array, Batch, Hyperparams, ModelState, Params, PyTree
 
 _SMALLEST = 1e-6  # root mean square of a leaf: below, rounding of φ would drown its differences
 
@@ -127,7 +128,7 @@ def probes(gradient: Hyperparams) -> list[Probe]:
     """Return two directions a leaf: along ``gradient``, and random signs, which every entry enters."""
     rng = np.random.default_rng(0)
     found: list[Probe] = []
-    for place, (name, leaf) in enumerate(zip(_tree.leaf_names(gradient), jax.tree.leaves(gradient), strict=True)):
+    for place, (name, leaf) in enumerate(zip(tree.leaf_names(gradient), jax.tree.leaves(gradient), strict=True)):
         slope = np.asarray(leaf, np.float64)
         top = np.abs(slope).max(initial=0.0)
         along = slope / top if 0 < top < np.inf else np.ones(slope.shape)
@@ -138,7 +139,7 @@ def probes(gradient: Hyperparams) -> list[Probe]:
 
 def measure(
     value_at: Callable[[Hyperparams], tuple[Array, Array]],
-    tree: Hyperparams,
+    hyperparams: Hyperparams,
     along: Sequence[Probe],
     steps: Sequence[float],
     *,
@@ -150,7 +151,7 @@ def measure(
     Where none is, by the one of least uncertainty. Steps are relative to the root mean square of the leaf that moves
     (1e-6 at the least), absolute where that is 0; φ rounds in a precision of ``epsilon``.
     """
-    leaves, structure = jax.tree.flatten(tree)
+    leaves, structure = jax.tree.flatten(hyperparams)
 
     def quotient(probe: Probe, length: float) -> tuple[float, float]:
         values = []

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hypergrad._types import Array, PyTree
+from hypergrad.types import Array, PyTree
 
 
 def promote(tree: PyTree) -> PyTree:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hypergrad import _checks, _curvature, _tree, solvers
-from hypergrad._types import Array, Params
+from hypergrad import curvature, dataflow, solvers, tree
+from hypergrad.types import Array, Params
 
 _ENOUGH = 1e-4  # of the decrease that the slope promises
 _HALVINGS = 40
@@ -56,25 +56,25 @@ def minimize(fn: Callable[[Params], Array], params: Params, *, max_steps: int = 
     A direction of negative curvature ends CG early, and the step goes along what CG has by then, or along −∇f. Right
     as a local minimum near ``params`` where ``fn`` is smooth; at a kink it stalls, with ``converged=False``.
     """
-    wide = _tree.promote(params)
-    dtype = _tree.wider(*(leaf.dtype for leaf in jax.tree.leaves(wide)))
-    epsilon = jnp.finfo(_checks.working_precision(fn, wide)).eps
+    wide = tree.promote(params)
+    dtype = tree.wider(*(leaf.dtype for leaf in jax.tree.leaves(wide)))
+    epsilon = jnp.finfo(dataflow.working_precision(fn, wide)).eps
     size = sum(leaf.size for leaf in jax.tree.leaves(wide))
     solver = solvers.cg(max_steps=min(2 * size, 500), rtol=1e-3)
 
     def step(at: _At) -> _At:
         slope = jax.grad(fn)(at.params)
-        solution, _, _ = solver.solve(_curvature.hvp(fn, at.params), slope, ())
-        usable = _tree.vdot(solution, slope) > 0
+        solution, _, _ = solver.solve(curvature.hvp(fn, at.params), slope, ())
+        usable = tree.vdot(solution, slope) > 0
         direction = jax.tree.map(lambda q, g: jnp.where(usable, q, g), solution, slope)
-        square = _tree.vdot(direction, slope).astype(dtype)
+        square = tree.vdot(direction, slope).astype(dtype)
         length, value = _backtrack(fn, at, direction, square, epsilon)
         moved = jax.tree.map(lambda w, d: w - length.astype(w.dtype) * d, at.params, direction)
 
         decrement = jnp.sqrt(square)
         better = decrement < 0.5 * at.best.decrement
         small = square <= epsilon**1.25 * (1 + jnp.abs(at.value))
-        here = Optimum(at.params, decrement, _tree.norm(slope).astype(dtype), at.best.num_steps, small)
+        here = Optimum(at.params, decrement, tree.norm(slope).astype(dtype), at.best.num_steps, small)
         best = jax.tree.map(lambda new, old: jnp.where(decrement < at.best.decrement, new, old), here, at.best)
         best = best._replace(num_steps=at.best.num_steps + 1)
         # Far from a minimum the decrement may rest while the value falls: only where both rest is it over.

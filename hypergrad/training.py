@@ -24,8 +24,8 @@ import optax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from hypergrad import _batches, _checks, _tree
-from hypergrad._types import Array, Batch, Hyperparams, ModelState, Params, PyTree
+from hypergrad import data, tree, validate
+from hypergrad.types import Array, Batch, Hyperparams, ModelState, Params, PyTree
 
 InnerGradient: TypeAlias = Callable[[Params, Batch, Array | None, ModelState], tuple[Params, ModelState]]
 """``(params, batch, key, model_state) -> (∇_w L_in, model_state)`` at fixed hyperparameters."""
@@ -83,7 +83,7 @@ def split_keys(key: Array | None) -> CallKeys:
 
 def make_window(batches: Batch, key: Array | None) -> Window:
     """Return the window over ``batches``, of the length that their leaves have."""
-    length = _batches.window_length(batches)
+    length = data.window_length(batches)
     return Window(jnp.arange(length, dtype=jnp.int32), batches, key)
 
 
@@ -91,7 +91,7 @@ def split_window(window: Window, at: int) -> tuple[Window, Window]:
     """Return the window's first ``at`` steps, and the others."""
 
     def part(chosen: slice) -> Window:
-        return Window(window.numbers[chosen], _batches.take(window.batches, chosen), window.key)
+        return Window(window.numbers[chosen], data.take(window.batches, chosen), window.key)
 
     return part(slice(None, at)), part(slice(at, None))
 
@@ -130,14 +130,14 @@ def rollout(
 
     def step(at: Rollout, indexed: tuple[Array, Batch]) -> tuple[Rollout, None]:
         index, part = indexed
-        batch = _batches.gathered(_batches.with_windowed(window.batches, part))
+        batch = data.gathered(data.with_windowed(window.batches, part))
         grads, model_state = gradient(at.params, batch, step_key(window.key, index), at.model_state)
         grads = checkpoint_name(grads, _INNER_GRADIENT)
         updates, inner_state = optimizer.update(grads, at.inner_state, at.params)
-        inner_state = _tree.match_dtypes(inner_state, at.inner_state)  # a float32 momentum widens bfloat16 traces
+        inner_state = tree.match_dtypes(inner_state, at.inner_state)  # a float32 momentum widens bfloat16 traces
         return Rollout(optax.apply_updates(at.params, updates), inner_state, model_state), None
 
-    steps = window.numbers, _batches.windowed(window.batches)
+    steps = window.numbers, data.windowed(window.batches)
     length = len(window.numbers)
     if length == 1:  # nothing to scan over, and a loop around a convolution is dear on CPU
         return step(start, jax.tree.map(lambda x: x[0], steps))[0]
@@ -169,8 +169,8 @@ def step_key(key: Array | None, index: Any) -> Array | None:
 def resolve_optimizer(inner_optimizer: Any, constrained: Hyperparams) -> optax.GradientTransformationExtraArgs:
     """Return the inner optimizer, built from the constrained hyperparameters where it is a function of them."""
     if not depends_on_hyperparams(inner_optimizer):
-        return _checks.transformation("inner_optimizer", inner_optimizer)
-    return _checks.transformation("inner_optimizer(hyperparams)", inner_optimizer(constrained))
+        return validate.transformation("inner_optimizer", inner_optimizer)
+    return validate.transformation("inner_optimizer(hyperparams)", inner_optimizer(constrained))
 
 
 def depends_on_hyperparams(inner_optimizer: Any) -> bool:

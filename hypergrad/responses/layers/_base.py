@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from flax.core import tracers
 from jax import lax
 
-from hypergrad import _checks
-from hypergrad._types import Array, Params
+from hypergrad import validate
+from hypergrad.types import Array, Params
 
 
 class LayerResponse(NamedTuple):
@@ -135,14 +135,14 @@ class Run:
         if self.apart and (self.linear is not None or self.replay is not None):
             fix = "Use hg.responses.delta_stn(linearized=False), or move the model's call out of the transformation."
             wanted = "a linearised loss to call its model outside of jax.grad, jit, vmap, checkpoint, scan, …"
-            raise ValueError(_checks.message(wanted, "a call inside of one", fix))
+            raise ValueError(validate.message(wanted, "a call inside of one", fix))
         self.outputs.append(output)
         if self.replay is None:
             return output
         place = len(self.outputs) - 1
         if place >= len(self.replay):
             fix = "Call the same modules in the same order whenever the loss runs."
-            raise ValueError(_checks.message(f"{len(self.replay)} calls of a model", f"call {place + 1}", fix))
+            raise ValueError(validate.message(f"{len(self.replay)} calls of a model", f"call {place + 1}", fix))
         return self.replay[place]
 
     def gates_of(self, path: str, found: Found) -> Gates | None:
@@ -181,7 +181,7 @@ class Run:
                 "leave it out (self_tuning(layers=...)), or use one perturbation a batch (per_example=False)."
             )
             wanted = f"layer {path} to have outputs with one row for each of {rows} examples"
-            raise ValueError(_checks.message(wanted, f"shape {output.shape}", fix))
+            raise ValueError(validate.message(wanted, f"shape {output.shape}", fix))
         return gate.reshape(rows, *(1,) * between, *features).astype(output.dtype)
 
     def check(self) -> None:
@@ -190,7 +190,7 @@ class Run:
         if double and self.gates:
             got = f"two models whose weights are like those at {double[0]!r}, of which one's are other arrays"
             fix = "Run a model that is not tuned (a teacher, an average of weights) inside of hg.responses.untuned()."
-            raise ValueError(_checks.message("one model for each part of params", got, fix))
+            raise ValueError(validate.message("one model for each part of params", got, fix))
 
     def _held(self, inputs: Array) -> Array:
         return inputs if self.linear is None else lax.stop_gradient(inputs)
@@ -257,7 +257,7 @@ def _along(displacement: Any, gate: Array) -> Array:
     if displacement.shape[-1] != gate.shape[0]:
         fix = "Make response parameters anew (hg.responses.init) for other hyperparameters."
         wanted = f"as many hyperparameters as the response was made for, {gate.shape[0]}"
-        raise ValueError(_checks.message(wanted, str(displacement.shape[-1]), fix))
+        raise ValueError(validate.message(wanted, str(displacement.shape[-1]), fix))
     return jnp.tensordot(displacement.astype(gate.dtype), gate, 1)
 
 

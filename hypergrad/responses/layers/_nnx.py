@@ -10,9 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from hypergrad import _checks
-from hypergrad._layers._base import Run, active, current, found_in
-from hypergrad._types import Array
+from hypergrad import validate
+from hypergrad.responses.layers._base import Run, active, current, found_in
+from hypergrad.types import Array
 
 
 def self_tunable(model: Any) -> Any:
@@ -42,7 +42,7 @@ def self_tunable(model: Any) -> Any:
     """
     if not isinstance(model, nnx.Module):
         fix = "Pass e.g. MLP(rngs=nnx.Rngs(0)). A Linen model needs no change."
-        raise TypeError(_checks.message("a flax.nnx.Module", _checks.describe(type(model).__name__), fix))
+        raise TypeError(validate.message("a flax.nnx.Module", validate.describe(type(model).__name__), fix))
     copy, layers = nnx.clone(model), 0
     modules: list[tuple[Any, Any]] = list(nnx.iter_modules(copy))
     for path, module in modules:
@@ -52,7 +52,7 @@ def self_tunable(model: Any) -> Any:
             layers += 1
     if not layers:
         fix = f"Layers that can be tuned are {', '.join(kind.__name__ for kind in _KINDS)}, not subclasses of them."
-        raise ValueError(_checks.message("a model with a layer that is linear in its weights", "none", fix))
+        raise ValueError(validate.message("a model with a layer that is linear in its weights", "none", fix))
     if type(copy) not in _KINDS.values():
         copy.__class__ = _outermost(type(copy))
     return copy

@@ -14,7 +14,6 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad import hyper
 
 KEY = jax.random.key(0)
 N = 20_000
@@ -37,7 +36,7 @@ def means(fn, n=N):
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
 def test_dropout_has_the_right_mean_and_variance(rate):
-    draws = means(lambda key: hyper.dropout(key, jnp.array([2.0]), rate))
+    draws = means(lambda key: hg.noise.dropout(key, jnp.array([2.0]), rate))
     variance = 4 * rate / (1 - rate)
     assert abs(draws.mean() - 2) <= 5 * math.sqrt(variance / N)
     assert set(np.round(np.unique(draws), 4)) <= {0.0, round(2 / (1 - rate), 4)}
@@ -51,7 +50,7 @@ def test_dropout_has_the_right_mean_and_variance(rate):
 
 def test_dropout_takes_one_rate_an_example():
     rates = [0.0, 0.2, 0.5, 0.95]
-    y = hyper.dropout(KEY, jnp.ones((4, 100, 100)), jnp.array(rates))
+    y = hg.noise.dropout(KEY, jnp.ones((4, 100, 100)), jnp.array(rates))
     for example, rate in zip(y, rates, strict=True):
         assert_bernoulli(example != 0, rate)
         kept = example[example != 0]
@@ -60,14 +59,14 @@ def test_dropout_takes_one_rate_an_example():
 
 @pytest.mark.parametrize("dims", [(1,), (-2,), (0,), (0, 1), (2,)])
 def test_masks_are_constant_along_broadcast_dims_and_only_there(dims):
-    y = np.asarray(hyper.dropout(KEY, jnp.ones((6, 5, 7)), 0.5, broadcast_dims=dims))
+    y = np.asarray(hg.noise.dropout(KEY, jnp.ones((6, 5, 7)), 0.5, broadcast_dims=dims))
     for axis in range(3):
         same = (y == np.take(y, [0], axis)).all()
         assert same == (axis in {d % 3 for d in dims})
 
 
 def test_examples_share_random_numbers_along_the_batch_axis():
-    y = hyper.dropout(KEY, jnp.ones((2, 10_000)), jnp.array([0.3, 0.6]), broadcast_dims=(0,))
+    y = hg.noise.dropout(KEY, jnp.ones((2, 10_000)), jnp.array([0.3, 0.6]), broadcast_dims=(0,))
     kept = np.asarray(y != 0)
     assert_bernoulli(kept[0], 0.3)
     assert_bernoulli(kept[1], 0.6)
@@ -80,7 +79,7 @@ def test_dropout_is_finite_at_both_ends_with_its_derivative(dtype, rate):
     x = jnp.full((4, 3), 0.5, dtype)
 
     def total(x, rate):
-        return hyper.dropout(KEY, x, rate).astype(jnp.float32).sum()
+        return hg.noise.dropout(KEY, x, rate).astype(jnp.float32).sum()
 
     rates = jnp.full(4, rate, jnp.float32)
     value, grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(x, rates)
@@ -92,7 +91,7 @@ def test_dropout_is_finite_at_both_ends_with_its_derivative(dtype, rate):
 
 
 def test_traced_rates_outside_the_interval_are_clipped():
-    drop = jax.jit(lambda rate: hyper.dropout(KEY, jnp.ones(8), rate))
+    drop = jax.jit(lambda rate: hg.noise.dropout(KEY, jnp.ones(8), rate))
     np.testing.assert_array_equal(drop(-0.5), np.ones(8))
     np.testing.assert_array_equal(drop(1.5), np.zeros(8))
 
@@ -102,37 +101,37 @@ def test_traced_rates_outside_the_interval_are_clipped():
 
 def test_gaussian_noise_has_one_scale_an_example():
     scales = [0.0, 0.5, 2.0]
-    noise = hyper.gaussian_noise(KEY, jnp.ones((3, N)), jnp.array(scales)) - 1
+    noise = hg.noise.gaussian_noise(KEY, jnp.ones((3, N)), jnp.array(scales)) - 1
     for row, scale in zip(np.asarray(noise, np.float64), scales, strict=True):
         assert abs(row.mean()) <= 5 * scale / math.sqrt(N)
         assert abs((row**2).mean() - scale**2) <= 5 * scale**2 * math.sqrt(2 / N)  # Var ε² = 2
 
 
 def test_gaussian_noise_is_differentiable_in_its_scale():
-    slope = jax.grad(lambda s: hyper.gaussian_noise(KEY, jnp.zeros(1), s)[0])(0.7)
-    np.testing.assert_allclose(slope, hyper.gaussian_noise(KEY, jnp.zeros(1), 1.0)[0], rtol=1e-6)
+    slope = jax.grad(lambda s: hg.noise.gaussian_noise(KEY, jnp.zeros(1), s)[0])(0.7)
+    np.testing.assert_allclose(slope, hg.noise.gaussian_noise(KEY, jnp.zeros(1), 1.0)[0], rtol=1e-6)
 
 
 def test_smooth_labels_is_the_formula():
     labels = jnp.array([[0, 1], [2, -1]])
-    targets = hyper.smooth_labels(labels, 3, jnp.array([0.0, 0.3]))
+    targets = hg.noise.smooth_labels(labels, 3, jnp.array([0.0, 0.3]))
     want = [[[1, 0, 0], [0, 1, 0]], [[0.1, 0.1, 0.8], [0.1, 0.1, 0.1]]]
     np.testing.assert_allclose(targets, want, atol=1e-7)
     assert targets.dtype == jnp.float32
-    slope = jax.grad(lambda rate: hyper.smooth_labels(jnp.array(0), 4, rate)[0])(0.3)
+    slope = jax.grad(lambda rate: hg.noise.smooth_labels(jnp.array(0), 4, rate)[0])(0.3)
     np.testing.assert_allclose(slope, 1 / 4 - 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, 2.0, 0.25, 3.75, -1.3, -1e-9])
 def test_stochastic_round_is_unbiased(value):
-    draws = means(lambda key: hyper.stochastic_round(key, value))
+    draws = means(lambda key: hg.noise.stochastic_round(key, value))
     assert set(draws) <= {math.floor(value), math.floor(value) + 1}
     fraction = value - math.floor(value)
     assert abs(draws.mean() - value) <= 5 * math.sqrt(fraction * (1 - fraction) / N) + 1e-8
 
 
 def test_stochastic_round_keeps_shapes_and_gives_integers():
-    rounded = hyper.stochastic_round(KEY, jnp.full((2, 3), 1.5, jnp.bfloat16))
+    rounded = hg.noise.stochastic_round(KEY, jnp.full((2, 3), 1.5, jnp.bfloat16))
     assert rounded.shape == (2, 3)
     assert rounded.dtype == jnp.int32
 
@@ -150,7 +149,7 @@ def coverage(length, size):
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 20])
 def test_one_hole_covers_each_pixel_as_often_as_it_should(size):
     shape = (9, 7)
-    draws = means(lambda key: hyper.cutout(key, jnp.ones((1, *shape)), float(size), 1.0, max_count=1)[0])
+    draws = means(lambda key: hg.noise.cutout(key, jnp.ones((1, *shape)), float(size), 1.0, max_count=1)[0])
     want = np.outer(coverage(9, size), coverage(7, size))
     error = np.sqrt(want * (1 - want) / N)
     assert (np.abs((draws == 0).mean(0) - want) <= 5 * error + 1e-9).all()
@@ -164,7 +163,7 @@ def test_one_hole_covers_each_pixel_as_often_as_it_should(size):
 
 def test_holes_come_in_the_right_number_an_example():
     counts = jnp.array([0.0, 1.0, 1.5, 3.0])
-    cut = means(lambda key: hyper.cutout(key, jnp.ones((4, 30, 30)), 1.0, counts, max_count=3), 2000)
+    cut = means(lambda key: hg.noise.cutout(key, jnp.ones((4, 30, 30)), 1.0, counts, max_count=3), 2000)
     area = (cut == 0).sum((2, 3))
     assert (area[:, 0] == 0).all()
     assert (area[:, 1] == 1).all()
@@ -178,7 +177,7 @@ def test_holes_come_in_the_right_number_an_example():
 
 def test_sizes_are_rounded_once_an_example():
     sizes = jnp.array([0.0, 2.25])
-    cut = means(lambda key: hyper.cutout(key, jnp.ones((2, 20, 20)), sizes, 1.0, max_count=1), 5000)
+    cut = means(lambda key: hg.noise.cutout(key, jnp.ones((2, 20, 20)), sizes, 1.0, max_count=1), 5000)
     assert (cut[:, 0] == 1).all()
     holes = cut[:, 1] == 0
     want = 0.75 * coverage(20, 2).sum() ** 2 + 0.25 * coverage(20, 3).sum() ** 2
@@ -190,7 +189,7 @@ def test_sizes_are_rounded_once_an_example():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.uint8])
 def test_cutout_cuts_all_channels_and_keeps_the_dtype(dtype):
-    cut = hyper.cutout(KEY, jnp.ones((5, 8, 6, 3), dtype), 3.0, 2.0, max_count=2)
+    cut = hg.noise.cutout(KEY, jnp.ones((5, 8, 6, 3), dtype), 3.0, 2.0, max_count=2)
     assert cut.dtype == dtype
     assert cut.shape == (5, 8, 6, 3)
     zeros = np.asarray(cut, np.float32) == 0
@@ -204,7 +203,7 @@ def test_cutout_cuts_all_channels_and_keeps_the_dtype(dtype):
 
 def test_drop_weights_takes_a_tree_prefix():
     params = {"a": {"kernel": jnp.ones((200, 100)), "bias": jnp.ones(100)}, "b": jnp.ones((100, 100), jnp.bfloat16)}
-    dropped = hyper.drop_weights(KEY, params, {"a": {"kernel": 0.3, "bias": 0.0}, "b": jnp.float32(0.5)})
+    dropped = hg.noise.drop_weights(KEY, params, {"a": {"kernel": 0.3, "bias": 0.0}, "b": jnp.float32(0.5)})
     assert_bernoulli(dropped["a"]["kernel"] != 0, 0.3)
     assert_bernoulli(dropped["b"] != 0, 0.5)
     assert dropped["b"].dtype == jnp.bfloat16
@@ -213,7 +212,7 @@ def test_drop_weights_takes_a_tree_prefix():
 
 
 def test_drop_weights_draws_for_each_array_and_each_column():
-    dropped = hyper.drop_weights(KEY, [jnp.ones((1000, 2)), jnp.ones((1000, 2))], jnp.array([0.1, 0.9]))
+    dropped = hg.noise.drop_weights(KEY, [jnp.ones((1000, 2)), jnp.ones((1000, 2))], jnp.array([0.1, 0.9]))
     assert (np.asarray(dropped[0]) != np.asarray(dropped[1])).any()
     for array in dropped:
         assert_bernoulli(array[:, 0] != 0, 0.1)
@@ -223,7 +222,7 @@ def test_drop_weights_draws_for_each_array_and_each_column():
 def test_perturb_weights_is_relative_to_the_root_mean_square():
     params = {"a": 3 * jnp.ones(N), "b": jnp.tile(jnp.array([0.0, 2.0]), N // 2), "zeros": jnp.zeros(5)}
     scale = {"a": 0.1, "b": 0.2, "zeros": 0.5}
-    noise = jax.tree.map(jnp.subtract, hyper.perturb_weights(KEY, params, scale), params)
+    noise = jax.tree.map(jnp.subtract, hg.noise.perturb_weights(KEY, params, scale), params)
     for name, spread in (("a", 0.3), ("b", 0.2 * math.sqrt(2))):
         assert abs(float(noise[name].mean())) <= 5 * spread / math.sqrt(N)
         assert abs(float((noise[name] ** 2).mean()) / spread**2 - 1) <= 5 * math.sqrt(2 / N)
@@ -231,7 +230,7 @@ def test_perturb_weights_is_relative_to_the_root_mean_square():
 
 
 def test_perturb_weights_has_finite_derivatives_at_zero_weights():
-    total = lambda w, s: hyper.perturb_weights(KEY, w, s).sum()  # noqa: E731
+    total = lambda w, s: hg.noise.perturb_weights(KEY, w, s).sum()  # noqa: E731
     by_weight, by_scale = jax.grad(total, argnums=(0, 1))(jnp.zeros(3), 0.5)
     np.testing.assert_array_equal(by_weight, np.ones(3))
     assert by_scale == 0
@@ -242,7 +241,7 @@ def test_drop_tokens_drops_word_types_in_a_sequence():
     vocabulary, rates = 50, [0.0, 0.4, 0.9]
     ids = jax.random.randint(KEY, (3, 200), 0, vocabulary)
     embedded = jnp.ones((3, 200, 4))
-    draw = jax.jit(lambda key: hyper.drop_tokens(key, ids, embedded, jnp.array(rates), vocabulary=vocabulary))
+    draw = jax.jit(lambda key: hg.noise.drop_tokens(key, ids, embedded, jnp.array(rates), vocabulary=vocabulary))
     kept = np.stack([np.asarray(draw(key)) for key in jax.random.split(KEY, 200)])
     assert (kept == kept[..., :1]).all()  # whole embeddings
     for b, rate in enumerate(rates):
@@ -264,7 +263,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, *, deterministic):
         x = nn.Dense(64)(x)
-        return hyper.HyperDropout(0.25)(x, deterministic=deterministic, rate=self.rate)
+        return hg.noise.HyperDropout(0.25)(x, deterministic=deterministic, rate=self.rate)
 
 
 class Network(nn.Module):
@@ -272,7 +271,7 @@ class Network(nn.Module):
     def __call__(self, x, *, deterministic):
         for _ in range(2):
             x = Block()(x, deterministic=deterministic)
-        return hyper.HyperDropout(0.5, broadcast_dims=(1,), name="last")(x, deterministic=deterministic)
+        return hg.noise.HyperDropout(0.5, broadcast_dims=(1,), name="last")(x, deterministic=deterministic)
 
 
 def test_a_nested_model_keeps_its_rates_in_the_collection():
@@ -313,22 +312,22 @@ def test_the_module_equals_the_function():
     class Keyed(nn.Module):
         @nn.compact
         def __call__(self, x, key_only=False):
-            layer = hyper.HyperDropout(0.4, deterministic=False, name="layer")
+            layer = hg.noise.HyperDropout(0.4, deterministic=False, name="layer")
             return layer(x)
 
     read = Keyed().apply({"hyper": {"layer": {"rate": rates}}}, x, rngs={"dropout": KEY})
-    alone = hyper.HyperDropout(deterministic=False)
+    alone = hg.noise.HyperDropout(deterministic=False)
     top = alone.apply({"hyper": {"rate": jnp.float32(0.4)}}, x, rngs={"dropout": KEY})
     given = alone.apply({}, x, rate=0.4, rngs={"dropout": KEY})
     np.testing.assert_array_equal(top, given)
     key = nn.apply(lambda module: module.make_rng("dropout"), alone)({}, rngs={"dropout": KEY})
-    np.testing.assert_array_equal(given, hyper.dropout(key, x, 0.4))
+    np.testing.assert_array_equal(given, hg.noise.dropout(key, x, 0.4))
     for row, rate in zip(read, rates, strict=True):
         assert_bernoulli(row != 0, float(rate))
 
 
 def test_the_module_uses_its_own_random_numbers():
-    layer = hyper.HyperDropout(0.5, rng_collection="noise", deterministic=False)
+    layer = hg.noise.HyperDropout(0.5, rng_collection="noise", deterministic=False)
     y = layer.apply({"hyper": {"rate": 0.5}}, jnp.ones(100), rngs={"noise": KEY})
     assert 0 < (np.asarray(y) == 0).sum() < 100
 
@@ -337,12 +336,12 @@ def test_the_module_uses_its_own_random_numbers():
 
 
 CALLS = {
-    "dropout": lambda key, x, s: hyper.dropout(key, x, s),
-    "gaussian_noise": lambda key, x, s: hyper.gaussian_noise(key, x, s),
-    "cutout": lambda key, x, s: hyper.cutout(key, x, 4 * s, 2 * s, max_count=2),
-    "drop_weights": lambda key, x, s: hyper.drop_weights(key, x, s),
-    "perturb_weights": lambda key, x, s: hyper.perturb_weights(key, x, s),
-    "drop_tokens": lambda key, x, s: hyper.drop_tokens(key, jnp.zeros(x.shape[:2], jnp.int32), x, s, vocabulary=3),
+    "dropout": lambda key, x, s: hg.noise.dropout(key, x, s),
+    "gaussian_noise": lambda key, x, s: hg.noise.gaussian_noise(key, x, s),
+    "cutout": lambda key, x, s: hg.noise.cutout(key, x, 4 * s, 2 * s, max_count=2),
+    "drop_weights": lambda key, x, s: hg.noise.drop_weights(key, x, s),
+    "perturb_weights": lambda key, x, s: hg.noise.perturb_weights(key, x, s),
+    "drop_tokens": lambda key, x, s: hg.noise.drop_tokens(key, jnp.zeros(x.shape[:2], jnp.int32), x, s, vocabulary=3),
 }
 
 
@@ -365,17 +364,17 @@ def test_jit_vmap_grad_and_dtype(name, dtype, hard_mode):
 
 
 def test_double_precision_stays(x64):
-    y = hyper.dropout(KEY, jnp.ones(9, jnp.float64), jnp.float64(1 / 3))
+    y = hg.noise.dropout(KEY, jnp.ones(9, jnp.float64), jnp.float64(1 / 3))
     assert y.dtype == jnp.float64
     assert set(np.unique(y)) == {0.0, 1 / (1 - np.float64(1 / 3))}
-    assert hyper.smooth_labels(jnp.array([0]), 2, jnp.float64(0.1)).dtype == jnp.float64
+    assert hg.noise.smooth_labels(jnp.array([0]), 2, jnp.float64(0.1)).dtype == jnp.float64
 
 
 def test_implicit_differentiation_refuses_a_dropout_rate():
     """A mask passes no derivative, so its hypergradient would be zero by construction."""
 
     def train(params, rate, batch, key):
-        return jnp.mean((hyper.dropout(key, batch, rate) @ params - 1) ** 2)
+        return jnp.mean((hg.noise.dropout(key, batch, rate) @ params - 1) ** 2)
 
     def valid(params, rate, batch, key):
         return jnp.mean((batch @ params - 1) ** 2)
@@ -421,45 +420,50 @@ def test_a_learned_response_tunes_what_implicit_differentiation_refuses():
 X = jnp.ones((3, 4))
 IDS = jnp.zeros((3, 4), jnp.int32)
 REFUSED = [
-    ("no key", ValueError, "random key; got None", lambda: hyper.dropout(None, X, 0.1)),
-    ("key", TypeError, "expected key", lambda: hyper.dropout(0.5, X, 0.1)),
-    ("rate shape", ValueError, r"shape \(\) or \(3,\); got shape \(4,\)", lambda: hyper.dropout(KEY, X, jnp.ones(4))),
-    ("rate matrix", ValueError, "got shape", lambda: hyper.dropout(KEY, X, jnp.zeros((3, 1)))),
-    ("traced shape", ValueError, "got shape", lambda: jax.jit(lambda r: hyper.dropout(KEY, X, r))(jnp.ones(4))),
-    ("rate 1", ValueError, r"rate in \[0, 1\)", lambda: hyper.dropout(KEY, X, 1.0)),
-    ("rate -", ValueError, r"\[-0.1", lambda: hyper.dropout(KEY, X, jnp.array([0.1, 0.2, -0.1]))),
-    ("rate nan", ValueError, "nan", lambda: hyper.dropout(KEY, X, float("nan"))),
-    ("rate bool", TypeError, "to be a number", lambda: hyper.dropout(KEY, X, True)),
-    ("rate None", TypeError, "to be a number", lambda: hyper.dropout(KEY, X, None)),
-    ("axis", ValueError, "broadcast_dims among the 2 axes", lambda: hyper.dropout(KEY, X, 0.1, broadcast_dims=(2,))),
-    ("integers", TypeError, "x of floating dtype; got int32", lambda: hyper.dropout(KEY, IDS, 0.1)),
-    ("scale", ValueError, r"scale in \[0, inf\)", lambda: hyper.gaussian_noise(KEY, X, -1.0)),
-    ("scale shape", ValueError, "got shape", lambda: hyper.gaussian_noise(KEY, X, jnp.ones(2))),
-    ("labels", TypeError, "labels of integer dtype", lambda: hyper.smooth_labels(X, 3, 0.1)),
-    ("classes", ValueError, "num_classes", lambda: hyper.smooth_labels(IDS, 0, 0.1)),
-    ("label rate", ValueError, r"rate in \[0, 1\)", lambda: hyper.smooth_labels(IDS, 3, 1.5)),
-    ("round key", ValueError, "got None", lambda: hyper.stochastic_round(None, 0.5)),
-    ("round integers", TypeError, "floating", lambda: hyper.stochastic_round(KEY, 3)),
-    ("image rank", ValueError, "images", lambda: hyper.cutout(KEY, X, 1.0, 1.0, max_count=1)),
-    ("size", ValueError, r"size in \[0, inf\)", lambda: hyper.cutout(KEY, X[..., None], -1.0, 1.0, max_count=1)),
-    ("count", ValueError, r"count in \[0, 2\]", lambda: hyper.cutout(KEY, X[..., None], 1.0, 2.5, max_count=2)),
-    ("max", TypeError, "max_count", lambda: hyper.cutout(KEY, X[..., None], 1.0, 1.0, max_count=1.5)),
-    ("image key", ValueError, "got None", lambda: hyper.cutout(None, X[..., None], 1.0, 1.0, max_count=1)),
-    ("no prefix", ValueError, "tree prefix", lambda: hyper.drop_weights(KEY, {"a": X}, {"b": 0.1})),
-    ("no broadcast", ValueError, "broadcast", lambda: hyper.drop_weights(KEY, X, jnp.zeros(3))),
-    ("weight rate", ValueError, r"rate in \[0, 1\)", lambda: hyper.drop_weights(KEY, X, 1.0)),
-    ("weight key", ValueError, "got None", lambda: hyper.drop_weights(None, X, 0.1)),
-    ("weight scale", ValueError, "scale in", lambda: hyper.perturb_weights(KEY, X, -0.1)),
-    ("weight dtype", TypeError, "leaf", lambda: hyper.perturb_weights(KEY, {"a": IDS}, 0.1)),
-    ("ids", TypeError, "ids of integer", lambda: hyper.drop_tokens(KEY, X, X[..., None], 0.1, vocabulary=2)),
-    ("embedded", ValueError, "embedded of shape", lambda: hyper.drop_tokens(KEY, IDS, X, 0.1, vocabulary=2)),
-    ("words", ValueError, "vocabulary", lambda: hyper.drop_tokens(KEY, IDS, X[..., None], 0.1, vocabulary=0)),
-    ("first rate", ValueError, "initial_rate", lambda: hyper.HyperDropout(1.0).init(KEY, X, deterministic=True)),
+    ("no key", ValueError, "random key; got None", lambda: hg.noise.dropout(None, X, 0.1)),
+    ("key", TypeError, "expected key", lambda: hg.noise.dropout(0.5, X, 0.1)),
+    (
+        "rate shape",
+        ValueError,
+        r"shape \(\) or \(3,\); got shape \(4,\)",
+        lambda: hg.noise.dropout(KEY, X, jnp.ones(4)),
+    ),
+    ("rate matrix", ValueError, "got shape", lambda: hg.noise.dropout(KEY, X, jnp.zeros((3, 1)))),
+    ("traced shape", ValueError, "got shape", lambda: jax.jit(lambda r: hg.noise.dropout(KEY, X, r))(jnp.ones(4))),
+    ("rate 1", ValueError, r"rate in \[0, 1\)", lambda: hg.noise.dropout(KEY, X, 1.0)),
+    ("rate -", ValueError, r"\[-0.1", lambda: hg.noise.dropout(KEY, X, jnp.array([0.1, 0.2, -0.1]))),
+    ("rate nan", ValueError, "nan", lambda: hg.noise.dropout(KEY, X, float("nan"))),
+    ("rate bool", TypeError, "to be a number", lambda: hg.noise.dropout(KEY, X, True)),
+    ("rate None", TypeError, "to be a number", lambda: hg.noise.dropout(KEY, X, None)),
+    ("axis", ValueError, "broadcast_dims among the 2 axes", lambda: hg.noise.dropout(KEY, X, 0.1, broadcast_dims=(2,))),
+    ("integers", TypeError, "x of floating dtype; got int32", lambda: hg.noise.dropout(KEY, IDS, 0.1)),
+    ("scale", ValueError, r"scale in \[0, inf\)", lambda: hg.noise.gaussian_noise(KEY, X, -1.0)),
+    ("scale shape", ValueError, "got shape", lambda: hg.noise.gaussian_noise(KEY, X, jnp.ones(2))),
+    ("labels", TypeError, "labels of integer dtype", lambda: hg.noise.smooth_labels(X, 3, 0.1)),
+    ("classes", ValueError, "num_classes", lambda: hg.noise.smooth_labels(IDS, 0, 0.1)),
+    ("label rate", ValueError, r"rate in \[0, 1\)", lambda: hg.noise.smooth_labels(IDS, 3, 1.5)),
+    ("round key", ValueError, "got None", lambda: hg.noise.stochastic_round(None, 0.5)),
+    ("round integers", TypeError, "floating", lambda: hg.noise.stochastic_round(KEY, 3)),
+    ("image rank", ValueError, "images", lambda: hg.noise.cutout(KEY, X, 1.0, 1.0, max_count=1)),
+    ("size", ValueError, r"size in \[0, inf\)", lambda: hg.noise.cutout(KEY, X[..., None], -1.0, 1.0, max_count=1)),
+    ("count", ValueError, r"count in \[0, 2\]", lambda: hg.noise.cutout(KEY, X[..., None], 1.0, 2.5, max_count=2)),
+    ("max", TypeError, "max_count", lambda: hg.noise.cutout(KEY, X[..., None], 1.0, 1.0, max_count=1.5)),
+    ("image key", ValueError, "got None", lambda: hg.noise.cutout(None, X[..., None], 1.0, 1.0, max_count=1)),
+    ("no prefix", ValueError, "tree prefix", lambda: hg.noise.drop_weights(KEY, {"a": X}, {"b": 0.1})),
+    ("no broadcast", ValueError, "broadcast", lambda: hg.noise.drop_weights(KEY, X, jnp.zeros(3))),
+    ("weight rate", ValueError, r"rate in \[0, 1\)", lambda: hg.noise.drop_weights(KEY, X, 1.0)),
+    ("weight key", ValueError, "got None", lambda: hg.noise.drop_weights(None, X, 0.1)),
+    ("weight scale", ValueError, "scale in", lambda: hg.noise.perturb_weights(KEY, X, -0.1)),
+    ("weight dtype", TypeError, "leaf", lambda: hg.noise.perturb_weights(KEY, {"a": IDS}, 0.1)),
+    ("ids", TypeError, "ids of integer", lambda: hg.noise.drop_tokens(KEY, X, X[..., None], 0.1, vocabulary=2)),
+    ("embedded", ValueError, "embedded of shape", lambda: hg.noise.drop_tokens(KEY, IDS, X, 0.1, vocabulary=2)),
+    ("words", ValueError, "vocabulary", lambda: hg.noise.drop_tokens(KEY, IDS, X[..., None], 0.1, vocabulary=0)),
+    ("first rate", ValueError, "initial_rate", lambda: hg.noise.HyperDropout(1.0).init(KEY, X, deterministic=True)),
     (
         "no collection",
         ValueError,
         'collection "hyper"',
-        lambda: hyper.HyperDropout(deterministic=False).apply({}, X, rngs={"dropout": KEY}),
+        lambda: hg.noise.HyperDropout(deterministic=False).apply({}, X, rngs={"dropout": KEY}),
     ),
 ]
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from hypergrad import _checks, _tree
-from hypergrad._types import Hyperparams, Params, PyTree
+from hypergrad import dataflow, tree, validate
+from hypergrad.types import Hyperparams, Params, PyTree
 
 MakeOptimizer = Callable[[Hyperparams], optax.GradientTransformationExtraArgs]
 
@@ -44,8 +44,8 @@ def check_differentiable(
     for axis in (2, None):  # all of it where it does not fit what is shrunk, say a mask of full size
         with jax.ensure_compile_time_eval():  # not even constants may be staged out
             weights, anywhere = (
-                jax.tree.map(lambda x, axis=axis: jnp.full(_shrunk(x, axis), _ANYWHERE, jnp.result_type(x)), tree)
-                for tree in (params, hyperparams)
+                jax.tree.map(lambda x, axis=axis: jnp.full(_shrunk(x, axis), _ANYWHERE, jnp.result_type(x)), part)
+                for part in (params, hyperparams)
             )
             if not _can_be_tried(make, anywhere, weights):
                 continue
@@ -55,21 +55,21 @@ def check_differentiable(
         if isinstance(verdict, Exception):
             fix = "Choose another optimizer, or differentiate forward: mode=hg.forward()."
             wanted = "an inner optimizer that reverse-mode differentiation passes"
-            raise ValueError(_checks.message(wanted, f"one that raises: {str(verdict)[:200]}", fix)) from verdict
+            raise ValueError(validate.message(wanted, f"one that raises: {str(verdict)[:200]}", fix)) from verdict
         if verdict is False and at_zero_alone:
             wanted = "an inner optimizer whose update has a finite derivative where a gradient is exactly zero"
             fix = (
                 "One dead unit would make the hypergradient NaN. Set eps_root, e.g. optax.adam(rate, eps_root=1e-8), "
                 "where the optimizer has it; else choose another, e.g. optax.sgd, rmsprop, adabelief or yogi."
             )
-            raise ValueError(_checks.message(wanted, "NaN or infinity: a square root at zero", fix))
+            raise ValueError(validate.message(wanted, "NaN or infinity: a square root at zero", fix))
         if verdict is False:
             wanted = "an inner optimizer whose first updates have a finite derivative"
             other = "forward" if reverse else "reverse"
             fix = (
                 f"Set eps_root=1e-8 where it has it and try mode=hg.{other}(), or choose e.g. optax.sgd, rmsprop, yogi."
             )
-            raise ValueError(_checks.message(wanted, "NaN or infinity, whatever the gradients", fix))
+            raise ValueError(validate.message(wanted, "NaN or infinity, whatever the gradients", fix))
         return
 
 
@@ -86,14 +86,14 @@ def _can_be_tried(make: MakeOptimizer, hyperparams: Hyperparams, weights: Params
         if "required keyword" in str(error):
             wanted = "an inner optimizer that updates weights from gradients, state and params alone"
             fix = "Inside a window there is no line search and no loss value for it: choose one without."
-            raise TypeError(_checks.message(wanted, f"one that raises: {error}", fix)) from error
+            raise TypeError(validate.message(wanted, f"one that raises: {error}", fix)) from error
         return False
     except Exception:  # what is wrong with the optimizer itself shows in the real run
         return False
-    if "stop_gradient" in _checks.operations(jaxpr):
+    if "stop_gradient" in dataflow.operations(jaxpr):
         wanted = "an inner optimizer whose updates are differentiable as a whole"
         fix = "Its derivative would not be that of its steps. For optax.lbfgs set scale_init_precond=False."
-        raise ValueError(_checks.message(wanted, "one with a stop_gradient in them", fix))
+        raise ValueError(validate.message(wanted, "one with a stop_gradient in them", fix))
     return True
 
 
@@ -108,7 +108,7 @@ def _verdict(make: MakeOptimizer, hyperparams: Hyperparams, weights: Params, gra
             value, derivatives = jax.jit(lambda h, g: jax.jvp(fn, (h, g), ones))(hyperparams, grads)
     except ValueError as error:
         return error
-    sound = _tree.all_finite(derivatives) | ~jnp.isfinite(value)
+    sound = tree.all_finite(derivatives) | ~jnp.isfinite(value)
     return isinstance(sound, jax.core.Tracer) or bool(sound)  # traced: the optimizer closes over what is not known yet
 
 
@@ -119,11 +119,11 @@ def _tried(make: MakeOptimizer, hyperparams: Hyperparams, params: Params, grads:
     def step(at: tuple[Params, PyTree], grads: Params) -> tuple[tuple[Params, PyTree], None]:
         params, state = at
         updates, new_state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), _tree.match_dtypes(new_state, state)), None
+        return (optax.apply_updates(params, updates), tree.match_dtypes(new_state, state)), None
 
-    start = params, _tree.strip_weak_types(optimizer.init(params))
+    start = params, tree.strip_weak_types(optimizer.init(params))
     (reached, _), _ = lax.scan(step, start, grads)
-    return _tree.total([jnp.sum(leaf) for leaf in jax.tree.leaves(reached)])
+    return tree.total([jnp.sum(leaf) for leaf in jax.tree.leaves(reached)])
 
 
 def _with_zeros(weights: Params) -> Params:

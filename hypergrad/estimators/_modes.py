@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad import _checks, _tree
-from hypergrad._types import Array, Hyperparams, PyTree
+from hypergrad import tree, validate
+from hypergrad.types import Array, Hyperparams, PyTree
 
 Respond: TypeAlias = Callable[[Hyperparams], PyTree]
 Judge: TypeAlias = Callable[[Hyperparams, PyTree], tuple[Array, Any]]
@@ -79,11 +79,11 @@ def reverse(
     Reference: Shaban et al., arXiv 1810.10667; Kemaev et al., arXiv 2505.00793.
     """
     if checkpoint_every is not None and checkpoint_every != math.inf:
-        _checks.positive_int("checkpoint_every", checkpoint_every)
+        validate.positive_int("checkpoint_every", checkpoint_every)
     if truncate is not None:
-        _checks.positive_int("truncate", truncate)
-    _checks.flag("mixed", mixed)
-    _checks.unroll(unroll)
+        validate.positive_int("truncate", truncate)
+    validate.flag("mixed", mixed)
+    validate.unroll(unroll)
     return UnrollMode(_reverse_value_and_grad, True, checkpoint_every, truncate, mixed, unroll)
 
 
@@ -103,7 +103,7 @@ def forward(*, unroll: int | bool = 1) -> UnrollMode:
 
     Reference: Franceschi et al., arXiv 1703.01785.
     """
-    _checks.unroll(unroll)
+    validate.unroll(unroll)
     return UnrollMode(_forward_value_and_grad, False, math.inf, None, False, unroll)
 
 
@@ -124,7 +124,7 @@ def _forward_value_and_grad(respond: Respond, judge: Judge, hyperparams: Hyperpa
     if count > _MOST_FORWARD:
         fix = "Each costs a forward unroll here: use mode=hg.reverse()."
         raise ValueError(
-            _checks.message(f"at most {_MOST_FORWARD:,} hyperparameters in forward mode", f"{count:,}", fix)
+            validate.message(f"at most {_MOST_FORWARD:,} hyperparameters in forward mode", f"{count:,}", fix)
         )
     ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
     rows = jnp.split(jnp.eye(count), ends, axis=1)
@@ -133,7 +133,7 @@ def _forward_value_and_grad(respond: Respond, judge: Judge, hyperparams: Hyperpa
     def along(direction: list[Array]) -> tuple[list[Array], PyTree]:
         def floating(hyperparams: Hyperparams) -> tuple[list[Array], PyTree]:
             reached = respond(hyperparams)
-            return _tree.split_floating(reached)[0], reached
+            return tree.split_floating(reached)[0], reached
 
         tangent = jax.tree.unflatten(structure, direction)
         _, tangents, reached = jax.jvp(floating, (hyperparams,), (tangent,), has_aux=True)
@@ -144,9 +144,9 @@ def _forward_value_and_grad(respond: Respond, judge: Judge, hyperparams: Hyperpa
         tangents = [x[None] for x in one]
     else:
         tangents, reached = jax.vmap(along, out_axes=(0, None))(basis)
-    floats, restore = _tree.split_floating(reached)
+    floats, restore = tree.split_floating(reached)
     judged = jax.value_and_grad(lambda h, floats: judge(h, restore(floats)), argnums=(0, 1), has_aux=True)
     (value, aux), (direct, slopes) = judged(hyperparams, floats)
-    indirect = jax.vmap(lambda tangents: _tree.vdot(tangents, slopes))(tangents)
+    indirect = jax.vmap(lambda tangents: tree.vdot(tangents, slopes))(tangents)
     parts = [part.reshape(x.shape).astype(x.dtype) for part, x in zip(jnp.split(indirect, ends), leaves, strict=True)]
     return (value, aux), reached, jax.tree.map(jnp.add, direct, jax.tree.unflatten(structure, parts))

@@ -5,13 +5,33 @@
 A window of indices is sliced like a window of batches; what it points at is gathered where a loss needs it.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hypergrad import _checks, _tree
-from hypergrad._types import Batch, IndexedBatch, PyTree
+from hypergrad import tree, validate
+from hypergrad.types import Array, Batch, PyTree
+
+
+class IndexedBatch(NamedTuple):
+    """A batch given by where it lies in data on the device: ``leaf[indices]`` for every leaf of ``data``.
+
+    Stands for a batch, or for any subtree of one, wherever the library takes one (inner or outer); the loss sees the
+    gathered examples. A window of K steps then holds K·B indices instead of K·B examples, which are gathered in each
+    step, and again where a checkpointed step is computed again.
+
+    Attributes:
+      data: a pytree of arrays with a common leading axis of N examples; no window axis.
+      indices: integers in 0 … N−1: shape (B,) for one batch, (K, B) for a window; () and (K,) where an entry of
+        ``data`` is itself a batch. One out of range is clamped, as JAX does.
+
+    >>> import jax.numpy as jnp
+    >>> batches = IndexedBatch((jnp.zeros((60, 4)), jnp.zeros(60)), jnp.arange(30).reshape(3, 10))  # K = 3, B = 10
+    """
+
+    data: PyTree
+    indices: Array
 
 
 def gathered(batch: Batch) -> Batch:
@@ -56,18 +76,18 @@ def window_length(inner_batch: Batch, window: int | None = None) -> int:
     fix = "Stack K batches, e.g. jax.tree.map(lambda *b: jnp.stack(b), *batches)."
     wanted = f"a leading window axis of length {window}" if window else "a common leading window axis"
     parts = windowed(inner_batch)
-    leaves, names = jax.tree.leaves(parts), _tree.leaf_names(parts)
+    leaves, names = jax.tree.leaves(parts), tree.leaf_names(parts)
     length = window
     for leaf, name in zip(leaves, names, strict=True):
         shape = jnp.shape(leaf)
         if not shape or shape[0] == 0 or (length is not None and shape[0] != length):
             wanted_here = wanted if window or length is None else f"{wanted} ({length}, from the first leaf)"
             got = f"shape {shape}"
-            raise ValueError(_checks.message(f"inner_batch leaf {name} with {wanted_here}", got, fix))
+            raise ValueError(validate.message(f"inner_batch leaf {name} with {wanted_here}", got, fix))
         length = shape[0]
     if length is None:
         fix = "Where the loss takes no data, pass hg.IndexedBatch((), jnp.arange(K)): it sees () in each of K steps."
-        raise ValueError(_checks.message(f"inner_batch with {wanted}", "a batch without leaves", fix))
+        raise ValueError(validate.message(f"inner_batch with {wanted}", "a batch without leaves", fix))
     return int(length)
 
 
@@ -75,15 +95,15 @@ def _gather(part: IndexedBatch) -> PyTree:
     indices = jnp.asarray(part.indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         fix = "Pass integers in 0 … N−1, e.g. jax.random.randint(key, (K, B), 0, N)."
-        raise TypeError(_checks.message("IndexedBatch indices of an integer dtype", str(indices.dtype), fix))
+        raise TypeError(validate.message("IndexedBatch indices of an integer dtype", str(indices.dtype), fix))
     if any(map(_is_indexed, jax.tree.leaves(part.data, is_leaf=_is_indexed))):
         fix = "Index the data once: data[first][second] is data[first[second]]."
-        raise TypeError(_checks.message("IndexedBatch data of arrays", "an IndexedBatch inside it", fix))
+        raise TypeError(validate.message("IndexedBatch data of arrays", "an IndexedBatch inside it", fix))
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(part.data)}
     if len(lengths) > 1 or () in lengths:
         fix = "Pass all examples: images and labels of the same N."
         got = f"leading axes {sorted(lengths)}"
-        raise ValueError(_checks.message("IndexedBatch data whose leaves have a common leading axis N", got, fix))
+        raise ValueError(validate.message("IndexedBatch data whose leaves have a common leading axis N", got, fix))
     return jax.tree.map(lambda x: jnp.asarray(x)[indices], part.data)
 
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from hypergrad import _checks
-from hypergrad._layers._base import Gates, Run, active, current, found_in
-from hypergrad._types import Array, PyTree
+from hypergrad import validate
+from hypergrad.responses.layers._base import Gates, Run, active, current, found_in
+from hypergrad.types import Array, PyTree
 
 _KINDS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.Embed)
 _OWN_WEIGHTS = (nn.WeightNorm, nn.SpectralNorm)  # they hand their layer other weights than those in params
@@ -99,7 +99,7 @@ def _lstm(run: Run, path: str, module: Any, next_fun: Any, carry: Any, inputs: A
             return output
         if len(own) < len(names):
             fix = "Select all of a cell's matrices, or none."
-            raise ValueError(_checks.message(f"layers to hold all or none of {path}", "a part", fix))
+            raise ValueError(validate.message(f"layers to hold all or none of {path}", "a part", fix))
         again = lambda weight, x: x @ weight.astype(x.dtype)  # noqa: E731
         return run.add(f"{path}/{kind}", output, x, _joined(own), again)
 
@@ -144,7 +144,7 @@ def _locate(run: Run, module: nn.Module) -> str | None:
     if len(alike) > 1:
         fix = "Hand each model its part of params unchanged, or give the models parts of different structure."
         got = f"equal ones at {', '.join(repr(root) for root in alike)}"
-        raise ValueError(_checks.message("one place in params for the weights of a model", got, fix))
+        raise ValueError(validate.message("one place in params for the weights of a model", got, fix))
     if not alike:
         return None
     run.roots.setdefault(alike[0], set()).add("alike")

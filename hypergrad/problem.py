@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hypergrad import _batches, _checks, _curvature, _tree
-from hypergrad._types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
-from hypergrad.bijectors import constrain
-from hypergrad.bijectors._base import check_bijectors
+from hypergrad import curvature, data, tree, validate
+from hypergrad.bijectors import check_bijectors, constrain
+from hypergrad.types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
 
 
 class BilevelParams(NamedTuple):
@@ -37,25 +36,25 @@ def _unchanged(hyperparams: Hyperparams) -> Hyperparams:
     return hyperparams
 
 
-class ResponseView(NamedTuple):
-    """What a problem whose inner variable is a learned response knows of it, for transforms and estimators.
+class ResponseSpec(NamedTuple):
+    """What a problem whose inner variable is a learned response tells transforms and estimators about it.
 
     Attributes:
       init: ``init(key, params, hyperparams, batch, model_state) -> response_params``.
       weights: ``weights(response_params, hyperparams) -> params``, w(λ), differentiable; None where there are none.
-      around: ``around(center) -> (inner_loss, outer_loss)``, the losses with the response centred at given
-        hyperparameters; they take those leaves that are marked in ``per_example`` with a leading batch axis. None once
+      losses_at: ``losses_at(center) -> (inner_loss, outer_loss)``, the losses with the response centred at given
+        hyperparameters; they take the leaves that are marked in ``per_example`` with a leading batch axis. None once
         the problem is perturbed.
-      plain: the problem over plain weights below it, which takes ``center(hyperparams)``.
-      center: from the hyperparameters of this problem to those of ``plain``: all but learned scales.
-      per_example: tree prefix of bools over the hyperparameters: which take one value an example.
+      base_problem: the problem over plain weights; it takes ``base_hyperparams(hyperparams)``.
+      base_hyperparams: from the hyperparameters of this problem to those of ``base_problem``: all but learned scales.
+      per_example: tree prefix of bools over the hyperparameters: which take one value per example.
     """
 
     init: Callable[..., PyTree]
     weights: Callable[[PyTree, Hyperparams], Params] | None
-    around: Callable[[Hyperparams], tuple[Loss, Loss]] | None
-    plain: "BilevelProblem"
-    center: Callable[[Hyperparams], Hyperparams] = _unchanged
+    losses_at: Callable[[Hyperparams], tuple[Loss, Loss]] | None
+    base_problem: "BilevelProblem"
+    base_hyperparams: Callable[[Hyperparams], Hyperparams] = _unchanged
     per_example: PyTree = False
 
 
@@ -89,16 +88,16 @@ class BilevelProblem:
     has_aux: bool = False
     stateful: bool = False
     constrain: Callable[[Hyperparams], Hyperparams] = dataclasses.field(default=_unchanged, kw_only=True)
-    response: ResponseView | None = dataclasses.field(default=None, kw_only=True)
+    response: ResponseSpec | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("inner_loss", "outer_loss", "constrain"):
             if not callable(getattr(self, name)):
                 fix = "Pass loss(params, hyperparams, batch, key) -> scalar."
-                got = _checks.describe(getattr(self, name))
-                raise TypeError(_checks.message(f"BilevelProblem's {name} to be callable", got, fix))
+                got = validate.describe(getattr(self, name))
+                raise TypeError(validate.message(f"BilevelProblem's {name} to be callable", got, fix))
         for name in ("has_aux", "stateful"):
-            _checks.flag(f"BilevelProblem's {name}", getattr(self, name))
+            validate.flag(f"BilevelProblem's {name}", getattr(self, name))
 
 
 class LossValue(NamedTuple):
@@ -160,7 +159,7 @@ def evaluate_inner(
     problem: BilevelProblem, variables: BilevelParams, batch: Batch, key: Array | None, model_state: ModelState
 ) -> LossValue:
     """Return the inner loss's value, model state and aux, checked."""
-    arguments = (*variables, _batches.gathered(batch), key)
+    arguments = (*variables, data.gathered(batch), key)
     return _evaluate(problem, "inner_loss", problem.inner_loss, arguments, model_state)
 
 
@@ -169,16 +168,16 @@ def inner_gradient(
 ) -> Callable[[Params, Batch, Array | None, ModelState], tuple[Params, ModelState]]:
     """Return ``(params, batch, key, model_state) -> (∇_w L_in, model_state after the forward pass)``.
 
-    With ``mixed``, its reverse-mode derivative is taken by ``_curvature.mixed_mode_gradient``.
+    With ``mixed``, its reverse-mode derivative is taken by ``curvature.mixed_mode_gradient``.
     """
 
     def loss(
-        params: Params, hyperparams: Hyperparams, model_state: ModelState, data: tuple[Batch, Array | None]
+        params: Params, hyperparams: Hyperparams, model_state: ModelState, drawn: tuple[Batch, Array | None]
     ) -> tuple[Array, ModelState]:
-        result = evaluate_inner(problem, BilevelParams(params, hyperparams), *data, model_state)
+        result = evaluate_inner(problem, BilevelParams(params, hyperparams), *drawn, model_state)
         return result.value, result.model_state
 
-    gradient = _curvature.mixed_mode_gradient(loss) if mixed else jax.grad(loss, has_aux=True)
+    gradient = curvature.mixed_mode_gradient(loss) if mixed else jax.grad(loss, has_aux=True)
     return lambda params, batch, key, model_state: gradient(params, hyperparams, model_state, (batch, key))
 
 
@@ -186,15 +185,15 @@ def evaluate_outer(
     problem: BilevelProblem, variables: BilevelParams, batch: Batch, key: Array | None, model_state: ModelState
 ) -> LossValue:
     """Return the outer loss's value, model state and aux, checked."""
-    arguments = (*variables, _batches.gathered(batch), key)
+    arguments = (*variables, data.gathered(batch), key)
     return _evaluate(problem, "outer_loss", problem.outer_loss, arguments, model_state)
 
 
 def check_problem(problem: Any) -> None:
     """Refuse anything but a ``BilevelProblem``."""
     if not isinstance(problem, BilevelProblem):
-        got, fix = _checks.describe(problem), "Build it with hg.BilevelProblem(inner_loss, outer_loss)."
-        raise TypeError(_checks.message("a BilevelProblem", got, fix))
+        got, fix = validate.describe(problem), "Build it with hg.BilevelProblem(inner_loss, outer_loss)."
+        raise TypeError(validate.message("a BilevelProblem", got, fix))
 
 
 def refuse_response(name: str, problem: BilevelProblem) -> None:
@@ -202,16 +201,16 @@ def refuse_response(name: str, problem: BilevelProblem) -> None:
     if problem.response is not None:
         wanted = f"{name} to be applied to a problem over plain weights"
         fix = "The order is hg.reparameterize, then with_response or self_tuning, then perturbed, each at most once."
-        raise ValueError(_checks.message(wanted, "one that already has a response or is perturbed", fix))
+        raise ValueError(validate.message(wanted, "one that already has a response or is perturbed", fix))
 
 
 def check_variables(variables: Any) -> BilevelParams:
     """Return ``variables`` if it is a ``BilevelParams`` of floating-point trees."""
     if not isinstance(variables, BilevelParams):
-        got, fix = _checks.describe(variables), "Pass hg.BilevelParams(params, hyperparams)."
-        raise TypeError(_checks.message("a BilevelParams", got, fix))
-    _checks.floating_leaves("params", variables.params)
-    _checks.floating_leaves("hyperparams", variables.hyperparams)
+        got, fix = validate.describe(variables), "Pass hg.BilevelParams(params, hyperparams)."
+        raise TypeError(validate.message("a BilevelParams", got, fix))
+    validate.floating_leaves("params", variables.params)
+    validate.floating_leaves("hyperparams", variables.hyperparams)
     return variables
 
 
@@ -219,10 +218,12 @@ def check_model_state(problem: BilevelProblem, model_state: ModelState) -> Model
     """Refuse a missing model state of a stateful problem, and a given one of another; None becomes ()."""
     if problem.stateful and model_state is None:
         fix = "Pass model_state=..., e.g. the batch_stats collection."
-        raise ValueError(_checks.message("model_state for a stateful problem", "None", fix))
+        raise ValueError(validate.message("model_state for a stateful problem", "None", fix))
     if not problem.stateful and not (model_state is None or (isinstance(model_state, tuple) and not model_state)):
         fix = "Declare BilevelProblem(..., stateful=True), or drop model_state."
-        raise ValueError(_checks.message("no model_state for a stateless problem", _checks.describe(model_state), fix))
+        raise ValueError(
+            validate.message("no model_state for a stateless problem", validate.describe(model_state), fix)
+        )
     return () if model_state is None else model_state
 
 
@@ -239,16 +240,16 @@ def _evaluate(
         }[problem.stateful, problem.has_aux]
         fix = f"Return {form}, or change has_aux/stateful of the BilevelProblem."
         if not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(_checks.message(f"{name} to return {form}", _checks.describe(result), fix))
+            raise TypeError(validate.message(f"{name} to return {form}", validate.describe(result), fix))
         value, extra = result
         if problem.stateful and problem.has_aux:
             if not (isinstance(extra, tuple) and len(extra) == 2):
-                raise TypeError(_checks.message(f"{name} to return {form}", _checks.describe(extra), fix))
+                raise TypeError(validate.message(f"{name} to return {form}", validate.describe(extra), fix))
             new_state, aux = extra
         else:
             new_state, aux = (extra, ()) if problem.stateful else ((), extra)
         if problem.stateful:
-            _checks.same_structure(f"the model_state that {name} returned", new_state, "the given one", model_state)
+            validate.same_structure(f"the model_state that {name} returned", new_state, "the given one", model_state)
     fix = "Return the scalar alone, or declare has_aux=True / stateful=True."
-    value = _checks.scalar_loss(name, value, fix)
-    return LossValue(value, _tree.match_dtypes(new_state, model_state) if problem.stateful else (), aux)
+    value = validate.scalar_loss(name, value, fix)
+    return LossValue(value, tree.match_dtypes(new_state, model_state) if problem.stateful else (), aux)

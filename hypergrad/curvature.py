@@ -23,8 +23,8 @@ import jax
 import optax
 from jax.extend import core as jex_core
 
-from hypergrad import _checks, _tree
-from hypergrad._types import Array, Hyperparams, MatVec, ModelState, Params, PyTree
+from hypergrad import dataflow, tree
+from hypergrad.types import Array, Hyperparams, MatVec, ModelState, Params, PyTree
 
 
 def hvp(fn: Callable[[Params], Array], params: Params) -> MatVec:
@@ -33,7 +33,7 @@ def hvp(fn: Callable[[Params], Array], params: Params) -> MatVec:
     Right where ``fn`` is twice differentiable at ``params``; at a kink (ReLU at 0) JAX's one-sided
     convention enters. Cost: about two gradients of ``fn`` a product.
     """
-    wide, widened = _tree.promote(params), _widened(fn, params)
+    wide, widened = tree.promote(params), _widened(fn, params)
     if _has_custom_vjp(widened, wide):
         _, pull_back = jax.vjp(jax.grad(widened), wide)
         return lambda vector: pull_back(vector)[0]
@@ -46,7 +46,7 @@ def mixed_vjp(fn: Callable[[Params, Hyperparams], Array], params: Params, hyperp
     Only the part of ∇_w fn that depends on the hyperparameters is differentiated: for a penalty such as
     ½ Σ λᵢ wᵢ² the compiled product is elementwise and the network is not run.
     """
-    wide = _tree.promote(params)
+    wide = tree.promote(params)
 
     def at(h: Hyperparams) -> Callable[[Params], Array]:
         return _widened(lambda w: fn(w, h), params)
@@ -100,7 +100,7 @@ def _with_mixed_rule(loss: Callable[..., tuple[Array, ModelState]]) -> Callable[
         def paired(w: Params, *others: Any) -> Array:
             _, slope, new_state = jax.jvp(lambda w: loss(w, *others), (w,), (along,), has_aux=True)
             pairs = zip(jax.tree.leaves(of_state), jax.tree.leaves(new_state), strict=True)
-            return _tree.total([slope, *((c * x).sum() for c, x in pairs if c.dtype != jax.dtypes.float0)])
+            return tree.total([slope, *((c * x).sum() for c, x in pairs if c.dtype != jax.dtypes.float0)])
 
         return jax.grad(paired, argnums=tuple(range(len(at))), allow_int=True)(*at)
 
@@ -118,4 +118,4 @@ def _has_custom_vjp(fn: Callable[[Params], Array], params: Params) -> bool:
 
 def _contains_custom_vjp(jaxpr: Any) -> bool:
     """Return whether a jaxpr calls an operation with a derivative rule for reverse mode only."""
-    return any("custom_vjp" in name for name in _checks.operations(jaxpr))
+    return any("custom_vjp" in name for name in dataflow.operations(jaxpr))

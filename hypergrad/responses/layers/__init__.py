@@ -1,8 +1,16 @@
 """Flax layers that are linear in their weights, run a second time with other weights and a gate an example."""
 
-from hypergrad._layers._base import Found, LayerResponse, Run, active, displaced_weights, untuned, weights_by_path
-from hypergrad._layers._linen import intercepted
-from hypergrad._layers._nnx import self_tunable
+from hypergrad.responses.layers._base import (
+    Found,
+    LayerResponse,
+    Run,
+    active,
+    displaced_weights,
+    untuned,
+    weights_by_path,
+)
+from hypergrad.responses.layers._linen import intercepted
+from hypergrad.responses.layers._nnx import self_tunable
 
 __all__ = [
     "Found",

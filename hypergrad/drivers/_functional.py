@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 
-from hypergrad import _checks
-from hypergrad._problem import BilevelParams, check_model_state, check_variables
-from hypergrad._rollout import resolve_optimizer
-from hypergrad._types import Array, Batch, Hyperparams, Key, ModelState, Params
+from hypergrad import validate
 from hypergrad.estimators import Estimate, EvaluationInfo, HypergradEstimator
+from hypergrad.problem import BilevelParams, check_model_state, check_variables
+from hypergrad.training import resolve_optimizer
+from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params
 
 
 def value_and_hypergrad(
@@ -154,16 +154,16 @@ def best_response(estimator: HypergradEstimator, inner_optimizer: Any = None) ->
         fix = (
             "Use hg.implicit or hg.unrolled: a method that only estimates a gradient has no response to differentiate."
         )
-        raise TypeError(_checks.message("an estimator with a differentiable response", "one without", fix))
+        raise TypeError(validate.message("an estimator with a differentiable response", "one without", fix))
 
     def fn(
         params: Params, hyperparams: Hyperparams, inner_batch: Batch, *, key: Key, model_state: ModelState = None
     ) -> Params:
-        _checks.floating_leaves("params", params)
+        validate.floating_leaves("params", params)
         if jax.tree.leaves(hyperparams):
-            _checks.floating_leaves("hyperparams", hyperparams)
+            validate.floating_leaves("hyperparams", hyperparams)
         options = {"inner_optimizer": inner_optimizer, "model_state": model_state}
-        return respond(params, hyperparams, inner_batch, key=_checks.as_key(key), **options)
+        return respond(params, hyperparams, inner_batch, key=validate.as_key(key), **options)
 
     return fn
 
@@ -171,11 +171,11 @@ def best_response(estimator: HypergradEstimator, inner_optimizer: Any = None) ->
 def _check_estimator(estimator: Any, inner_optimizer: Any) -> None:
     if not isinstance(estimator, HypergradEstimator):
         fix = "Pass e.g. hg.implicit(problem, hg.solvers.cg(50))."
-        raise TypeError(_checks.message("a HypergradEstimator", _checks.describe(estimator), fix))
+        raise TypeError(validate.message("a HypergradEstimator", validate.describe(estimator), fix))
     if estimator.needs_rollout and inner_optimizer is None:
         fix = "Pass inner_optimizer=optax.sgd(...), and batches with a leading window axis."
         raise ValueError(
-            _checks.message("an inner_optimizer for an estimator that differentiates inner steps", "None", fix)
+            validate.message("an inner_optimizer for an estimator that differentiates inner steps", "None", fix)
         )
 
 
@@ -196,7 +196,7 @@ def estimator_function(estimator: HypergradEstimator, inner_optimizer: Any) -> C
             estimator.init(variables),
             inner_batch,
             outer_batch,
-            key=_checks.as_key(key),
+            key=validate.as_key(key),
             inner_optimizer=inner_optimizer,
             model_state=check_model_state(problem, state),
         )

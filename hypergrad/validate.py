@@ -5,17 +5,15 @@ traces is ``independent_leaves``: it follows data through a jaxpr to find output
 an input, which is how a hypergradient that is zero by construction is refused instead of returned.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend import core as jex_core
 
-from hypergrad import _tree
-from hypergrad._types import Array, Key, PyTree
+from hypergrad import tree
+from hypergrad.types import Array, Key, PyTree
 
 
 def message(expected: str, got: str, fix: str) -> str:
@@ -65,9 +63,9 @@ def number(name: str, value: Any, *, low: float, strict: bool = False) -> None:
         raise ValueError(message(f"{name} to be {bound}", f"{float(value):g}", f"Choose {name} {bound}."))
 
 
-def floating_leaves(what: str, tree: PyTree) -> None:
+def floating_leaves(what: str, value: PyTree) -> None:
     """Refuse a tree without leaves, or with a leaf that is not a real floating-point array."""
-    leaves, names = jax.tree.leaves(tree), _tree.leaf_names(tree)
+    leaves, names = jax.tree.leaves(value), tree.leaf_names(value)
     if not leaves:
         raise ValueError(message(f"{what} with at least one array", "an empty tree", "Pass at least one leaf."))
     for leaf, name in zip(leaves, names, strict=True):
@@ -80,17 +78,17 @@ def floating_leaves(what: str, tree: PyTree) -> None:
             raise TypeError(message(f"{what} leaf {name} of a floating dtype", str(jnp.result_type(leaf)), fix))
 
 
-def same_structure(what: str, tree: PyTree, like_what: str, like: PyTree) -> None:
-    """Refuse ``tree`` unless its structure and shapes are those of ``like``; names the first leaf that differs."""
-    got: Any = jax.tree.structure(tree)
+def same_structure(what: str, value: PyTree, like_what: str, like: PyTree) -> None:
+    """Refuse ``value`` unless its structure and shapes are those of ``like``; names the first leaf that differs."""
+    got: Any = jax.tree.structure(value)
     want: Any = jax.tree.structure(like)
     fix = f"Build {what} with the structure of {like_what}."
     if got != want:
-        names, like_names = _tree.leaf_names(tree), _tree.leaf_names(like)
+        names, like_names = tree.leaf_names(value), tree.leaf_names(like)
         odd = [n for n in names if n not in like_names] + [n for n in like_names if n not in names]
         where = f" (first difference at leaf {odd[0]})" if odd else ""
         raise ValueError(message(f"{what} with the structure of {like_what}, {want}", f"{got}{where}", fix))
-    for name, a, b in zip(_tree.leaf_names(like), jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
+    for name, a, b in zip(tree.leaf_names(like), jax.tree.leaves(value), jax.tree.leaves(like), strict=True):
         if jnp.shape(a) != jnp.shape(b):
             raise ValueError(message(f"{what} leaf {name} of shape {jnp.shape(b)}", f"shape {jnp.shape(a)}", fix))
 
@@ -110,7 +108,7 @@ def by_prefix(
         got = f"{jax.tree.structure(coefficients)} for {jax.tree.structure(params)}"
         raise ValueError(f"{name}: " + message(wanted, got, fix)) from error
     leaves = jax.tree.leaves(params)
-    found = list(zip(_tree.leaf_names(params), leaves, jax.tree.leaves(spread), strict=True))
+    found = list(zip(tree.leaf_names(params), leaves, jax.tree.leaves(spread), strict=True))
     for path, weight, coefficient in found:
         shape, own = jnp.shape(weight), jnp.shape(coefficient)
         if len(own) > len(shape) or any(a not in (1, b) for a, b in zip(own[::-1], shape[::-1], strict=False)):
@@ -180,86 +178,3 @@ def transformation(name: str, value: Any) -> optax.GradientTransformationExtraAr
         fix = "Pass an optax optimizer, e.g. optax.adam(1e-3)."
         raise TypeError(message(f"{name} to be an optax.GradientTransformation", describe(value), fix))
     return optax.with_extra_args_support(value)
-
-
-def independent_leaves(fn: Callable[[PyTree], PyTree], argument: PyTree) -> list[int]:
-    """Return the indices of output leaves of ``fn(argument)`` that cannot depend on ``argument``."""
-    depends = dependence(fn, argument)([True] * len(jax.tree.leaves(argument)))
-    return [i for i, d in enumerate(depends) if not d]
-
-
-def dependence(fn: Callable[[PyTree], PyTree], argument: PyTree) -> Callable[[Sequence[bool]], list[bool]]:
-    """Return a map from marks on the leaves of ``argument`` to marks on those leaves of ``fn(argument)`` that depend
-    on a marked one.
-
-    Data is followed forward through the jaxpr, into nested jaxprs whose inputs and outputs match those of
-    their equation one to one (jit, custom derivatives, remat); through any other equation each output counts
-    as dependent on each input. So an unmarked leaf is independent for certain, and a marked one may be too.
-    """
-    jaxpr = jax.make_jaxpr(fn)(argument).jaxpr
-    return lambda marked: _follow(jaxpr, marked)
-
-
-def operations(jaxpr: Any) -> set[str]:
-    """Return the names of all primitives in a jaxpr and in the jaxprs inside it."""
-    return {eqn.primitive.name for eqn in _equations(jaxpr.eqns)}
-
-
-def working_precision(fn: Callable[[PyTree], PyTree], argument: PyTree) -> Any:
-    """Return the dtype of lowest precision that ``fn`` casts a wider floating-point value down to, on its way.
-
-    The widest dtype of the argument where it casts none: what rounds the result of ``fn``. Equations of the outermost
-    jaxpr that the result does not depend on are left out.
-    """
-    found = _tree.wider(*(jnp.result_type(leaf) for leaf in jax.tree.leaves(argument)))
-    jaxpr: Any = jax.make_jaxpr(fn)(argument).jaxpr
-    needed, reached = {v for v in jaxpr.outvars if not isinstance(v, jex_core.Literal)}, []
-    for eqn in reversed(jaxpr.eqns):
-        if any(v in needed for v in eqn.outvars):
-            needed.update(v for v in eqn.invars if not isinstance(v, jex_core.Literal))
-            reached.append(eqn)
-    for eqn in _equations(reached):
-        if eqn.primitive.name == "convert_element_type":
-            before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-            floating = all(jnp.issubdtype(dtype, jnp.floating) for dtype in (before, after))
-            if floating and before.itemsize > after.itemsize and jnp.finfo(after).eps > jnp.finfo(found).eps:
-                found = after
-    return found
-
-
-def _equations(equations: Iterable[Any]) -> Iterator[Any]:
-    """Yield equations, and those of the jaxprs inside them."""
-    for eqn in equations:
-        yield eqn
-        for parameter in eqn.params.values():
-            for item in parameter if isinstance(parameter, list | tuple) else [parameter]:
-                inner: Any = getattr(item, "jaxpr", item)
-                if hasattr(inner, "eqns"):
-                    yield from _equations(inner.eqns)
-
-
-def _follow(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
-    known = {v for v, m in zip(jaxpr.invars, marked, strict=True) if m}
-
-    def is_marked(v: Any) -> bool:
-        return not isinstance(v, jex_core.Literal) and v in known
-
-    for eqn in jaxpr.eqns:
-        inputs = [is_marked(v) for v in eqn.invars]
-        if not any(inputs):
-            continue
-        inner = _one_to_one(eqn)
-        outputs = [True] * len(eqn.outvars) if inner is None else _follow(inner, inputs)
-        known.update(v for v, m in zip(eqn.outvars, outputs, strict=True) if m)
-    return [is_marked(v) for v in jaxpr.outvars]
-
-
-def _one_to_one(eqn: Any) -> Any:
-    """Return the equation's only sub-jaxpr if its arity is that of the equation, else None."""
-    if eqn.primitive.name in {"scan", "while", "cond"}:
-        return None
-    inner = [getattr(p, "jaxpr", p) for p in eqn.params.values() if hasattr(getattr(p, "jaxpr", p), "eqns")]
-    if len(inner) != 1:
-        return None
-    matches = len(inner[0].invars) == len(eqn.invars) and len(inner[0].outvars) == len(eqn.outvars)
-    return inner[0] if matches else None
