@@ -46,7 +46,7 @@ def cost_candidates(network: Network) -> dict[str, Candidate]:
     data = network.inner_batch, network.outer_batch
     found = {UNIT: compile_candidate(jax.grad(problem.inner_loss), *at, network.inner_batch, None)}
 
-    def add(name: str, estimator: hg.HypergradEstimator, *arguments: Tree, optimizer: Any = None) -> None:
+    def add(name: str, estimator: hg.Estimator, *arguments: Tree, optimizer: Any = None) -> None:
         fn = functools.partial(hg.value_and_hypergrad(estimator, optimizer), key=None)
         found[name] = compile_candidate(fn, *arguments)
 

@@ -1,21 +1,49 @@
-"""hypergrad: gradient-based hyperparameter optimization for JAX, behind one optax interface."""
+"""Gradient-based hyperparameter optimization for JAX, behind one optax interface.
 
-from hypergrad import bijectors, diagnostics, noise, optimizers, penalties, responses, solvers
+    w*(λ) = argmin_w L_in(w, λ),        λ* = argmin_λ L_out(w*(λ), λ)
+
+What is where:
+
+    problem       BilevelProblem, BilevelParams, reparameterize; bijectors, penalties, noise; IndexedBatch
+    estimators    implicit (with solvers), unrolled (reverse, forward), direct (with responses)
+    drivers       bilevel (one optax transformation), value_and_hypergrad, hypergrad, best_response; guard
+    diagnostics   check_hypergrad, compare, retrain, plots
+    optimizers    pieces of inner optimizers whose settings are hyperparameters
+    a new method  Estimator, Estimate, Context, Keys, Trained, train; LinearSolver, LinearSystem, SolveInfo
+
+One log decay per weight, tuned by the validation loss while the weights train:
+
+    >>> import hypergrad as hg, jax, jax.numpy as jnp, optax
+    >>> error = lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
+    >>> train_loss = lambda w, log_decay, batch, key: error(w, batch) + hg.penalties.l2(w, jnp.exp(log_decay))
+    >>> problem = hg.BilevelProblem(train_loss, lambda w, log_decay, batch, key: error(w, batch))
+    >>> tx = hg.bilevel(hg.implicit(problem, hg.solvers.cg(5)), inner_optimizer=optax.adam(1e-2),
+    ...                 outer_optimizer=optax.adam(1e-2), every=10)
+    >>> variables = hg.BilevelParams(jnp.zeros(3), jnp.full(3, -3.0))
+    >>> state, batch = tx.init(variables), (jnp.eye(3), jnp.ones(3))
+    >>> updates, state = tx.update(None, state, variables, inner_batch=batch, outer_batch=batch)
+    >>> variables = optax.apply_updates(variables, updates)
+"""
+
+from hypergrad import bijectors, noise, optimizers, penalties, responses, solvers
 from hypergrad.bijectors import Bijector, constrain, unconstrain
 from hypergrad.data import IndexedBatch
-from hypergrad.drivers import BilevelState, best_response, bilevel, hypergrad, value_and_hypergrad
-from hypergrad.estimators import (
-    Estimate,
-    EvaluationInfo,
-    HypergradEstimator,
+from hypergrad.drivers import (
+    BilevelState,
+    BilevelTransformation,
+    Guard,
     HypergradInfo,
-    direct,
-    implicit,
-    unrolled,
+    SkipReason,
+    best_response,
+    bilevel,
+    guard,
+    hypergrad,
+    value_and_hypergrad,
 )
-from hypergrad.estimators._modes import UnrollMode, forward, reverse
+from hypergrad.estimators import Estimate, Estimator, UnrollMode, direct, forward, implicit, reverse, unrolled
 from hypergrad.problem import BilevelParams, BilevelProblem, reparameterize
-from hypergrad.solvers import LinearSolver, SolveInfo
+from hypergrad.solvers import LinearSolver, LinearSystem, SolveInfo
+from hypergrad.training import Context, Keys, Trained, inner_loss_fn, outer_loss_fn, train
 
 __version__ = "0.1.0"
 
@@ -29,30 +57,42 @@ __all__ = [
     "Bijector",
     "bijectors",
     "constrain",
+    "noise",
     "penalties",
     "unconstrain",
-    # estimators, linear solvers, ways through an unroll, pieces of inner optimizers
-    "Estimate",
-    "EvaluationInfo",
-    "HypergradEstimator",
-    "HypergradInfo",
-    "LinearSolver",
-    "SolveInfo",
+    # estimators, with what they are made of
     "UnrollMode",
-    "diagnostics",
     "direct",
     "forward",
     "implicit",
-    "noise",
     "optimizers",
     "responses",
     "reverse",
     "solvers",
     "unrolled",
-    # how to use one
+    # drivers
     "BilevelState",
+    "BilevelTransformation",
+    "Guard",
+    "HypergradInfo",
+    "SkipReason",
     "best_response",
     "bilevel",
+    "guard",
     "hypergrad",
+    "integrations",
     "value_and_hypergrad",
+    # whether to trust the result
+    # writing an estimator or a solver
+    "Context",
+    "Estimate",
+    "Estimator",
+    "Keys",
+    "LinearSolver",
+    "LinearSystem",
+    "SolveInfo",
+    "Trained",
+    "inner_loss_fn",
+    "outer_loss_fn",
+    "train",
 ]

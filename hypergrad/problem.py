@@ -9,14 +9,29 @@ step in freely; it composes with itself.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
-from hypergrad import curvature, data, tree, validate
+from hypergrad import data, tree, validate
 from hypergrad.bijectors import check_bijectors, constrain
 from hypergrad.types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
+
+__all__ = [
+    "BilevelParams",
+    "BilevelProblem",
+    "LossValue",
+    "ResponseSpec",
+    "check_model_state",
+    "check_problem",
+    "check_variables",
+    "evaluate_inner",
+    "evaluate_outer",
+    "refuse_response",
+    "reparameterize",
+]
 
 
 class BilevelParams(NamedTuple):
@@ -60,7 +75,7 @@ class ResponseSpec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BilevelProblem:
-    """An inner loss that trains the weights and an outer loss that judges the hyperparameters.
+    """An inner loss that trains the weights and an outer loss that measures the hyperparameters.
 
     min_λ L_out(w*(λ), λ)  subject to  w*(λ) = argmin_w L_in(w, λ).
 
@@ -69,14 +84,14 @@ class BilevelProblem:
 
     Attributes:
       inner_loss: trains the weights; twice differentiable in them for ``implicit``.
-      outer_loss: judges the hyperparameters at the weights reached, on other data.
+      outer_loss: measures the hyperparameters at the trained weights, on other data.
       has_aux: both losses return ``(scalar, aux)``.
       stateful: both losses return ``(scalar, model_state)``, or ``(scalar, (model_state, aux))`` with aux.
       constrain: maps unconstrained hyperparameters to those that the original losses see.
       response: set by ``hg.responses``, whose transforms make the inner variable a learned response; None otherwise.
 
     Raises:
-      TypeError: a loss is not callable, or a flag is not a bool.
+      TypeError: a loss is not callable or takes another number of arguments, or a flag is not a bool.
 
     >>> problem = BilevelProblem(lambda w, h, b, k: ((w - h) ** 2).sum(), lambda w, h, b, k: (w ** 2).sum())
     >>> problem.has_aux
@@ -98,6 +113,22 @@ class BilevelProblem:
                 raise TypeError(validate.message(f"BilevelProblem's {name} to be callable", got, fix))
         for name in ("has_aux", "stateful"):
             validate.flag(f"BilevelProblem's {name}", getattr(self, name))
+        for name in ("inner_loss", "outer_loss"):
+            _check_arguments(name, getattr(self, name), 5 if self.stateful else 4)
+
+
+def _check_arguments(name: str, loss: Loss, count: int) -> None:
+    """Refuse a loss that cannot be called with ``count`` positional arguments."""
+    try:
+        signature = inspect.signature(loss)
+    except (ValueError, TypeError):  # a builtin tells nothing
+        return
+    try:
+        signature.bind(*range(count))
+    except TypeError as error:
+        form = "(params, hyperparams, batch, key" + (", model_state)" if count == 5 else ")")
+        fix = "Take all of them, also those that the loss does not use; stateful=True adds model_state."
+        raise TypeError(validate.message(f"{name} to take {form}", f"{name}{signature}", fix)) from error
 
 
 class LossValue(NamedTuple):
@@ -159,34 +190,14 @@ def evaluate_inner(
     problem: BilevelProblem, variables: BilevelParams, batch: Batch, key: Array | None, model_state: ModelState
 ) -> LossValue:
     """Return the inner loss's value, model state and aux, checked."""
-    arguments = (*variables, data.gathered(batch), key)
-    return _evaluate(problem, "inner_loss", problem.inner_loss, arguments, model_state)
-
-
-def inner_gradient(
-    problem: BilevelProblem, hyperparams: Hyperparams, *, mixed: bool = False
-) -> Callable[[Params, Batch, Array | None, ModelState], tuple[Params, ModelState]]:
-    """Return ``(params, batch, key, model_state) -> (∇_w L_in, model_state after the forward pass)``.
-
-    With ``mixed``, its reverse-mode derivative is taken by ``curvature.mixed_mode_gradient``.
-    """
-
-    def loss(
-        params: Params, hyperparams: Hyperparams, model_state: ModelState, drawn: tuple[Batch, Array | None]
-    ) -> tuple[Array, ModelState]:
-        result = evaluate_inner(problem, BilevelParams(params, hyperparams), *drawn, model_state)
-        return result.value, result.model_state
-
-    gradient = curvature.mixed_mode_gradient(loss) if mixed else jax.grad(loss, has_aux=True)
-    return lambda params, batch, key, model_state: gradient(params, hyperparams, model_state, (batch, key))
+    return _evaluate(problem, "inner_loss", variables, batch, key, model_state)
 
 
 def evaluate_outer(
     problem: BilevelProblem, variables: BilevelParams, batch: Batch, key: Array | None, model_state: ModelState
 ) -> LossValue:
     """Return the outer loss's value, model state and aux, checked."""
-    arguments = (*variables, data.gathered(batch), key)
-    return _evaluate(problem, "outer_loss", problem.outer_loss, arguments, model_state)
+    return _evaluate(problem, "outer_loss", variables, batch, key, model_state)
 
 
 def check_problem(problem: Any) -> None:
@@ -228,9 +239,12 @@ def check_model_state(problem: BilevelProblem, model_state: ModelState) -> Model
 
 
 def _evaluate(
-    problem: BilevelProblem, name: str, loss: Loss, arguments: tuple[Any, ...], model_state: ModelState
+    problem: BilevelProblem, name: str, variables: BilevelParams, batch: Batch, key: Array | None, state: ModelState
 ) -> LossValue:
-    result = loss(*arguments, model_state) if problem.stateful else loss(*arguments)
+    loss: Loss = getattr(problem, name)
+    # A clone says that the key is shared on purpose: a solve evaluates one loss many times with one draw.
+    arguments = (*variables, data.gathered(batch), None if key is None else jax.random.clone(key))
+    result = loss(*arguments, state) if problem.stateful else loss(*arguments)
     value, new_state, aux = result, (), ()
     if problem.stateful or problem.has_aux:
         form = {
@@ -249,7 +263,7 @@ def _evaluate(
         else:
             new_state, aux = (extra, ()) if problem.stateful else ((), extra)
         if problem.stateful:
-            validate.same_structure(f"the model_state that {name} returned", new_state, "the given one", model_state)
+            validate.same_structure(f"the model_state that {name} returned", new_state, "the given one", state)
     fix = "Return the scalar alone, or declare has_aux=True / stateful=True."
     value = validate.scalar_loss(name, value, fix)
-    return LossValue(value, tree.match_dtypes(new_state, model_state) if problem.stateful else (), aux)
+    return LossValue(value, tree.match_dtypes(new_state, state) if problem.stateful else (), aux)

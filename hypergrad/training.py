@@ -1,14 +1,13 @@
-"""Inner training: optax steps on the inner loss, K of them in one ``lax.scan``, in little memory.
+"""Inner training: K optax steps on the inner loss, and what one call of an estimator knows.
 
-    w_{i+1}, s_{i+1} = optimizer(∇_w L_in(w_i, λ, batch_i), s_i, w_i)          i = 0 … K−1
+    w_{i+1}, s_{i+1} = optimizer(∇_w L_in(w_i, λ, batch_i, key_i), s_i, w_i)     i = 0 … K−1, key_i = fold_in(inner, i)
 
-The random keys of a call are fixed here, so that wrapper and estimators agree: ``inner``, ``outer`` and
-``solve`` are split from the call's key, step i of a window uses ``fold_in(inner, i)``, and all products of one
-linear solve share ``solve``.
+``train`` is the only training loop: drivers, estimators, diagnostics and learned second copies of the weights all call
+it, so that they see the same batches and the same random numbers. It takes the steps in one ``lax.scan``.
 
-Differentiated in reverse, a rollout needs what each step saw. With a checkpoint every c steps the scan keeps weights
-and optimizer state K/c times, and of the c steps that it computes again at a time c times: 2√K at c = √K. A step
-that is computed again takes its inner gradient from memory, so only the optimizer's arithmetic is repeated.
+Differentiated in reverse, a window needs what each step saw. With a checkpoint every c steps the scan keeps weights
+and optimizer state K/c times, and those of the c steps that it computes again c times: 2√K at c = √K. A step that is
+computed again takes its inner gradient from memory, so that only the optimizer's arithmetic is repeated.
 
 Reference: Griewank, Achieving logarithmic growth of temporal and spatial complexity in reverse automatic
 differentiation, Optimization Methods and Software 1992.
@@ -16,7 +15,7 @@ differentiation, Optimization Methods and Software 1992.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,146 +23,305 @@ import optax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from hypergrad import data, tree, validate
+from hypergrad import curvature, data, tree, validate
+from hypergrad.problem import BilevelParams, BilevelProblem, evaluate_inner, evaluate_outer
 from hypergrad.types import Array, Batch, Hyperparams, ModelState, Params, PyTree
 
-InnerGradient: TypeAlias = Callable[[Params, Batch, Array | None, ModelState], tuple[Params, ModelState]]
-"""``(params, batch, key, model_state) -> (∇_w L_in, model_state)`` at fixed hyperparameters."""
+__all__ = [
+    "INIT",
+    "Context",
+    "Keys",
+    "Trained",
+    "depends_on_hyperparams",
+    "inner_loss_fn",
+    "outer_loss_fn",
+    "resolve_optimizer",
+    "split_keys",
+    "train",
+    "train_with_updates",
+    "update_with",
+    "with_keywords",
+]
+
+INIT = 2**32 - 1
+"""The number of ``init`` where calls are numbered 0, 1, …: its key is ``fold_in(root, INIT)``."""
 
 _INNER_GRADIENT = "inner_gradient"
-_TWO_LEVELS_FROM = 50  # steps: below, what a second level saves is not worth a third forward pass
 
 
-class CallKeys(NamedTuple):
-    """The keys of one call; each None where the call has none.
+class Trained(NamedTuple):
+    """Where inner training stands.
 
     Attributes:
-      inner: folded with the step's index inside the window.
-      outer: for the outer loss.
-      solve: for every product of the call's linear solve.
+      params: tree like the weights.
+      inner_state: state of the inner optimizer; None for a fresh one, which ``train`` makes.
+      model_state: of a stateful problem; () otherwise.
+      inner_loss: scalar, the inner loss of the last step, before it; NaN where it is unknown.
+    """
+
+    params: Params
+    inner_state: PyTree
+    model_state: ModelState = ()
+    inner_loss: Any = math.nan
+
+
+class Keys(NamedTuple):
+    """The random keys of one call, ``jax.random.split(call key, 5)``; each None where the call has no key.
+
+    Attributes:
+      inner: of the inner steps; step i uses ``fold_in(inner, i)``.
+      outer: of the outer loss at the end of the call.
+      solve: of every product of the call's linear solve.
+      advance: of the estimator's own random numbers in ``train`` and ``advance``.
+      estimate: of the estimator's own random numbers in ``estimate``.
     """
 
     inner: Array | None
     outer: Array | None
     solve: Array | None
+    advance: Array | None
+    estimate: Array | None
 
 
-class Window(NamedTuple):
-    """What a rollout steps over.
-
-    Attributes:
-      numbers: int32 (K,), the steps' numbers inside the call.
-      batches: leaves with leading axis K, or ``IndexedBatch``.
-      key: the call's ``inner`` key, or None.
-    """
-
-    numbers: Array
-    batches: Batch
-    key: Array | None
-
-
-class Rollout(NamedTuple):
-    """Where inner training stands.
+class Context(NamedTuple):
+    """What one call knows. Close over it; never pass it through a transformation such as ``jax.jit``.
 
     Attributes:
-      params: tree like the weights.
-      inner_state: the inner optimizer's state.
-      model_state: the model's state; () for a stateless problem.
+      problem: the ``BilevelProblem``.
+      hyperparams: unconstrained hyperparameters λ of this call.
+      start: ``Trained`` before the call's inner steps.
+      at: ``Trained`` after them; equal to ``start`` in an estimator's ``init`` and ``train``.
+      inner_batches: batches of the inner steps, leaves with leading axis K; None in ``init``.
+      outer_batch: batch of the outer loss; None in ``init`` and where the user gave none.
+      keys: ``Keys`` of the call.
+      inner_optimizer: an optax transformation, or a function from the constrained hyperparameters to one; None in a
+        functional call that takes no steps.
+      due: True, False or a traced bool: whether ``estimate`` follows in this call.
+      tape: what the estimator's ``train`` handed on to ``estimate``; () without.
+      guarded: whether inner steps that are not finite are dropped (``hg.guard(inner=True)``).
     """
 
-    params: Params
-    inner_state: PyTree
-    model_state: ModelState
+    problem: BilevelProblem
+    hyperparams: Hyperparams
+    start: Trained
+    at: Trained
+    inner_batches: Batch
+    outer_batch: Batch
+    keys: Keys
+    inner_optimizer: Any
+    due: Any = True
+    tape: Any = ()
+    guarded: bool = False
 
 
-def split_keys(key: Array | None) -> CallKeys:
-    """Split a call's key into those for inner steps, outer loss and linear solve."""
-    return CallKeys(None, None, None) if key is None else CallKeys(*jax.random.split(key, 3))
+InnerLoss = Callable[[Params, Hyperparams, Batch, Array | None, ModelState], tuple[Array, ModelState]]
 
 
-def make_window(batches: Batch, key: Array | None) -> Window:
-    """Return the window over ``batches``, of the length that their leaves have."""
-    length = data.window_length(batches)
-    return Window(jnp.arange(length, dtype=jnp.int32), batches, key)
-
-
-def split_window(window: Window, at: int) -> tuple[Window, Window]:
-    """Return the window's first ``at`` steps, and the others."""
-
-    def part(chosen: slice) -> Window:
-        return Window(window.numbers[chosen], data.take(window.batches, chosen), window.key)
-
-    return part(slice(None, at)), part(slice(at, None))
-
-
-def checkpoint_interval(length: int) -> int:
-    """Return the default steps between checkpoints: 1, and about √K for long windows, which divides K if it can."""
-    if length < _TWO_LEVELS_FROM:
-        return 1
-    root = math.sqrt(length)
-    near = [c for c in range(math.ceil(root / 2), math.floor(2 * root) + 1) if length % c == 0]
-    return min(near, key=lambda c: c + length // c, default=round(root))
-
-
-def rollout(
-    gradient: InnerGradient,
-    optimizer: optax.GradientTransformationExtraArgs,
-    start: Rollout,
-    window: Window,
+def train(
+    ctx: Context,
     *,
-    unroll: int | bool = 1,
+    start: Trained | None = None,
+    hyperparams: Hyperparams = None,
+    loss: InnerLoss | None = None,
+    steps: slice | None = None,
+    mixed: bool = False,
     checkpoint_every: float = math.inf,
-) -> Rollout:
-    """Take one inner step a batch from ``start``.
+    unroll: int | bool = 1,
+) -> Trained:
+    """Take the call's K inner steps.
+
+    w_{i+1}, s_{i+1} = optimizer(∇_w loss(w_i, λ, batch_i, fold_in(keys.inner, i)), s_i, w_i).
 
     Args:
-      gradient: ``(params, batch, key, model_state) -> (grads, model_state)``, the inner loss's.
-      optimizer: an optax transformation of gradients shaped like the weights.
-      start: where to begin.
-      window: data and keys of the steps.
+      ctx: of the call.
+      start: where to begin; None: ``ctx.start``. An ``inner_state`` of None is a fresh one, made here from λ.
+      hyperparams: λ; None: ``ctx.hyperparams``.
+      loss: ``loss(params, hyperparams, batch, key, model_state) -> (value, model_state)`` in place of the inner loss.
+      steps: which of the K steps to take, with their own keys; None: all.
+      mixed: give the gradient of a step the reverse-mode rule of ``curvature.mixed_mode_gradient``.
+      checkpoint_every: steps between checkpoints in reverse mode; infinite for none.
       unroll: of the innermost scan.
-      checkpoint_every: steps between checkpoints; infinite for none. Acts on reverse-mode differentiation alone.
 
     Returns:
-      Weights, optimizer state and model state after K steps.
+      A ``Trained``: weights, optimizer state and model state after the steps, and the last step's loss. Where
+      ``ctx.guarded``, steps with a loss, gradient or model state that is not finite are left out.
+
+    Raises:
+      ValueError: ``ctx`` has no inner optimizer: a functional call without one takes no steps.
+      TypeError: the optimizer wants a keyword that a step does not have.
+
+    >>> import hypergrad as hg, jax.numpy as jnp, optax
+    >>> problem = hg.BilevelProblem(lambda w, h, b, k: 0.5 * ((w - h) ** 2).sum(), lambda w, h, b, k: w.sum())
+    >>> start = hg.Trained(jnp.zeros(1), None)
+    >>> batches = hg.IndexedBatch((), jnp.arange(2))                             # two steps of a loss without data
+    >>> ctx = hg.Context(problem, jnp.ones(1), start, start, batches, (), split_keys(None), optax.sgd(0.5))
+    >>> train(ctx).params.tolist()
+    [0.75]
     """
+    options: dict[str, Any] = {"mixed": mixed, "checkpoint_every": checkpoint_every, "unroll": unroll}
+    return train_with_updates(ctx, start, hyperparams, loss, steps=steps, **options)[0]
 
-    def step(at: Rollout, indexed: tuple[Array, Batch]) -> tuple[Rollout, None]:
+
+def train_with_updates(
+    ctx: Context,
+    start: Trained | None = None,
+    hyperparams: Hyperparams = None,
+    loss: InnerLoss | None = None,
+    *,
+    grads: Params = None,
+    steps: slice | None = None,
+    mixed: bool = False,
+    checkpoint_every: float = math.inf,
+    unroll: int | bool = 1,
+) -> tuple[Trained, Params]:
+    """Return what ``train`` returns, and the sum of the updates: of one step as the optimizer gave it, else w_K − w_0.
+
+    Differences are taken in at least float32. ``grads`` are the gradients of a single step, handed in by the user.
+    """
+    start = ctx.start if start is None else start
+    hyperparams = ctx.hyperparams if hyperparams is None else hyperparams
+    if ctx.inner_optimizer is None:
+        fix = "Pass inner_optimizer=optax.sgd(...), and batches with a leading window axis."
+        raise ValueError(validate.message("an inner_optimizer, to take inner steps", "None", fix))
+    optimizer = resolve_optimizer(ctx.inner_optimizer, ctx.problem.constrain(hyperparams))
+    if start.inner_state is None:
+        start = start._replace(inner_state=optimizer.init(start.params))
+    loss = _inner_loss(ctx) if loss is None else loss
+
+    def objective(
+        params: Params, hyperparams: Hyperparams, model_state: ModelState, drawn: tuple[Batch, Array | None]
+    ) -> tuple[Array, tuple[Array, ModelState]]:
+        value, model_state = loss(params, hyperparams, *drawn, model_state)
+        return value, (lax.stop_gradient(value), model_state)
+
+    gradient = curvature.mixed_mode_gradient(objective) if mixed else jax.grad(objective, has_aux=True)
+
+    def step(at: Trained, indexed: tuple[Array, Batch]) -> tuple[Trained, Array, Params]:
         index, part = indexed
-        batch = data.gathered(data.with_windowed(window.batches, part))
-        grads, model_state = gradient(at.params, batch, step_key(window.key, index), at.model_state)
-        grads = checkpoint_name(grads, _INNER_GRADIENT)
-        updates, inner_state = optimizer.update(grads, at.inner_state, at.params)
+        batch = data.gathered(data.with_windowed(ctx.inner_batches, part))
+        drawn = batch, None if ctx.keys.inner is None else jax.random.fold_in(ctx.keys.inner, index)
+        if grads is None:
+            slope, (value, model_state) = gradient(at.params, hyperparams, at.model_state, drawn)
+            line = lambda w: objective(w, hyperparams, at.model_state, drawn)[0]  # noqa: E731
+            keywords = {"value": value, "grad": slope, "value_fn": line}
+        else:
+            slope, value, model_state, keywords = grads, jnp.asarray(at.inner_loss), at.model_state, {}
+        slope = checkpoint_name(slope, _INNER_GRADIENT)
+        updates, inner_state = update_with("inner_optimizer", optimizer, slope, at.inner_state, at.params, **keywords)
         inner_state = tree.match_dtypes(inner_state, at.inner_state)  # a float32 momentum widens bfloat16 traces
-        return Rollout(optax.apply_updates(at.params, updates), inner_state, model_state), None
+        new = Trained(optax.apply_updates(at.params, updates), inner_state, model_state)
+        if ctx.guarded:
+            finite = tree.all_finite((slope, model_state)) & (jnp.isfinite(value) if grads is None else True)
+            new = optax.tree.where(finite, new, at._replace(inner_loss=new.inner_loss))
+            updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
+        return new, value, updates
 
-    steps = window.numbers, data.windowed(window.batches)
-    length = len(window.numbers)
-    if length == 1:  # nothing to scan over, and a loop around a convolution is dear on CPU
-        return step(start, jax.tree.map(lambda x: x[0], steps))[0]
-    if checkpoint_every == math.inf:
-        return lax.scan(step, start, steps, unroll=unroll)[0]
-    # Without a loop around it, the compiler would find a step's second computation to be its first.
-    keep, separate = jax.checkpoint_policies.save_only_these_names(_INNER_GRADIENT), unroll != 1
-    step = jax.checkpoint(step, prevent_cse=separate, policy=keep)
-    if checkpoint_every == 1:
-        return lax.scan(step, start, steps, unroll=unroll)[0]
+    chosen = slice(None) if steps is None else steps
+    length = data.window_length(ctx.inner_batches)
+    indexed = (
+        jnp.arange(length, dtype=jnp.int32)[chosen],
+        jax.tree.map(lambda x: x[chosen], data.windowed(ctx.inner_batches)),
+    )
+    length = len(indexed[0])
+    if length == 1:  # nothing to scan over, and a loop around a convolution is slow on CPU
+        at, value, updates = step(start, jax.tree.map(lambda x: x[0], indexed))
+        return at._replace(inner_loss=value), updates
+    begin = start._replace(inner_loss=())
+    at, values = _scan(
+        lambda at, x: step(at._replace(inner_loss=math.nan), x), begin, indexed, length, checkpoint_every, unroll
+    )
+    updates = jax.tree.map(lambda new, old: tree.promote(new) - tree.promote(old), at.params, start.params)
+    return at._replace(inner_loss=values[-1]), updates
+
+
+def _scan(
+    step: Callable[[Trained, Any], tuple[Trained, Array, Params]],
+    start: Trained,
+    indexed: Any,
+    length: int,
+    checkpoint_every: float,
+    unroll: int | bool,
+) -> tuple[Trained, Array]:
+    """Scan ``step`` over the window, with checkpoints; return what it reached and the loss of every step."""
+
+    def body(at: Trained, x: Any) -> tuple[Trained, Array]:
+        new, value, _ = step(at, x)
+        return new._replace(inner_loss=()), value
+
+    if checkpoint_every != math.inf:
+        # Without a loop around it, the compiler would find a step's second computation to be its first.
+        keep, separate = jax.checkpoint_policies.save_only_these_names(_INNER_GRADIENT), unroll != 1
+        body = jax.checkpoint(body, prevent_cse=separate, policy=keep)
+    if checkpoint_every in (1, math.inf):
+        return lax.scan(body, start, indexed, unroll=unroll)
     size = min(int(checkpoint_every), length)
     whole = length - length % size
 
-    def segment(at: Rollout, steps: Any) -> tuple[Rollout, None]:
-        return lax.scan(step, at, steps, unroll=unroll)
+    def segment(at: Trained, steps: Any) -> tuple[Trained, Array]:
+        return lax.scan(body, at, steps, unroll=unroll)
 
-    stacked = jax.tree.map(lambda x: x[:whole].reshape(whole // size, size, *x.shape[1:]), steps)
-    reached, _ = lax.scan(jax.checkpoint(segment, prevent_cse=False), start, stacked)
+    stacked = jax.tree.map(lambda x: x[:whole].reshape(whole // size, size, *x.shape[1:]), indexed)
+    at, values = lax.scan(jax.checkpoint(segment, prevent_cse=False), start, stacked)
+    values = values[-1]
     if whole < length:
-        reached, _ = jax.checkpoint(segment)(reached, jax.tree.map(lambda x: x[whole:], steps))
-    return reached
+        at, values = jax.checkpoint(segment)(at, jax.tree.map(lambda x: x[whole:], indexed))
+    return at, values
 
 
-def step_key(key: Array | None, index: Any) -> Array | None:
-    """Return the key of step ``index`` of a window, from the call's ``inner`` key."""
-    return None if key is None else jax.random.fold_in(key, index)
+def update_with(
+    name: str,
+    optimizer: optax.GradientTransformationExtraArgs,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    **keywords: Any,
+) -> tuple[PyTree, PyTree]:
+    """Return ``optimizer.update(...)``; refuse an optimizer that wants a keyword that is not there."""
+    try:
+        return optimizer.update(grads, state, params, **keywords)
+    except TypeError as error:
+        if "required keyword" not in str(error):
+            raise
+        fix = "Choose one without it (optax.lbfgs takes linesearch=None), or hand the keyword to update(...)."
+        got = f"one that raises: {error}"
+        raise TypeError(validate.message(f"{name} to update from gradients, state and params", got, fix)) from error
+
+
+def _inner_loss(ctx: Context) -> InnerLoss:
+    def loss(
+        params: Params, hyperparams: Hyperparams, batch: Batch, key: Array | None, model_state: ModelState
+    ) -> tuple[Array, ModelState]:
+        result = evaluate_inner(ctx.problem, BilevelParams(params, hyperparams), batch, key, model_state)
+        return result.value, result.model_state
+
+    return loss
+
+
+def inner_loss_fn(ctx: Context) -> Callable[[Params, Hyperparams], Array]:
+    """Return (w, λ) ↦ L_in on the window's last batch, with the key of all products of a solve, ``keys.solve``."""
+    batch = data.take(ctx.inner_batches, -1)
+
+    def inner(params: Params, hyperparams: Hyperparams) -> Array:
+        at = BilevelParams(params, hyperparams)
+        return evaluate_inner(ctx.problem, at, batch, ctx.keys.solve, ctx.at.model_state).value
+
+    return inner
+
+
+def outer_loss_fn(ctx: Context) -> Callable[[Params, Hyperparams], tuple[Array, Any]]:
+    """Return (w, λ) ↦ (L_out, aux) on the outer batch, with ``keys.outer`` and the model state reached."""
+
+    def outer(params: Params, hyperparams: Hyperparams) -> tuple[Array, Any]:
+        at = BilevelParams(params, hyperparams)
+        result = evaluate_outer(ctx.problem, at, ctx.outer_batch, ctx.keys.outer, ctx.at.model_state)
+        return result.value, result.aux
+
+    return outer
+
+
+def split_keys(key: Array | None) -> Keys:
+    """Split a call's key into its five uses; None where there is none."""
+    return Keys(*[None] * 5) if key is None else Keys(*jax.random.split(key, 5))
 
 
 def resolve_optimizer(inner_optimizer: Any, constrained: Hyperparams) -> optax.GradientTransformationExtraArgs:
@@ -189,6 +347,6 @@ def with_keywords(inner_optimizer: Any, keywords: Mapping[str, Any]) -> Any:
     optimizer = resolve_optimizer(inner_optimizer, None)
 
     def update(grads: Params, state: PyTree, params: Params | None = None, **others: Any) -> tuple[Params, PyTree]:
-        return optimizer.update(grads, state, params, **{**keywords, **others})
+        return optimizer.update(grads, state, params, **{**others, **keywords})
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)

@@ -1,4 +1,4 @@
-"""Pytree operations that ``optax.tree`` lacks: precision, weak types, aliasing, names.
+"""Pytree operations that ``optax.tree`` lacks: precision, norms, weak types, aliasing, names.
 
 Vectors of a linear solve live in ``promote_types(leaf dtype, float32)``: bfloat16 becomes float32,
 float64 stays. No function here ravels a tree, so shardings survive.
@@ -12,6 +12,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from hypergrad.types import Array, PyTree
+
+__all__ = [
+    "add_scaled",
+    "all_finite",
+    "labels",
+    "leaf_names",
+    "match_dtypes",
+    "max_abs",
+    "newly_bad",
+    "norm",
+    "promote",
+    "promoted_zeros_like",
+    "scale",
+    "scaled_norm",
+    "split_floating",
+    "strip_weak_types",
+    "total",
+    "unalias",
+    "vdot",
+    "wider",
+]
 
 
 def promote(tree: PyTree) -> PyTree:
@@ -31,8 +52,20 @@ def vdot(a: PyTree, b: PyTree) -> Array:
 
 
 def norm(tree: PyTree) -> Array:
-    """Return the Euclidean norm over all leaves."""
+    """Return the Euclidean norm over all leaves. Entries above 1e19 or below 1e-19 need ``scaled_norm``."""
     return jnp.sqrt(vdot(tree, tree))
+
+
+def scaled_norm(tree: PyTree) -> Array:
+    """Return the Euclidean norm over all leaves, where squares would overflow or underflow too.
+
+    ‖x‖ = m ‖x/m‖ with m the largest magnitude, in at least float32. Inf or NaN where an entry is.
+    """
+    tree = promote(tree)
+    top = max_abs(tree)
+    usable = jnp.isfinite(top) & (top > 0)
+    divisor = jnp.where(usable, top, jnp.ones_like(top))
+    return jnp.where(usable, top * norm(jax.tree.map(lambda x: x / divisor.astype(x.dtype), tree)), top)
 
 
 def max_abs(tree: PyTree) -> Array:
@@ -53,6 +86,19 @@ def add_scaled(x: PyTree, scale: Any, y: PyTree) -> PyTree:
 def scale(tree: PyTree, factor: Any) -> PyTree:
     """Return factor·tree in the leaves' own dtypes."""
     return jax.tree.map(lambda a: a * jnp.asarray(factor, a.dtype), tree)
+
+
+def newly_bad(new: PyTree, old: PyTree) -> Array:
+    """Return whether an entry of ``new`` is not finite where that of ``old`` was: a state may hold inf by design.
+
+    The sum of 0·x is NaN where an entry is inf or NaN; it compiles faster than a reduction over ``isfinite``.
+    """
+    result = jnp.array(False)
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+        if jnp.issubdtype(jnp.result_type(a), jnp.inexact):
+            changed = jnp.where(jnp.isfinite(b), a, jnp.zeros_like(a))
+            result = result | jnp.isnan(jnp.sum(changed * jnp.zeros((), changed.dtype)))
+    return result
 
 
 def all_finite(tree: PyTree) -> Array:
@@ -105,9 +151,14 @@ def split_floating(tree: PyTree) -> tuple[list[Array], Callable[[list[Array]], P
 
 
 def leaf_names(tree: PyTree) -> list[str]:
-    """Return the path of every leaf, as messages print it: ``['dense']['kernel']``."""
+    """Return the path of every leaf, as messages print it: ``['dense']['kernel']``; "" for a bare array."""
     paths, _ = jax.tree.flatten_with_path(tree)
-    return [jax.tree_util.keystr(path) or "(the tree itself)" for path, _ in paths]
+    return [jax.tree_util.keystr(path) for path, _ in paths]
+
+
+def labels(what: str, tree: PyTree) -> list[str]:
+    """Return a name of every leaf for a message: ``params leaf ['kernel']``, or ``params`` for a bare array."""
+    return [f"{what} leaf {name}" if name else what for name in leaf_names(tree)]
 
 
 def wider(*dtypes: Any) -> Any:

@@ -1,12 +1,14 @@
-"""Names for what flows through the library: pytrees, losses, batches, linear maps.
+"""Type aliases: pytrees, losses, batches, linear maps.
 
-The aliases say what a pytree stands for; JAX checks nothing about them at run time.
+An alias says what a pytree stands for. Nothing checks it at run time.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
+
+__all__ = ["Array", "Batch", "Hyperparams", "Key", "Loss", "MatVec", "ModelState", "Params", "PyTree"]
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -18,7 +20,7 @@ Hyperparams: TypeAlias = PyTree
 """Unconstrained hyperparameters λ: a pytree of floating-point arrays, the outer variable."""
 
 Batch: TypeAlias = PyTree
-"""What a loss takes as data. With a window, every leaf carries a leading axis K; see ``IndexedBatch`` too."""
+"""The data of a loss. With a window, every leaf has a leading axis K; see ``IndexedBatch`` too."""
 
 ModelState: TypeAlias = PyTree
 """Non-differentiated model variables, such as running batch statistics."""
@@ -29,12 +31,5 @@ Key: TypeAlias = Array | int | None
 MatVec: TypeAlias = Callable[[PyTree], PyTree]
 """A linear map v ↦ A v on pytrees shaped like the right-hand side."""
 
-
-class Loss(Protocol):
-    """``loss(params, hyperparams, batch, key[, model_state]) -> scalar``, with ``aux`` where declared."""
-
-    def __call__(
-        self, params: Params, hyperparams: Hyperparams, batch: Batch, key: Any, /, *model_state: ModelState
-    ) -> Any:
-        """Return the scalar, or ``(scalar, extra)`` for ``has_aux`` and ``stateful`` problems."""
-        ...
+Loss: TypeAlias = Callable[..., Any]
+"""``loss(params, hyperparams, batch, key[, model_state]) -> scalar``, with model state and aux where declared."""

@@ -1,8 +1,6 @@
-"""Checks made once, at construction or while tracing: each says expected, got, and what to do.
+"""Checks at construction or while tracing. Each message says what was expected, what came, and what to do.
 
-Most look at structures, shapes and dtypes only and so cost nothing in a compiled step. The one that
-traces is ``independent_leaves``: it follows data through a jaxpr to find outputs that cannot depend on
-an input, which is how a hypergradient that is zero by construction is refused instead of returned.
+They look at types, structures, shapes and dtypes only, and so cost nothing in a compiled step.
 """
 
 from typing import Any
@@ -14,6 +12,23 @@ import optax
 
 from hypergrad import tree
 from hypergrad.types import Array, Key, PyTree
+
+__all__ = [
+    "as_key",
+    "batch_size",
+    "by_prefix",
+    "describe",
+    "flag",
+    "floating_leaves",
+    "message",
+    "number",
+    "positive_int",
+    "required_key",
+    "same_structure",
+    "scalar_loss",
+    "transformation",
+    "unroll",
+]
 
 
 def message(expected: str, got: str, fix: str) -> str:
@@ -65,32 +80,38 @@ def number(name: str, value: Any, *, low: float, strict: bool = False) -> None:
 
 def floating_leaves(what: str, value: PyTree) -> None:
     """Refuse a tree without leaves, or with a leaf that is not a real floating-point array."""
-    leaves, names = jax.tree.leaves(value), tree.leaf_names(value)
-    if not leaves:
+    if not jax.tree.leaves(value):
         raise ValueError(message(f"{what} with at least one array", "an empty tree", "Pass at least one leaf."))
-    for leaf, name in zip(leaves, names, strict=True):
+    for leaf, label in zip(jax.tree.leaves(value), tree.labels(what, value), strict=True):
         if not isinstance(leaf, int | float | complex | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-            raise TypeError(
-                message(f"{what} leaf {name} to be an array", describe(leaf), "Pass a pytree of arrays only.")
-            )
+            fix = "Keep functions and static fields out of it (Equinox: eqx.partition(model, eqx.is_inexact_array))."
+            raise TypeError(message(f"{label} to be an array", describe(leaf), fix))
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            fix = "Integers, booleans and complex numbers have no gradient here: cast the leaf to a float dtype."
-            raise TypeError(message(f"{what} leaf {name} of a floating dtype", str(jnp.result_type(leaf)), fix))
+            fix = "It has no gradient: cast it to a float dtype, or pass it to the loss in another way (model_state)."
+            raise TypeError(message(f"{label} of a floating dtype", str(jnp.result_type(leaf)), fix))
 
 
-def same_structure(what: str, value: PyTree, like_what: str, like: PyTree) -> None:
-    """Refuse ``value`` unless its structure and shapes are those of ``like``; names the first leaf that differs."""
-    got: Any = jax.tree.structure(value)
-    want: Any = jax.tree.structure(like)
-    fix = f"Build {what} with the structure of {like_what}."
-    if got != want:
-        names, like_names = tree.leaf_names(value), tree.leaf_names(like)
-        odd = [n for n in names if n not in like_names] + [n for n in like_names if n not in names]
-        where = f" (first difference at leaf {odd[0]})" if odd else ""
-        raise ValueError(message(f"{what} with the structure of {like_what}, {want}", f"{got}{where}", fix))
-    for name, a, b in zip(tree.leaf_names(like), jax.tree.leaves(value), jax.tree.leaves(like), strict=True):
-        if jnp.shape(a) != jnp.shape(b):
-            raise ValueError(message(f"{what} leaf {name} of shape {jnp.shape(b)}", f"shape {jnp.shape(a)}", fix))
+def same_structure(
+    what: str, value: PyTree, like_what: str, like: PyTree, *, dtypes: bool = False, fix: str = ""
+) -> None:
+    """Refuse ``value`` unless its structure and shapes (and ``dtypes``) are those of ``like``.
+
+    The message names the first leaf that differs, with both sides.
+    """
+    fix = fix or f"Build {what} with the structure of {like_what}."
+    want, got = (dict(zip(tree.labels(what, x), jax.tree.leaves(x), strict=True)) for x in (like, value))
+    for label in [*want, *got]:
+        sides = [_form(side[label], dtypes=dtypes) if label in side else "no such leaf" for side in (want, got)]
+        if sides[0] != sides[1]:
+            raise ValueError(message(f"{label} as in {like_what}: {sides[0]}", sides[1], fix))
+    structures = [str(jax.tree.structure(x)) for x in (like, value)]
+    if structures[0] != structures[1]:
+        texts = [text if len(text) <= 300 else f"{text[:300]}…" for text in structures]
+        raise ValueError(message(f"{what} with the structure of {like_what}, {texts[0]}", texts[1], fix))
+
+
+def _form(leaf: Any, *, dtypes: bool) -> str:
+    return f"shape {jnp.shape(leaf)}" + (f" and dtype {jnp.result_type(leaf)}" if dtypes else "")
 
 
 def by_prefix(
@@ -98,13 +119,16 @@ def by_prefix(
 ) -> list[tuple[str, Any, Any]]:
     """Return (path, weight, coefficient) for every weight, each coefficient spread over the subtree below it.
 
-    Refuses coefficients that are no tree prefix of ``params``, or that do not broadcast to their weight's shape.
+    Refuses coefficients that are no numbers, no tree prefix of ``params``, or that do not broadcast to their weight.
     """
+    for leaf in jax.tree.leaves(coefficients):
+        if not isinstance(leaf, int | float | jax.Array | np.ndarray | np.generic):
+            raise TypeError(f"{name}: " + message(f"{what} to be numbers or arrays", describe(leaf), "Pass a float."))
     try:
-        spread = jax.tree.map(lambda c, sub: jax.tree.map(lambda _: c, sub), coefficients, params)
+        spread = jax.tree.broadcast(coefficients, params)
     except (ValueError, TypeError) as error:
         wanted = f"{what} to be a tree prefix of {of}"
-        fix = f"Use one number, or the own structure of {of} with numbers or arrays in place of subtrees."
+        fix = f"Use one number, or the structure of {of} with numbers or arrays in place of subtrees."
         got = f"{jax.tree.structure(coefficients)} for {jax.tree.structure(params)}"
         raise ValueError(f"{name}: " + message(wanted, got, fix)) from error
     leaves = jax.tree.leaves(params)
@@ -112,10 +136,10 @@ def by_prefix(
     for path, weight, coefficient in found:
         shape, own = jnp.shape(weight), jnp.shape(coefficient)
         if len(own) > len(shape) or any(a not in (1, b) for a, b in zip(own[::-1], shape[::-1], strict=False)):
-            fix = "Pass one number, or an array of that shape; one value an example cannot act on weights."
-            raise ValueError(
-                f"{name}: " + message(f"{what} for {path} that broadcast to its shape {shape}", f"shape {own}", fix)
-            )
+            fix = "Pass one number, or an array of that shape. One value per example cannot act on weights."
+            where = f" for {path}" if path else ""
+            wanted = f"{what}{where} that broadcast to the shape {shape} of {of}"
+            raise ValueError(f"{name}: " + message(wanted, f"shape {own}", fix))
     return found
 
 
@@ -123,7 +147,9 @@ def batch_size(batch: PyTree) -> int:
     """Return the leading axis that all arrays of a batch share."""
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1 or () in sizes:
-        fix = "Give all arrays of the batch a common leading axis, or use one perturbation a batch (per_example=False)."
+        fix = (
+            "Give all arrays of the batch a common leading axis, or use one perturbation per batch (per_example=False)."
+        )
         raise ValueError(message("a batch whose arrays share their leading axis of examples", f"{sorted(sizes)}", fix))
     return int(sizes.pop()[0])
 
@@ -150,7 +176,11 @@ def as_key(key: Key) -> Array | None:
             raise ValueError(message("one random key", f"keys of shape {key.shape}", "Pass a single key."))
         return key
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
-        return jax.random.key(int(key))
+        try:
+            return jax.random.key(int(key))
+        except OverflowError as error:
+            fix = "Pass a smaller seed."
+            raise ValueError(message("key to fit into a signed 64-bit integer", str(key), fix)) from error
     if isinstance(key, jax.Array | np.ndarray):
         if (
             key.dtype == jnp.uint32

@@ -14,7 +14,7 @@ class EstimatorRow(NamedTuple):
     """An estimator under the contract tests."""
 
     name: str
-    make: Callable[[hg.BilevelProblem], hg.HypergradEstimator]
+    make: Callable[[hg.BilevelProblem], hg.Estimator]
 
 
 class SolverRow(NamedTuple):
@@ -50,11 +50,11 @@ SOLVERS = [
 _HYPERNETWORK = hg.responses.hypernetwork(lambda size: nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(size)]))
 
 
-def _learned(problem: hg.BilevelProblem, response: hg.responses.Response) -> hg.HypergradEstimator:
+def _learned(problem: hg.BilevelProblem, response: hg.responses.Response) -> hg.Estimator:
     return hg.direct(hg.responses.perturbed(hg.responses.with_response(problem, response), scale=0.1))
 
 
-def _self_tuned(problem: hg.BilevelProblem, form: hg.responses.SelfTuningForm) -> hg.HypergradEstimator:
+def _self_tuned(problem: hg.BilevelProblem, form: hg.responses.SelfTuningForm) -> hg.Estimator:
     tuned = hg.responses.self_tuning(problem, form=form, per_example=False)  # decays act on weights: one a batch
     return hg.direct(hg.responses.perturbed(tuned, scale=0.1))
 

@@ -10,9 +10,6 @@ import numpy as np
 import optax
 
 import hypergrad as hg
-from hypergrad.estimators._base import Estimate, HypergradEstimator, describe_estimate
-from hypergrad.problem import inner_gradient
-from hypergrad.training import Rollout, make_window, resolve_optimizer, rollout, split_keys
 
 
 class Example(NamedTuple):
@@ -169,35 +166,22 @@ def batch_norm(*, has_aux=False):
     return problem, hg.BilevelParams(start["params"], jnp.array(-3.0)), start["batch_stats"], (x, y)
 
 
-def autodiff_steps(problem) -> HypergradEstimator:
-    """Reverse-mode autodiff through the inner steps, written plainly: a second route, and a rollout estimator."""
+def autodiff_steps(problem) -> hg.Estimator:
+    """Reverse-mode autodiff through the inner steps, written plainly: a second route, and the smallest estimator."""
 
-    def estimate(
-        variables,
-        inner_state,
-        estimator_state,
-        inner_batch,
-        outer_batch,
-        *,
-        key,
-        inner_optimizer=None,
-        model_state=None,
-    ):
-        assert inner_optimizer is not None
-        keys = split_keys(key)
-
+    def train(state, ctx):
         def outer(h):
-            optimizer = resolve_optimizer(inner_optimizer, problem.constrain(h))
-            state = optimizer.init(variables.params) if inner_state is None else inner_state
-            start = Rollout(variables.params, state, () if model_state is None else model_state)
-            window = make_window(inner_batch, keys.inner)
-            reached = rollout(inner_gradient(problem, h), optimizer, start, window)
-            return problem.outer_loss(reached.params, h, outer_batch, keys.outer), reached
+            at = hg.train(ctx, hyperparams=h)
+            return hg.outer_loss_fn(ctx._replace(at=at))(at.params, h)[0], at
 
-        (value, reached), grad = jax.value_and_grad(outer, has_aux=True)(variables.hyperparams)
-        return Estimate(value, grad, *reached[:2], estimator_state, reached[2], describe_estimate(value, grad))
+        (value, at), grad = jax.value_and_grad(outer, has_aux=True)(ctx.hyperparams)
+        return at, state, (value, grad)
 
-    return HypergradEstimator(problem, lambda variables: (), estimate, needs_rollout=True)
+    def estimate(state, ctx):
+        value, grad = ctx.tape
+        return hg.Estimate(value, grad, state, ())
+
+    return hg.Estimator(problem, lambda ctx: ((), ()), estimate, train=train)
 
 
 def finite_differences(fn, tree, *, step=1e-5):

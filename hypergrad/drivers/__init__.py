@@ -1,6 +1,19 @@
 """Drivers run an estimator: behind one optax transformation, or as a function."""
 
-from hypergrad.drivers._bilevel import BilevelState, bilevel
-from hypergrad.drivers._functional import best_response, hypergrad, value_and_hypergrad
+from hypergrad.drivers._bilevel import BilevelState, BilevelTransformation, bilevel
+from hypergrad.drivers._functional import best_response, hypergrad, one_estimate, value_and_hypergrad
+from hypergrad.drivers._guard import Guard, HypergradInfo, SkipReason, guard
 
-__all__ = ["BilevelState", "best_response", "bilevel", "hypergrad", "value_and_hypergrad"]
+__all__ = [
+    "BilevelState",
+    "BilevelTransformation",
+    "Guard",
+    "HypergradInfo",
+    "SkipReason",
+    "best_response",
+    "bilevel",
+    "guard",
+    "hypergrad",
+    "one_estimate",
+    "value_and_hypergrad",
+]

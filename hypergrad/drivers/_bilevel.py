@@ -3,34 +3,32 @@
     each call:       w ← inner optimizer (∇_w L_in), K steps          K = window
     every so often:  λ ← outer optimizer (dL_out/dλ at the new weights and the old λ)
 
-Use it in place of the optimizer of a training loop that works. The hypergradient and everything outer run
-only where they are due: a call on which no outer step is due costs a plain step.
+Use it in place of the optimizer of a training loop. The hypergradient and the outer step run only where they are
+due: on other calls the cost is that of a plain step.
 
 Reference: the alternation of Luketina et al., arXiv 1511.06727, and Lorraine, Vicol & Duvenaud, arXiv 1911.02590.
 """
 
+import math
+import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hypergrad import data, tree, validate
-from hypergrad.estimators import Estimate, HypergradEstimator, HypergradInfo
-from hypergrad.estimators._base import blank_info, refuse_optimizer_function
-from hypergrad.problem import BilevelParams, check_model_state, check_variables, inner_gradient
-from hypergrad.training import (
-    Rollout,
-    make_window,
-    resolve_optimizer,
-    rollout,
-    split_keys,
-    step_key,
-    with_keywords,
-)
+from hypergrad.drivers import _guard, _phases
+from hypergrad.drivers._guard import Guard, HypergradInfo, SkipReason
+from hypergrad.estimators import Estimator
+from hypergrad.problem import BilevelParams, check_model_state, check_variables
+from hypergrad.training import INIT, Context, Trained, resolve_optimizer, split_keys, update_with, with_keywords
 from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
+
+__all__ = ["BilevelState", "BilevelTransformation", "bilevel"]
 
 
 class BilevelState(NamedTuple):
@@ -55,47 +53,93 @@ class BilevelState(NamedTuple):
     info: HypergradInfo
 
 
+class BilevelInit(Protocol):
+    """``init(variables, *, inner_state=None) -> BilevelState``."""
+
+    def __call__(self, params: BilevelParams, *, inner_state: PyTree = None) -> BilevelState:
+        """Return the first state; ``inner_state`` adopts that of a running inner optimizer."""
+        ...
+
+
+class BilevelUpdate(Protocol):
+    """``update(grads, state, variables, *, inner_batch, outer_batch, …) -> (updates, state)``."""
+
+    def __call__(
+        self,
+        updates: Any,
+        state: BilevelState,
+        params: BilevelParams | None = None,
+        *,
+        inner_batch: Batch = None,
+        outer_batch: Batch = None,
+        model_state: ModelState = None,
+        **extra_args: Any,
+    ) -> tuple[BilevelParams, BilevelState]:
+        """Take one call's inner steps, and the outer step where one is due."""
+        ...
+
+
+class BilevelTransformation(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
+    """The optax transformation that ``bilevel`` returns, with the types of its state.
+
+    Attributes:
+      init: ``init(variables, *, inner_state=None) -> BilevelState``.
+      update: ``update(grads, state, variables, *, inner_batch, outer_batch, model_state=None, **extra)
+        -> (updates, state)``.
+    """
+
+    init: BilevelInit
+    update: BilevelUpdate
+
+
 def bilevel(
-    estimator: HypergradEstimator,
+    estimator: Estimator,
     *,
     inner_optimizer: Any,
     outer_optimizer: optax.GradientTransformation,
-    window: int = 1,
+    window: int | None = None,
     every: int | Callable[[Array], Array] = 1,
+    guard: Guard | None = _guard.guard(),  # noqa: B008
     key: Key = 0,
     model_state: ModelState = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> BilevelTransformation:
     """Optimize weights by the inner loss and hyperparameters by hypergradients, as one optax transformation.
 
-    ``update(grads, state, params, *, inner_batch, outer_batch, model_state=None, **extra)`` takes a
-    ``BilevelParams`` for ``params`` and returns updates shaped like it. With ``window=1``, ``grads`` is the
-    gradient of the inner loss: a tree like the weights, a ``BilevelParams`` whose hyperparameter part is
-    ignored, or None to have it computed from ``inner_batch``. With ``window=K > 1`` leaves of ``inner_batch``
-    have a leading axis K, ``grads`` is None, and one call is K inner steps. Other keywords reach the inner
-    optimizer if it takes any.
+    ``update(grads, state, variables, *, inner_batch, outer_batch, model_state=None, **extra)`` takes and returns a
+    ``BilevelParams``. With ``window=1``, ``grads`` is the gradient of the inner loss: a tree like the weights, a
+    ``BilevelParams`` whose hyperparameter part is ignored, or None to have it computed from ``inner_batch``. With
+    ``window=K > 1`` leaves of ``inner_batch`` have a leading axis K, ``grads`` is None, and one call is K inner steps.
+    Other keywords reach the inner optimizer if it takes any; ``value=`` also tells the guard the inner loss of given
+    ``grads``. ``outer_batch`` may be None on calls where no outer step is due, if ``every`` is an int.
+
+    ``init(variables, *, inner_state=None)``: ``inner_state`` adopts the state of an inner optimizer that has run.
 
     Args:
       estimator: e.g. ``hg.implicit(problem, hg.solvers.neumann(20))``.
-      inner_optimizer: an optax transformation for the weights; for estimators that differentiate the inner
-        steps also a function of the constrained hyperparameters that returns one.
-      outer_optimizer: an optax transformation for the hyperparameters. Its updates are handed the outer loss
-        as ``value``, if it takes keywords.
-      window: K ≥ 1, inner steps a call.
+      inner_optimizer: an optax transformation for the weights, or a function of the constrained hyperparameters that
+        returns one.
+      outer_optimizer: an optax transformation for the hyperparameters. Its updates get the outer loss as ``value``, if
+        it takes keywords.
+      window: K ≥ 1, inner steps per call; None: 1. Estimators that differentiate the inner steps need it given.
       every: an outer step is due on calls ``every``, 2·``every``, …; or a function from the call's number
         (int32, from 1) to a scalar bool, e.g. ``lambda n: (n > 1000) & (n % 10 == 0)`` for a warm-up.
+      guard: when to skip an outer step: ``hg.guard(max_residual=3.0)``. None takes every step.
       key: an int or a ``jax.random.key``; all randomness of the run derives from it.
       model_state: initial model state of a stateful problem.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` over ``BilevelParams`` with state ``BilevelState``. Where
-      the hypergradient or the outer loss is not finite the outer step is skipped and ``info.skipped`` is True.
+      A ``BilevelTransformation``: an ``optax.GradientTransformationExtraArgs`` over ``BilevelParams`` with state
+      ``BilevelState``.
 
     Raises:
       TypeError: an argument of the wrong kind; at ``init``, something that is not a ``BilevelParams``.
-      ValueError: ``window`` or ``every`` < 1; at ``update``, a missing batch, a wrong window axis or structure.
+      ValueError: ``window`` or ``every`` < 1, or no ``window`` for an estimator that needs one; at ``update``, a
+        missing batch, a wrong window axis or structure, a state of another transformation.
 
-    Right under the estimator's own assumption at the weights reached; ``implicit`` wants them near the inner
-    optimum, so let ``every`` leave time for training in between.
+    Valid under the estimator's assumption at the weights reached; ``implicit`` needs them near the inner optimum, so
+    let ``every`` leave time for training in between. Inner steps are not guarded by default: put
+    ``optax.apply_if_finite`` around the inner optimizer, or pass ``guard=hg.guard(inner=True)``. Weights that are not finite stay so, and then
+    every outer step is skipped.
 
     >>> import hypergrad as hg, jax.numpy as jnp, optax
     >>> problem = hg.BilevelProblem(lambda w, h, b, k: (0.5 * jnp.exp(h) * w**2 - b * w).sum(),
@@ -110,40 +154,48 @@ def bilevel(
 
     Reference: Lorraine, Vicol & Duvenaud, arXiv 1911.02590.
     """
-    if not isinstance(estimator, HypergradEstimator):
-        fix = "Pass e.g. hg.implicit(problem, hg.solvers.neumann(20))."
-        raise TypeError(validate.message("a HypergradEstimator", validate.describe(estimator), fix))
+    _phases.check_estimator(estimator, guard)
     problem = estimator.problem
-    if not estimator.needs_rollout:
-        refuse_optimizer_function(inner_optimizer)
+    if not callable(inner_optimizer):
         validate.transformation("inner_optimizer", inner_optimizer)
     outer_tx = validate.transformation("outer_optimizer", outer_optimizer)
-    window = validate.positive_int("window", window)
+    if window is None and estimator.train is not None:
+        fix = "Write window=K, the number of inner steps to differentiate per call, and give batches a leading axis K."
+        raise ValueError(validate.message("window for an estimator that differentiates the inner steps", "None", fix))
+    window = 1 if window is None else validate.positive_int("window", window)
     if not callable(every):
         every = validate.positive_int("every", every)
     first_model_state = check_model_state(problem, model_state)
-    root = validate.as_key(key)
-    if root is None:
-        raise TypeError(validate.message("key to be an int or a jax.random.key", "None", "Leave the default, key=0."))
-    setup = _Setup(estimator, inner_optimizer, outer_tx, window, every, jax.random.key_impl(root))
+    root = validate.required_key(key)
+    setup = _Setup(estimator, inner_optimizer, outer_tx, window, every, guard, jax.random.key_impl(root))
 
-    def init(params: BilevelParams) -> BilevelState:
+    def init(params: BilevelParams, *, inner_state: PyTree = None) -> BilevelState:
         variables = check_variables(params)
         inner_tx = resolve_optimizer(inner_optimizer, problem.constrain(variables.hyperparams))
+        made = _made_by("inner_optimizer", inner_tx, variables.params)
+        if inner_state is not None:
+            validate.same_structure("inner_state", inner_state, "inner_optimizer.init(params)", made, dtypes=True)
+            made = jax.tree.map(jnp.copy, inner_state)
+        start = Trained(variables.params, made, first_model_state)
+        keys = split_keys(jax.random.fold_in(root, INIT))
+        guarded = guard is not None and guard.inner
+        ctx = Context(problem, variables.hyperparams, start, start, None, None, keys, inner_optimizer, guarded=guarded)
+        estimator_state, blank = estimator.init(ctx)
+        zero, none = jnp.zeros((), float), jnp.zeros((), jnp.int32)
         state = BilevelState(
-            step=jnp.zeros((), jnp.int32),
-            inner=inner_tx.init(variables.params),
-            outer=outer_tx.init(variables.hyperparams),
-            estimator=estimator.init(variables),
+            step=none,
+            inner=made,
+            outer=_made_by("outer_optimizer", outer_tx, variables.hyperparams),
+            estimator=estimator_state,
             # Copies of what this closure keeps: a donated state must not take it along.
             key=jnp.copy(jax.random.key_data(root)),
             model_state=jax.tree.map(jnp.copy, first_model_state),
-            info=jax.tree.map(jnp.copy, blank_info(estimator.solver_info)),
+            info=HypergradInfo(none - 1, zero, zero, zero, none, none, blank),
         )
-        return tree.unalias(tree.strip_weak_types(state), variables)
+        return tree.unalias(_on_mesh(tree.strip_weak_types(state), variables), variables)
 
     def update(
-        grads: Any,
+        updates: Any,
         state: BilevelState,
         params: BilevelParams | None = None,
         *,
@@ -152,42 +204,52 @@ def bilevel(
         model_state: ModelState = None,
         **extra: Any,
     ) -> tuple[BilevelParams, BilevelState]:
-        call = _read_call(setup, grads, state, params, inner_batch, outer_batch, model_state, extra)
-        reached, updates, outer = (_differentiated_steps if estimator.needs_rollout else _plain_steps)(setup, call)
-        inner_and_outer = reached.inner_state, outer.state, outer.estimator
-        new_state = BilevelState(call.number, *inner_and_outer, state.key, reached.model_state, outer.info)
-        return BilevelParams(updates, outer.updates), new_state
+        if params is None:
+            fix = "Call tx.update(grads, state, variables, inner_batch=..., outer_batch=...)."
+            raise ValueError(validate.message("params, the current BilevelParams, as third argument", "None", fix))
+        variables = check_variables(params)
+        _check_state(state, init, variables)
+        grads = _given_gradients(setup, updates, variables, model_state)
+        due, missing = _is_due(setup, state.step + 1, outer_batch)
+        ctx = _context(setup, state, variables, inner_batch, outer_batch, model_state, extra)._replace(due=due)
+        known = grads is None or "value" in extra
+        advanced, ctx, moved, lost = _phases.train_and_advance(estimator, guard, state.estimator, ctx, grads)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+        def outer_step(before: _Outer) -> _Outer:
+            return _outer_step(setup, ctx, before, state.step + 1, lost, loss_known=known)
+
+        zeros = tree.strip_weak_types(optax.tree.zeros_like(variables.hyperparams))
+        after = _once_if(due, outer_step, _Outer(zeros, state.outer, advanced, state.info))
+        info = after.info
+        if missing is not False:
+            reason = jnp.where(missing, jnp.array(SkipReason.NO_OUTER_BATCH, jnp.int32), info.skip_reason)
+            info = info._replace(skip_reason=reason, num_skipped=info.num_skipped + missing.astype(jnp.int32))
+        if moved is None:
+            moved = jax.tree.map(
+                lambda new, old: tree.promote(new) - tree.promote(old), ctx.at.params, variables.params
+            )
+        new_state = BilevelState(
+            state.step + 1, ctx.at.inner_state, after.state, after.estimator, state.key, ctx.at.model_state, info
+        )
+        return BilevelParams(moved, after.updates), new_state
+
+    return BilevelTransformation(init, update)
 
 
 class _Setup(NamedTuple):
     """What ``bilevel`` was built with."""
 
-    estimator: HypergradEstimator
+    estimator: Estimator
     inner_optimizer: Any
     outer_tx: optax.GradientTransformationExtraArgs
     window: int
     every: int | Callable[[Array], Array]
+    guard: Guard | None
     key_impl: Any
 
 
-class _Call(NamedTuple):
-    """One call of ``update``, checked."""
-
-    number: Array
-    key: Array
-    grads: Params | None
-    state: BilevelState
-    variables: BilevelParams
-    batches: Batch  # as given: with the window axis first where window > 1
-    outer_batch: Batch
-    model_state: ModelState
-    extra: dict[str, Any]
-
-
 class _Outer(NamedTuple):
-    """What an outer step leaves behind."""
+    """What an outer step changes."""
 
     updates: Hyperparams
     state: PyTree
@@ -195,43 +257,54 @@ class _Outer(NamedTuple):
     info: HypergradInfo
 
 
-def _read_call(
+def _outer_step(setup: _Setup, ctx: Context, before: _Outer, number: Array, lost: Array, *, loss_known: bool) -> _Outer:
+    hyperparams, guard = ctx.hyperparams, setup.guard
+    result = _phases.estimate(setup.estimator, before.estimator, ctx)
+    size = tree.scaled_norm(result.hypergrad)
+    updates, state = update_with(
+        "outer_optimizer", setup.outer_tx, result.hypergrad, before.state, hyperparams, value=result.value
+    )
+    updates, state = tree.match_dtypes(updates, hyperparams), tree.match_dtypes(state, before.state)
+    reason, kept = jnp.zeros((), jnp.int32), result.state
+    if guard is not None:
+        reasons = _guard.reasons_of_estimate(guard, result, size, ctx.at.inner_loss, loss_known=loss_known)
+        reasons += [
+            (tree.newly_bad(optax.apply_updates(hyperparams, updates), hyperparams), SkipReason.HYPERPARAMS),
+            (tree.newly_bad(state, before.state), SkipReason.OUTER_STATE),
+            (lost | tree.newly_bad(result.state, before.estimator), SkipReason.ESTIMATOR_STATE),
+        ]
+        reason = _guard.first_reason(reasons)
+        taken = reason == SkipReason.NONE
+        updates, state = optax.tree.where(taken, (updates, state), (before.updates, before.state))
+        kept = optax.tree.where(
+            _guard.keeps_state(reason, result.state, before.estimator), result.state, before.estimator
+        )
+    validate.same_structure("the estimator's info", result.info, "the blank info of its init", before.info.method)
+    skipped = before.info.num_skipped + (reason > 0).astype(jnp.int32)
+    losses = result.value, jnp.asarray(ctx.at.inner_loss), size
+    info = HypergradInfo(number, *losses, reason, skipped, result.info)
+    return _Outer(updates, state, kept, tree.match_dtypes(info, before.info))
+
+
+def _context(
     setup: _Setup,
-    grads: Any,
-    state: Any,
-    variables: Any,
+    state: BilevelState,
+    variables: BilevelParams,
     inner_batch: Batch,
     outer_batch: Batch,
     model_state: ModelState,
     extra: dict[str, Any],
-) -> _Call:
-    if variables is None:
-        fix = "Call tx.update(grads, state, variables, inner_batch=..., outer_batch=...)."
-        raise ValueError(validate.message("params, the current BilevelParams, as third argument", "None", fix))
-    variables = check_variables(variables)
-    if not isinstance(state, BilevelState):
-        fix = "Pass the state from tx.init(variables) or the last update."
-        raise TypeError(validate.message("a BilevelState", validate.describe(state), fix))
-    for name, batch in (("inner_batch", inner_batch), ("outer_batch", outer_batch)):
-        if batch is None:
-            fix = f"Pass {name}=... on every call, also where no outer step is due; () for a loss without data."
-            raise ValueError(validate.message(f"{name} for update", "None", fix))
-    if setup.window > 1 and jax.tree.leaves(inner_batch):
-        data.window_length(inner_batch, setup.window)
-
-    problem = setup.estimator.problem
-    if grads is not None:
-        if setup.window > 1 or setup.estimator.needs_rollout:
-            wanted = f"grads=None with window={setup.window} and needs_rollout={setup.estimator.needs_rollout}"
-            raise ValueError(
-                validate.message(wanted, type(grads).__name__, "Pass None: gradients are computed from inner_batch.")
-            )
-        grads = grads.params if isinstance(grads, BilevelParams) else grads
-        validate.same_structure("grads", grads, "the weights (or of the BilevelParams)", variables.params)
-        if problem.stateful and model_state is None:
-            wanted = "model_state with the grads of a stateful problem"
-            fix = "Pass the model_state that your inner loss returned, or grads=None."
-            raise ValueError(validate.message(wanted, "None", fix))
+) -> Context:
+    problem, guard = setup.estimator.problem, setup.guard
+    if inner_batch is None:
+        fix = "Pass inner_batch=... on every call; () for a loss without data."
+        raise ValueError(validate.message("inner_batch for update", "None", fix))
+    if setup.window == 1:
+        batches = data.one_step(inner_batch)
+    else:
+        if jax.tree.leaves(inner_batch):
+            data.window_length(inner_batch, setup.window)
+        batches = data.of_length(inner_batch, setup.window)
     if model_state is None:
         model_state = state.model_state
     else:
@@ -239,100 +312,91 @@ def _read_call(
         validate.same_structure("model_state", model_state, "the state's", state.model_state)
         model_state = tree.match_dtypes(model_state, state.model_state)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=setup.key_impl), state.step)
-    number = state.step + 1
-    return _Call(number, key, grads, state, variables, inner_batch, outer_batch, model_state, extra)
+    start = Trained(variables.params, state.inner, model_state, extra.get("value", math.nan))
+    inner_optimizer = with_keywords(setup.inner_optimizer, extra)
+    ends = start, start, batches, outer_batch, split_keys(key), inner_optimizer
+    return Context(problem, variables.hyperparams, *ends, guarded=guard is not None and guard.inner)
 
 
-def _plain_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, _Outer]:
-    """Take the inner steps, then estimate at the weights that they reached."""
-    params, hyperparams = call.variables
-    optimizer = resolve_optimizer(setup.inner_optimizer, None)
-    batch = call.batches if setup.window == 1 else data.take(call.batches, -1)
-    if setup.window == 1:
-        grads, model_state = call.grads, call.model_state
-        if grads is None:
-            gradient, key = inner_gradient(setup.estimator.problem, hyperparams), split_keys(call.key).inner
-            grads, model_state = gradient(params, batch, step_key(key, 0), model_state)
-        updates, inner_state = optimizer.update(grads, call.state.inner, params, **call.extra)
-        reached = Rollout(optax.apply_updates(params, updates), inner_state, model_state)
+def _given_gradients(setup: _Setup, grads: Any, variables: BilevelParams, model_state: ModelState) -> Params:
+    if grads is None:
+        return None
+    problem, trains = setup.estimator.problem, setup.estimator.train is not None
+    if setup.window > 1 or trains:
+        wanted = f"grads=None with window={setup.window}" + (" and an estimator that takes the steps" if trains else "")
+        fix = "Pass None: gradients are computed from inner_batch."
+        raise ValueError(validate.message(wanted, type(grads).__name__, fix))
+    grads = grads.params if isinstance(grads, BilevelParams) else grads
+    validate.same_structure("grads", grads, "the weights (or of the BilevelParams)", variables.params)
+    if problem.stateful and model_state is None:
+        fix = "Pass the model_state that your inner loss returned, or grads=None."
+        raise ValueError(validate.message("model_state with the grads of a stateful problem", "None", fix))
+    return grads
+
+
+def _check_state(state: Any, init: BilevelInit, variables: BilevelParams) -> None:
+    """Refuse a state that ``init`` would not make: of other optimizers, another solver, weights of another form."""
+    fix = "Pass the state from tx.init(variables) or the last update, of a bilevel(...) with the same arguments."
+    if not isinstance(state, BilevelState):
+        raise TypeError(validate.message("a BilevelState", validate.describe(state), fix))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # init has warned already
+        like = jax.eval_shape(init, variables)
+    validate.same_structure("state", state, "what init makes of these variables", like, dtypes=True, fix=fix)
+
+
+def _is_due(setup: _Setup, number: Array, outer_batch: Batch) -> tuple[Any, Any]:
+    """Return whether an outer step is due, and whether it is but cannot be taken for want of a batch."""
+    fix = "Pass outer_batch=... where an outer step is due; () for a loss without data."
+    if callable(setup.every):
+        due: Any = jnp.asarray(setup.every(number))
+        if due.shape != () or due.dtype != jnp.bool_:
+            fix = "Return a scalar bool, e.g. (n > 1000) & (n % 10 == 0)."
+            raise TypeError(validate.message("every(n) to return a scalar bool", validate.describe(due), fix))
     else:
-        reached, updates = _window(setup, call, resolve_optimizer(with_keywords(optimizer, call.extra), None))
-
-    def estimate(before: _Outer) -> _Outer:
-        at = BilevelParams(reached.params, hyperparams), reached.inner_state, before.estimator
-        batches = batch, call.outer_batch
-        result = setup.estimator.estimate(*at, *batches, key=call.key, model_state=reached.model_state)
-        return _outer_step(setup, call, before, result)
-
-    return reached, updates, _once_if(_is_due(setup, call), estimate, _no_outer_step(call))
+        due = True if setup.every == 1 else number % setup.every == 0
+    if outer_batch is not None:
+        return due, False
+    if due is True or callable(setup.every) or (not isinstance(due, jax.core.Tracer) and bool(due)):
+        wanted = "outer_batch" + (" on every call, where every is a function" if callable(setup.every) else "")
+        raise ValueError(validate.message(wanted, "None", fix))
+    return False, due
 
 
-def _differentiated_steps(setup: _Setup, call: _Call) -> tuple[Rollout, Params, _Outer]:
-    """Let the estimator take the inner steps, or take them without it where no outer step is due."""
-    hyperparams, due = call.variables.hyperparams, _is_due(setup, call)
-    one = setup.window == 1
-    batches = data.one_step(call.batches) if one else data.of_length(call.batches, setup.window)
-    call = call._replace(batches=batches)
-    inner_optimizer = with_keywords(setup.inner_optimizer, call.extra)
-
-    def estimate() -> tuple[Rollout, Params, _Outer]:
-        at = call.variables, call.state.inner, call.state.estimator
-        options = {"inner_optimizer": inner_optimizer, "model_state": call.model_state}
-        result = setup.estimator.estimate(*at, call.batches, call.outer_batch, key=call.key, **options)
-        reached = Rollout(result.params, result.inner_state, result.model_state)
-        updates = jax.tree.map(jnp.subtract, result.params, call.variables.params)
-        return reached, updates, _outer_step(setup, call, _no_outer_step(call), result)
-
-    def steps() -> tuple[Rollout, Params, _Outer]:
-        optimizer = resolve_optimizer(inner_optimizer, setup.estimator.problem.constrain(hyperparams))
-        return *_window(setup, call, optimizer), _no_outer_step(call)
-
-    return estimate() if due is True else lax.cond(due, estimate, steps)
+def _made_by(name: str, optimizer: optax.GradientTransformationExtraArgs, params: PyTree) -> PyTree:
+    try:
+        return optimizer.init(params)
+    except (AttributeError, TypeError) as error:
+        fix = "Optimizers over a container of their own (optax.lookahead) cannot be used: pass its fast optimizer."
+        got = f"init raises {type(error).__name__}: {error}"
+        raise TypeError(
+            validate.message(f"{name} to initialise a state for plain trees of arrays", got, fix)
+        ) from error
 
 
-def _window(setup: _Setup, call: _Call, optimizer: Any) -> tuple[Rollout, Params]:
-    start = Rollout(call.variables.params, call.state.inner, call.model_state)
-    gradient, key = inner_gradient(setup.estimator.problem, call.variables.hyperparams), split_keys(call.key).inner
-    window = make_window(data.of_length(call.batches, setup.window), key)
-    reached = rollout(gradient, optimizer, start, window, unroll=setup.estimator.unroll)
-    return reached, jax.tree.map(jnp.subtract, reached.params, start.params)
+def _on_mesh(state: PyTree, variables: BilevelParams) -> PyTree:
+    """Replicate what ``init`` made on one device over the variables' mesh, so that the first step compiles once."""
+    shardings = [x.sharding for x in jax.tree.leaves(variables) if isinstance(x, jax.Array) and not _is_traced(x)]
+    meshes = {s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1}
+    if len(meshes) != 1:
+        return state
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+    place = lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere)  # noqa: E731
+    return jax.tree.map(lambda x: x if _is_traced(x) else place(x), state)
 
 
-def _outer_step(setup: _Setup, call: _Call, before: _Outer, result: Estimate) -> _Outer:
-    hyperparams = call.variables.hyperparams
-
-    def take(start: tuple[Hyperparams, PyTree]) -> tuple[Hyperparams, PyTree]:
-        updates, state = setup.outer_tx.update(result.hypergrad, start[1], hyperparams, value=result.value)
-        return tree.match_dtypes(updates, hyperparams), state
-
-    updates, state = _once_if(~result.info.skipped, take, (before.updates, before.state))
-    info = HypergradInfo(*result.info[: len(HypergradInfo._fields)])._replace(step=call.number)
-    validate.same_structure("the estimator's info", info, "its blank info (solver_info)", before.info)
-    return _Outer(updates, state, result.estimator_state, tree.match_dtypes(info, before.info))
-
-
-def _no_outer_step(call: _Call) -> _Outer:
-    zeros = tree.strip_weak_types(optax.tree.zeros_like(call.variables.hyperparams))
-    return _Outer(zeros, call.state.outer, call.state.estimator, call.state.info)
-
-
-def _is_due(setup: _Setup, call: _Call) -> Any:
-    """Return whether an outer step is due: True where it always is, else a traced scalar bool."""
-    if not callable(setup.every):
-        return True if setup.every == 1 else call.number % setup.every == 0
-    due = jnp.asarray(setup.every(call.number))
-    if due.shape != () or due.dtype != jnp.bool_:
-        fix = "Return a scalar bool, e.g. (n > 1000) & (n % 10 == 0)."
-        raise TypeError(validate.message("every(n) to return a scalar bool", validate.describe(due), fix))
-    return due
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
 
 
 def _once_if(due: Any, step: Callable[[Any], Any], start: Any) -> Any:
     """Return ``step(start)`` where ``due``, else ``start``.
 
-    A loop of at most one round where ``lax.cond`` would do: XLA updates what a loop carries in place, and copies
-    what a branch passes through, so that a call on which nothing is due would pay for the optimizer's state.
+    A loop of at most one round in place of ``lax.cond``: XLA updates what a loop carries in place, and copies what a
+    branch passes through, so that a call on which nothing is due would pay for the optimizer's state.
     """
     if due is True:
         return step(start)
+    if due is False:
+        return start
     return lax.while_loop(lambda c: c[0], lambda c: (jnp.array(False), step(c[1])), (due, start))[1]

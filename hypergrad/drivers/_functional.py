@@ -3,43 +3,56 @@
     hypergrad(estimator)(w, λ, inner_batch, outer_batch, key=key)  =  dL_out/dλ
     best_response(estimator)(w, λ, inner_batch, key=key)           =  w*, with dw*/dλ by the estimator
 
-Use it in a notebook, in a test, or in an outer loop of one's own. Nothing is compiled here: wrap the result
-in ``jax.jit``, as one does with ``jax.value_and_grad``.
+Use it in a notebook, in a test, or in an outer loop of your own. Each function compiles itself once per shape of its
+arguments, and may be called inside ``jax.jit``, ``jax.vmap`` and other functions of this library.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
-from hypergrad import validate
-from hypergrad.estimators import Estimate, EvaluationInfo, HypergradEstimator
+from hypergrad import data, tree, validate
+from hypergrad.drivers import _guard, _phases
+from hypergrad.drivers._guard import Guard, HypergradInfo, SkipReason
+from hypergrad.estimators import Estimate, Estimator
 from hypergrad.problem import BilevelParams, check_model_state, check_variables
-from hypergrad.training import resolve_optimizer
-from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params
+from hypergrad.training import INIT, Context, Trained, resolve_optimizer, split_keys
+from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
+
+__all__ = ["best_response", "hypergrad", "one_estimate", "value_and_hypergrad"]
 
 
 def value_and_hypergrad(
-    estimator: HypergradEstimator, inner_optimizer: Any = None
-) -> Callable[..., tuple[tuple[Array, Hyperparams], EvaluationInfo]]:
+    estimator: Estimator,
+    inner_optimizer: Any = None,
+    *,
+    guard: Guard | None = _guard.guard(),  # noqa: B008
+) -> Callable[..., tuple[tuple[Array, Hyperparams], HypergradInfo]]:
     """Return a function that gives outer loss, hypergradient and info.
 
-    ``fn(params, hyperparams, inner_batch, outer_batch, *, key, model_state=None) -> ((value, hypergrad), info)``
+    ``fn(params, hyperparams, inner_batch, outer_batch, *, key, state=None, model_state=None)
+    -> ((value, hypergrad), info)``
 
     Args:
       estimator: e.g. ``hg.implicit(problem, hg.solvers.cg(50))``.
-      inner_optimizer: None: everything is evaluated at ``params``. An optax transformation: leaves of
-        ``inner_batch`` carry a window axis K, and K steps from a fresh optimizer state are taken first.
+      inner_optimizer: None: everything is evaluated at ``params``. An optax transformation, or a function of the
+        constrained hyperparameters that returns one: leaves of ``inner_batch`` have a window axis K, and K steps from a
+        fresh optimizer state are taken first.
+      guard: by which ``info.skip_reason`` and the returned state are decided. The hypergradient is returned as it is.
 
     Returns:
-      The function. ``info`` is an ``EvaluationInfo``: ``info.aux`` is the outer loss's aux, ``info.skipped`` says
-      that value or hypergradient is not finite.
+      The function. ``info.state`` is the estimator's state: pass it as ``state=`` to the next call for a warm start;
+      None is a fresh one. ``info.aux`` is the outer loss's aux. Both kinds of call run one compiled program.
 
     Raises:
-      TypeError: ``estimator`` is not a ``HypergradEstimator``.
-      ValueError: an estimator that differentiates inner steps, without an ``inner_optimizer``.
+      TypeError: ``estimator`` is not an ``Estimator``.
+      ValueError: an estimator that differentiates inner steps, without an ``inner_optimizer``; at the call, a state of
+        another estimator or of other weights.
 
-    Right under the estimator's assumption at ``params``; for ``implicit`` that ∇_w L_in = 0 there.
+    Valid under the estimator's assumption at ``params``; for ``implicit`` that ∇_w L_in = 0 there.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> problem = hg.BilevelProblem(lambda w, h, b, k: 0.5 * ((w - h) ** 2).sum(), lambda w, h, b, k: (w**2).sum())
@@ -50,7 +63,7 @@ def value_and_hypergrad(
 
     Reference: the estimator's.
     """
-    estimate = estimator_function(estimator, inner_optimizer)
+    init, run = _compiled(estimator, inner_optimizer, guard)
 
     def fn(
         params: Params,
@@ -59,15 +72,26 @@ def value_and_hypergrad(
         outer_batch: Batch,
         *,
         key: Key,
+        state: PyTree = None,
         model_state: ModelState = None,
-    ) -> tuple[tuple[Array, Hyperparams], EvaluationInfo]:
-        result = estimate(BilevelParams(params, hyperparams), inner_batch, outer_batch, key, model_state)
-        return (result.value, result.hypergrad), result.info
+    ) -> tuple[tuple[Array, Hyperparams], HypergradInfo]:
+        variables, model_state = _checked(estimator, params, hyperparams, model_state)
+        typed_key = validate.as_key(key)
+        if state is None:
+            state = init(variables, typed_key, model_state)
+        else:
+            like = jax.eval_shape(init, variables, typed_key, model_state)
+            fix = "Pass info.state of an earlier call of the same function, or None."
+            validate.same_structure("state", state, "a fresh one", like, dtypes=True, fix=fix)
+        result, _, info = run(variables, inner_batch, outer_batch, typed_key, state, model_state)
+        if inner_optimizer is None:  # unknown; not computed inside, where jax_debug_nans would stop at it
+            info = info._replace(inner_loss=jnp.full((), jnp.nan))
+        return (result.value, result.hypergrad), info
 
     return fn
 
 
-def hypergrad(estimator: HypergradEstimator, inner_optimizer: Any = None) -> Callable[..., Hyperparams]:
+def hypergrad(estimator: Estimator, inner_optimizer: Any = None) -> Callable[..., Hyperparams]:
     """Return a function that gives the hypergradient alone, as ``jax.grad`` does beside ``jax.value_and_grad``.
 
     ``fn(params, hyperparams, inner_batch, outer_batch, *, key, model_state=None) -> hypergrad``
@@ -84,7 +108,7 @@ def hypergrad(estimator: HypergradEstimator, inner_optimizer: Any = None) -> Cal
       TypeError: as for ``value_and_hypergrad``.
       ValueError: as for ``value_and_hypergrad``.
 
-    Right under the estimator's assumption at ``params``.
+    Valid under the estimator's assumption at ``params``.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> problem = hg.BilevelProblem(lambda w, h, b, k: 0.5 * ((w - h) ** 2).sum(), lambda w, h, b, k: (w**2).sum())
@@ -111,8 +135,8 @@ def hypergrad(estimator: HypergradEstimator, inner_optimizer: Any = None) -> Cal
     return fn
 
 
-def best_response(estimator: HypergradEstimator, inner_optimizer: Any = None) -> Callable[..., Params]:
-    """Return the inner solution as a differentiable function of the hyperparameters: what stages and levels nest by.
+def best_response(estimator: Estimator, inner_optimizer: Any = None) -> Callable[..., Params]:
+    """Return the inner solution as a differentiable function of the hyperparameters: for nested problems.
 
     ``fn(params, hyperparams, inner_batch, *, key, model_state=None) -> params``
 
@@ -133,10 +157,10 @@ def best_response(estimator: HypergradEstimator, inner_optimizer: Any = None) ->
       The function. It carries no status; where a solve gives nothing finite, derivatives are NaN.
 
     Raises:
-      TypeError: ``estimator`` is not a ``HypergradEstimator``, or has no response of its own.
+      TypeError: ``estimator`` is not an ``Estimator``, or has no response of its own.
       ValueError: as for ``value_and_hypergrad``.
 
-    Right under the estimator's assumption: for ``implicit`` that ∇_w L_in = 0 at ``params`` and that the solver has
+    Valid under the estimator's assumption: for ``implicit`` that ∇_w L_in = 0 at ``params`` and that the solver has
     converged; second derivatives take its solution as exact. A stateful problem's reached model state is not returned.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp
@@ -148,13 +172,18 @@ def best_response(estimator: HypergradEstimator, inner_optimizer: Any = None) ->
 
     Reference: Raghu et al., arXiv 2111.01754 (two stages); Blondel et al., arXiv 2105.15183.
     """
-    _check_estimator(estimator, inner_optimizer)
-    respond = estimator.respond
-    if respond is None:
-        fix = (
-            "Use hg.implicit or hg.unrolled: a method that only estimates a gradient has no response to differentiate."
-        )
-        raise TypeError(validate.message("an estimator with a differentiable response", "one without", fix))
+    _check(estimator, inner_optimizer, None)
+    response = estimator.best_response
+    if response is None:
+        fix = "Use hg.implicit, hg.unrolled or hg.direct: a method that only estimates a gradient has no response."
+        raise TypeError(validate.message("an estimator with a differentiable best response", "one without", fix))
+
+    @jax.jit
+    def run(
+        params: Params, hyperparams: Hyperparams, inner_batch: Batch, key: Array | None, model_state: ModelState
+    ) -> Params:
+        start = Trained(params, None if inner_optimizer is not None else (), model_state)
+        return response(_context(estimator, inner_optimizer, None, hyperparams, start, inner_batch, None, key))
 
     def fn(
         params: Params, hyperparams: Hyperparams, inner_batch: Batch, *, key: Key, model_state: ModelState = None
@@ -162,43 +191,101 @@ def best_response(estimator: HypergradEstimator, inner_optimizer: Any = None) ->
         validate.floating_leaves("params", params)
         if jax.tree.leaves(hyperparams):
             validate.floating_leaves("hyperparams", hyperparams)
-        options = {"inner_optimizer": inner_optimizer, "model_state": model_state}
-        return respond(params, hyperparams, inner_batch, key=validate.as_key(key), **options)
+        model_state = check_model_state(estimator.problem, model_state)
+        return run(params, hyperparams, inner_batch, validate.as_key(key), model_state)
 
     return fn
 
 
-def _check_estimator(estimator: Any, inner_optimizer: Any) -> None:
-    if not isinstance(estimator, HypergradEstimator):
-        fix = "Pass e.g. hg.implicit(problem, hg.solvers.cg(50))."
-        raise TypeError(validate.message("a HypergradEstimator", validate.describe(estimator), fix))
-    if estimator.needs_rollout and inner_optimizer is None:
+def one_estimate(estimator: Estimator, inner_optimizer: Any = None) -> Callable[..., tuple[Estimate, Trained]]:
+    """Return ``(variables, inner_batch, outer_batch, key, model_state) -> (Estimate, Trained)``, for diagnostics.
+
+    ``Trained`` is where the estimate was made. The estimator's state is fresh.
+    """
+    init, run = _compiled(estimator, inner_optimizer, None)
+
+    def fn(
+        variables: BilevelParams, inner_batch: Batch, outer_batch: Batch, key: Key, model_state: ModelState = None
+    ) -> tuple[Estimate, Trained]:
+        variables, model_state = _checked(estimator, *variables, model_state)
+        typed_key = validate.as_key(key)
+        state = init(variables, typed_key, model_state)
+        result, at, _ = run(variables, inner_batch, outer_batch, typed_key, state, model_state)
+        return result, at
+
+    return fn
+
+
+def _compiled(estimator: Estimator, inner_optimizer: Any, guard: Guard | None) -> tuple[Any, Any]:
+    """Return the compiled ``init`` and call of an estimator."""
+    _check(estimator, inner_optimizer, guard)
+    trains = inner_optimizer is not None
+
+    @jax.jit
+    def init(variables: BilevelParams, key: Array | None, model_state: ModelState) -> PyTree:
+        constrained = estimator.problem.constrain(variables.hyperparams)
+        inner_state = resolve_optimizer(inner_optimizer, constrained).init(variables.params) if trains else ()
+        start = Trained(variables.params, inner_state, model_state)
+        init_key = None if key is None else jax.random.fold_in(key, INIT)
+        ctx = _context(estimator, inner_optimizer, guard, variables.hyperparams, start, None, None, init_key)
+        return tree.strip_weak_types(estimator.init(ctx)[0])
+
+    @jax.jit
+    def run(
+        variables: BilevelParams,
+        inner_batch: Batch,
+        outer_batch: Batch,
+        key: Array | None,
+        state: PyTree,
+        model_state: ModelState,
+    ) -> tuple[Estimate, Trained, HypergradInfo]:
+        start = Trained(variables.params, None if trains else (), model_state)
+        ctx = _context(estimator, inner_optimizer, guard, variables.hyperparams, start, inner_batch, outer_batch, key)
+        advanced, ctx, _, lost = _phases.train_and_advance(estimator, guard, state, ctx)
+        result = _phases.estimate(estimator, advanced, ctx)
+        size = tree.scaled_norm(result.hypergrad)
+        reason, kept = jnp.zeros((), jnp.int32), result.state
+        if guard is not None:
+            reasons = _guard.reasons_of_estimate(guard, result, size, ctx.at.inner_loss, loss_known=trains)
+            bad_state = lost | tree.newly_bad(result.state, advanced)
+            reason = _guard.first_reason([*reasons, (bad_state, SkipReason.ESTIMATOR_STATE)])
+            kept = optax.tree.where(_guard.keeps_state(reason, result.state, advanced), result.state, advanced)
+        float_type = jnp.zeros((), float).dtype
+        loss = jnp.asarray(ctx.at.inner_loss, float_type) if trains else jnp.zeros((), float_type)
+        count = (reason > 0).astype(jnp.int32)
+        numbers = result.value.astype(float_type), loss, size.astype(float_type)
+        info = HypergradInfo(jnp.array(-1, jnp.int32), *numbers, reason, count, result.info, kept, result.aux)
+        at = ctx.at._replace(inner_loss=loss)
+        return result, at, info
+
+    return init, run
+
+
+def _context(
+    estimator: Estimator,
+    inner_optimizer: Any,
+    guard: Guard | None,
+    hyperparams: Hyperparams,
+    start: Trained,
+    inner_batch: Batch,
+    outer_batch: Batch,
+    key: Array | None,
+) -> Context:
+    batches = inner_batch if inner_optimizer is not None or inner_batch is None else data.one_step(inner_batch)
+    ends = start, start, batches, outer_batch, split_keys(key), inner_optimizer
+    return Context(estimator.problem, hyperparams, *ends, guarded=guard is not None and guard.inner)
+
+
+def _check(estimator: Any, inner_optimizer: Any, guard: Any) -> None:
+    _phases.check_estimator(estimator, guard)
+    if estimator.train is not None and inner_optimizer is None:
         fix = "Pass inner_optimizer=optax.sgd(...), and batches with a leading window axis."
-        raise ValueError(
-            validate.message("an inner_optimizer for an estimator that differentiates inner steps", "None", fix)
-        )
+        wanted = "an inner_optimizer for an estimator that differentiates inner steps"
+        raise ValueError(validate.message(wanted, "None", fix))
 
 
-def estimator_function(estimator: HypergradEstimator, inner_optimizer: Any) -> Callable[..., Estimate]:
-    """Return ``(variables, inner_batch, outer_batch, key, model_state) -> Estimate``, with fresh states."""
-    _check_estimator(estimator, inner_optimizer)
-    problem = estimator.problem
-
-    def estimate(variables: BilevelParams, inner_batch: Batch, outer_batch: Batch, key: Any, state: Any) -> Estimate:
-        check_variables(variables)
-        inner_state: Any = None if estimator.needs_rollout else ()
-        if inner_optimizer is not None and not estimator.needs_rollout:
-            optimizer = resolve_optimizer(inner_optimizer, problem.constrain(variables.hyperparams))
-            inner_state = optimizer.init(variables.params)
-        return estimator.estimate(
-            variables,
-            inner_state,
-            estimator.init(variables),
-            inner_batch,
-            outer_batch,
-            key=validate.as_key(key),
-            inner_optimizer=inner_optimizer,
-            model_state=check_model_state(problem, state),
-        )
-
-    return estimate
+def _checked(
+    estimator: Estimator, params: Params, hyperparams: Hyperparams, model_state: ModelState
+) -> tuple[BilevelParams, ModelState]:
+    variables = check_variables(BilevelParams(params, hyperparams))
+    return variables, check_model_state(estimator.problem, model_state)

@@ -1,16 +1,9 @@
-"""Hypergradient estimators: one method a file."""
+"""Hypergradient estimators, one method per file, and what a new one is written with."""
 
-from hypergrad.estimators._base import Estimate, EvaluationInfo, HypergradEstimator, HypergradInfo
 from hypergrad.estimators._direct import direct
 from hypergrad.estimators._implicit import implicit
+from hypergrad.estimators._modes import UnrollMode, forward, reverse
+from hypergrad.estimators._protocol import Estimate, Estimator
 from hypergrad.estimators._unrolled import unrolled
 
-__all__ = [
-    "Estimate",
-    "EvaluationInfo",
-    "HypergradEstimator",
-    "HypergradInfo",
-    "direct",
-    "implicit",
-    "unrolled",
-]
+__all__ = ["Estimate", "Estimator", "UnrollMode", "direct", "forward", "implicit", "reverse", "unrolled"]

@@ -3,8 +3,8 @@
     φ ← SGD on E_ε L_in(w_φ(λ + σε), λ + σε),        dL_out/dλ = ∂L_out/∂λ + (∂w_φ/∂λ)ᵀ ∂L_out/∂w
 
 The inner variable is what a response learns (``hg.responses``), so that one ordinary gradient of the outer loss is the
-hypergradient: no linear solve, no unroll, memory that does not grow with steps. It also reaches hyperparameters through
-which nothing differentiates (dropout rates, cutout sizes): the response learns their effect from perturbations.
+hypergradient: no linear solve, no unroll, and memory that does not grow with steps. It also reaches hyperparameters
+without a derivative (dropout rates, cutout sizes): the response learns their effect from perturbations.
 
 Reference: Lorraine & Duvenaud, arXiv 1802.09419; MacKay et al., Self-tuning networks, arXiv 1903.03088.
 """
@@ -13,30 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from hypergrad import dataflow, validate
-from hypergrad.estimators._base import (
-    Estimate,
-    HypergradEstimator,
-    describe_estimate,
-    end_of_window,
-    refuse_zeros,
-)
-from hypergrad.problem import (
-    BilevelParams,
-    BilevelProblem,
-    check_model_state,
-    check_problem,
-    check_variables,
-    evaluate_inner,
-    evaluate_outer,
-)
-from hypergrad.training import Rollout, split_keys
-from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
+from hypergrad import data, dataflow, validate
+from hypergrad.estimators._paths import check_gradient_paths, check_outer_path
+from hypergrad.estimators._protocol import Estimate, Estimator, train_first
+from hypergrad.problem import BilevelParams, BilevelProblem, check_problem, evaluate_inner, evaluate_outer
+from hypergrad.training import Context, outer_loss_fn
+from hypergrad.types import Array, Hyperparams, Params, PyTree
+
+__all__ = ["direct"]
 
 
-def direct(problem: BilevelProblem) -> HypergradEstimator:
+def direct(problem: BilevelProblem) -> Estimator:
     """Differentiate the outer loss through a learned response.
 
     dL_out/dλ = ∂L_out/∂λ + (∂w_φ/∂λ)ᵀ ∂L_out/∂w: one gradient of ``problem.outer_loss`` in λ at fixed φ.
@@ -46,14 +34,15 @@ def direct(problem: BilevelProblem) -> HypergradEstimator:
         ``self_tuning``, and trained under ``perturbed``; or losses that hold such a function themselves.
 
     Returns:
-      A ``HypergradEstimator``. ``hg.best_response`` of it applies the response.
+      An ``Estimator`` without state and info. ``hg.best_response`` of it applies the response.
 
     Raises:
-      TypeError: wrong ``problem``; at ``estimate``, an inner optimizer that is a function of the hyperparameters.
-      ValueError: at ``estimate``, a hyperparameter leaf that enters neither the inner loss, by which a response would
-        learn it, nor the outer loss: a learning rate, for instance.
+      TypeError: wrong ``problem``.
+      ValueError: in a driver that trains, a response without ``perturbed`` or ``sampled``, which nothing would train;
+        at an estimate, an outer loss that does not depend on the weights, or a hyperparameter leaf that enters neither
+        the inner loss, by which a response would learn it, nor the outer loss: a learning rate, for instance.
 
-    Right as far as the response has learned dw*/dλ: its Jacobian is that of a response trained on perturbations of
+    Valid as far as the response has learned dw*/dλ: its Jacobian is that of a response trained on perturbations of
     some scale, so let it train before λ moves (``every``), and move λ slower than it learns.
 
     >>> import hypergrad as hg, jax.numpy as jnp
@@ -67,93 +56,61 @@ def direct(problem: BilevelProblem) -> HypergradEstimator:
     """
     check_problem(problem)
 
-    def init(variables: BilevelParams) -> PyTree:
-        check_variables(variables)
-        return ()
+    def init(ctx: Context) -> tuple[PyTree, PyTree]:
+        response = ctx.problem.response
+        if ctx.inner_optimizer is not None and response is not None and response.losses_at is not None:
+            fix = (
+                "Wrap it: hg.responses.perturbed(problem, scale=0.5), or hg.responses.sampled. At the current "
+                "hyperparameters alone a response learns no derivative."
+            )
+            raise ValueError(validate.message("a response that training perturbs", "one that nothing trains", fix))
+        return (), ()
 
-    def estimate(
-        variables: BilevelParams,
-        inner_state: PyTree,
-        estimator_state: PyTree,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        *,
-        key: Key,
-        inner_optimizer: Any = None,
-        model_state: ModelState = None,
-    ) -> Estimate:
-        check_variables(variables)
-        model_state = check_model_state(problem, model_state)
-        keys = split_keys(validate.as_key(key))
-        if inner_optimizer is not None:
-            start = Rollout(variables.params, inner_state, model_state)
-            window = inner_batch, keys.inner, inner_optimizer
-            reached, inner_batch = end_of_window(problem, start, variables.hyperparams, *window)
-            params, inner_state, model_state = reached
-            variables = BilevelParams(params, variables.hyperparams)
-        params, hyperparams = variables
+    def estimate(state: PyTree, ctx: Context) -> Estimate:
+        outer = outer_loss_fn(ctx)
+        _check_paths(ctx)
+        gradient = jax.value_and_grad(lambda h: outer(ctx.at.params, h), has_aux=True)
+        (value, aux), hypergrad = gradient(ctx.hyperparams)
+        return Estimate(value, hypergrad, state, (), aux)
 
-        def outer(hyperparams: Hyperparams) -> tuple[Array, Any]:
-            at = BilevelParams(params, hyperparams)
-            result = evaluate_outer(problem, at, outer_batch, keys.outer, model_state)
-            return result.value, result.aux
-
-        _refuse_unseen(problem, variables, inner_batch, outer_batch, keys.outer, model_state)
-        (value, aux), hypergrad = jax.value_and_grad(outer, has_aux=True)(hyperparams)
-        info = describe_estimate(value, hypergrad, aux=aux)
-        return Estimate(value, hypergrad, params, inner_state, estimator_state, model_state, info)
-
-    def respond(
-        params: Params,
-        hyperparams: Hyperparams,
-        inner_batch: Batch,
-        *,
-        key: Array | None,
-        inner_optimizer: Any = None,
-        model_state: ModelState = None,
-    ) -> Params:
-        if problem.response is None or problem.response.weights is None:
+    def best_response(ctx: Context) -> Params:
+        response = ctx.problem.response
+        if response is None or response.weights is None:
             fix = "Apply hg.responses.with_response or hg.responses.self_tuning to the problem."
             raise ValueError(validate.message("a problem with a response, for its weights", "one without", fix))
-        if inner_optimizer is not None:
-            start = Rollout(params, None, check_model_state(problem, model_state))
-            window = inner_batch, split_keys(key).inner, inner_optimizer
-            reached, _ = end_of_window(problem, start, lax.stop_gradient(hyperparams), *window)
-            params = lax.stop_gradient(reached.params)
-        return problem.response.weights(params, hyperparams)
+        return response.weights(train_first(ctx).at.params, ctx.hyperparams)
 
-    return HypergradEstimator(problem, init, estimate, needs_rollout=False, respond=respond)
+    return Estimator(problem, init, estimate, best_response=best_response)
 
 
-def _refuse_unseen(
-    problem: BilevelProblem,
-    variables: BilevelParams,
-    inner_batch: Batch,
-    outer_batch: Batch,
-    key: Array | None,
-    model_state: ModelState,
-) -> None:
-    """Refuse leaves that enter neither loss over plain weights: no response can have learned them.
+def _check_paths(ctx: Context) -> None:
+    """Refuse an outer loss that ignores the weights, and leaves that enter neither loss over plain weights.
 
-    Without a batch to look at the inner loss with (``()``, None), and for losses that hold a response of their own,
-    only those leaves are refused that the outer loss does not depend on in any way.
+    No response can have learned such leaves. Without a batch to evaluate the inner loss on (``()``, None), and for
+    losses that hold a response of their own, only those leaves are refused that the outer loss does not depend on.
     """
-    params, hyperparams = variables
-    view = problem.response
-    if view is None or view.weights is None or not jax.tree.leaves(inner_batch):
-        outer = lambda h: evaluate_outer(problem, BilevelParams(params, h), outer_batch, key, model_state).value  # noqa: E731
-        return refuse_zeros("direct", hyperparams, list(range(len(jax.tree.leaves(hyperparams)))), outer)
-    plain, center = view.base_problem, view.base_hyperparams(hyperparams)
-    weights = jax.eval_shape(view.weights, params, hyperparams)
+    params, hyperparams, batch = ctx.at.params, ctx.hyperparams, data.take(ctx.inner_batches, -1)
+    response, key, model_state = ctx.problem.response, ctx.keys.outer, ctx.at.model_state
+    outer = outer_loss_fn(ctx)
+    check_outer_path("direct", lambda w: outer(w, hyperparams)[0], params)
+    if response is None or response.weights is None or not jax.tree.leaves(data.gathered(batch)):
+        everything = range(len(jax.tree.leaves(hyperparams)))
+        return check_gradient_paths("direct", hyperparams, everything, lambda h: outer(params, h)[0])
+    base, center = response.base_problem, response.base_hyperparams(hyperparams)
+    weights = jax.eval_shape(response.weights, params, hyperparams)
 
     def losses(values: tuple[Hyperparams, Params]) -> Array:
         at = BilevelParams(values[1], values[0])
-        # The outer loss alone is evaluated: without a key for it, the inner one is still looked at with some key.
+        # The outer loss alone is evaluated: without a key for it, the inner one is still traced with some key.
         inner_key = jax.random.key(0) if key is None else key
-        inner = evaluate_inner(plain, at, inner_batch, inner_key, model_state).value
-        return jnp.stack([inner, evaluate_outer(plain, at, outer_batch, key, model_state).value])
+        inner = evaluate_inner(base, at, batch, inner_key, model_state).value
+        return jnp.stack([inner, evaluate_outer(base, at, ctx.outer_batch, key, model_state).value])
 
     count, total = len(jax.tree.leaves(center)), len(jax.tree.leaves((center, weights)))
     depends = dataflow.dependence(losses, (center, weights))
     unseen = [i for i in range(count) if not depends([i == j for j in range(total)])[0]]
-    return refuse_zeros("direct", center, unseen, lambda _: jnp.zeros(()))
+    return check_gradient_paths("direct", center, unseen, _nothing)
+
+
+def _nothing(_: Any) -> Array:
+    return jnp.zeros(())

@@ -6,10 +6,15 @@
 Use it for hyperparameters that enter the inner loss, however many: memory does not grow with training steps,
 and the cost is one linear solve with Hessian products. It cannot see what acts through the optimizer alone.
 
+Weights that the inner optimizer never moves are no unknowns: H, the solve and the mixed product are restricted to the
+others.
+
 Reference: Lorraine, Vicol & Duvenaud, Optimizing millions of hyperparameters by implicit differentiation,
 arXiv 1911.02590; Pedregosa, arXiv 1602.02355.
 """
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,29 +23,19 @@ import optax
 from jax import lax
 
 from hypergrad import curvature, dataflow, tree, validate
-from hypergrad.estimators._base import (
-    Estimate,
-    HypergradEstimator,
-    describe_estimate,
-    end_of_window,
-    refuse_zeros,
-)
-from hypergrad.problem import (
-    BilevelParams,
-    BilevelProblem,
-    check_model_state,
-    check_problem,
-    check_variables,
-    evaluate_inner,
-    evaluate_outer,
-    inner_gradient,
-)
-from hypergrad.solvers import LinearSolver, SolveInfo
-from hypergrad.training import Rollout, split_keys
-from hypergrad.types import Array, Batch, Hyperparams, Key, MatVec, ModelState, Params, PyTree
+from hypergrad.estimators import _probe
+from hypergrad.estimators._paths import check_gradient_paths, check_outer_path
+from hypergrad.estimators._protocol import Estimate, Estimator, train_first
+from hypergrad.problem import BilevelProblem, check_problem
+from hypergrad.solvers import LinearSolver, LinearSystem, Status
+from hypergrad.solvers._base import blank_info
+from hypergrad.training import Context, inner_loss_fn, outer_loss_fn, resolve_optimizer
+from hypergrad.types import Hyperparams, MatVec, Params, PyTree
+
+__all__ = ["implicit"]
 
 
-def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimator:
+def implicit(problem: BilevelProblem, solver: LinearSolver, *, trainable: PyTree = None) -> Estimator:
     """Differentiate through the inner optimum by the implicit function theorem.
 
     dL_out/dλ = ∂L_out/∂λ − (∂²L_in/∂w∂λ)ᵀ q with H q = ∂L_out/∂w solved by ``solver``.
@@ -49,21 +44,27 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
       problem: inner loss twice differentiable in the weights.
       solver: ``hg.solvers.neumann(20)`` for networks in training, ``hg.solvers.cg(50)`` near a minimum,
         ``hg.solvers.dense()`` as the oracle.
+      trainable: tree prefix of bools over the weights: which ones the inner problem solves for. None: all; where an
+        inner optimizer is known, all but those that it never moves (``optax.set_to_zero`` behind a mask or partition).
 
     Returns:
-      A ``HypergradEstimator``. In a window, H and the mixed product are taken on its last batch. Every product
-      of a solve shares one batch, one random key and one model state.
+      An ``Estimator`` whose state is the solver's and whose info is its ``SolveInfo``. In a window, H and the mixed
+      product are taken on its last batch. Every product of a solve shares one batch, one random key and one model
+      state.
 
     Raises:
-      TypeError: wrong ``problem`` or ``solver``; at ``estimate``, an inner optimizer that is a function of the
-        hyperparameters.
-      ValueError: at ``estimate``, a hyperparameter leaf that enters neither ∇_w L_in nor the outer loss, and
-        so would get zero: a learning rate, for instance.
+      TypeError: wrong ``problem`` or ``solver``.
+      ValueError: ``trainable`` is no prefix, or leaves no weight; at an estimate, an outer loss that does not depend on
+        the weights, or a hyperparameter leaf that enters neither ∇_w L_in nor the outer loss, and so would get zero: a
+        learning rate, for instance.
 
-    Right where ∇_w L_in = 0 and H is invertible; with ``info.solver.residual`` small. Away from the optimum it
-    is the derivative that the optimum would have if H and the mixed product were as they are here. A zero by
-    construction is found by following data, not values: a leaf multiplied by 0 passes. Where the solve's
-    residual is not finite (a slope or Hessian with NaN) the hypergradient is NaN and ``info.skipped`` is True.
+    Warns:
+      UserWarning: an inner optimizer moves weights where the gradient is zero (``optax.adamw``): its decay is no part
+        of the inner loss, whose minimum is then not where training ends.
+
+    Valid when ∇_w L_in = 0 and H is invertible, and ``info.solver.residual`` is small. Away from the optimum it
+    is the derivative that the optimum would have if H and the mixed product were as they are here. Where b or the
+    solution is not finite (status ``NOT_FINITE``) the hypergradient is NaN.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: jnp.sum(0.5 * jnp.exp(h) * w ** 2 - w)      # w* = exp(-h)
@@ -79,89 +80,107 @@ def implicit(problem: BilevelProblem, solver: LinearSolver) -> HypergradEstimato
         got, fix = validate.describe(solver), "Pass e.g. solver=hg.solvers.neumann(num_terms=20)."
         raise TypeError(validate.message("solver to be a LinearSolver", got, fix))
 
-    def init(variables: BilevelParams) -> PyTree:
-        return tree.strip_weak_types(solver.init(check_variables(variables).params))
+    def init(ctx: Context) -> tuple[PyTree, PyTree]:
+        _warn_of_decoupled_decay(ctx)
+        return solver.init(_Unknowns(ctx, trainable).of(ctx.start.params)), blank_info()
 
-    def estimate(
-        variables: BilevelParams,
-        inner_state: PyTree,
-        estimator_state: PyTree,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        *,
-        key: Key,
-        inner_optimizer: Any = None,
-        model_state: ModelState = None,
-    ) -> Estimate:
-        check_variables(variables)
-        model_state = check_model_state(problem, model_state)
-        keys = split_keys(validate.as_key(key))
-        if inner_optimizer is not None:
-            start = Rollout(variables.params, inner_state, model_state)
-            window = inner_batch, keys.inner, inner_optimizer
-            reached, inner_batch = end_of_window(problem, start, variables.hyperparams, *window)
-            params, inner_state, model_state = reached
-            variables = BilevelParams(params, variables.hyperparams)
+    def estimate(state: PyTree, ctx: Context) -> Estimate:
+        params, hyperparams = ctx.at.params, ctx.hyperparams
+        unknowns = _Unknowns(ctx, trainable)
+        outer = outer_loss_fn(ctx)
+        inner, solved = unknowns.restrict(inner_loss_fn(ctx), params), unknowns.of(params)
+        mixed = curvature.mixed_vjp(inner, solved, hyperparams)
 
-        def inner(params: Params, hyperparams: Hyperparams) -> Array:
-            at = BilevelParams(params, hyperparams)
-            return evaluate_inner(problem, at, inner_batch, keys.solve, model_state).value
+        check_outer_path("implicit", lambda w: unknowns.restrict(outer, params)(w, hyperparams)[0], solved)
+        unmixed = dataflow.independent_leaves(mixed, tree.promote(solved))
+        check_gradient_paths("implicit", hyperparams, unmixed, lambda h: outer(params, h)[0])
 
-        def outer(params: Params, hyperparams: Hyperparams) -> tuple[Array, Any]:
-            at = BilevelParams(params, hyperparams)
-            result = evaluate_outer(problem, at, outer_batch, keys.outer, model_state)
-            return result.value, result.aux
+        gradient = jax.value_and_grad(unknowns.restrict(outer, params), argnums=(0, 1), has_aux=True)
+        (value, aux), (slope, direct) = gradient(solved, hyperparams)
+        product = curvature.hvp(lambda w: inner(w, hyperparams), solved)
+        system = LinearSystem(product, key=ctx.keys.estimate, inner_state=ctx.at.inner_state)
+        solution, state, info = solver.solve(system, slope, state)
+        # A solver returns a finite x, often 0, where slope or Hessian are not finite. It must not pass as a zero.
+        finite = info.status != Status.NOT_FINITE
+        hypergrad = jax.tree.map(lambda d, i: jnp.where(finite, d - i, jnp.nan), direct, mixed(solution))
+        return Estimate(value, hypergrad, state, info, aux)
 
-        _refuse_unseen(inner, outer, variables)
-        (value, aux), (slope, direct) = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)(*variables)
-        product = curvature.hvp(lambda w: inner(w, variables.hyperparams), variables.params)
-        solution, estimator_state, solve_info = solver.solve(product, slope, estimator_state)
-        indirect = curvature.mixed_vjp(inner, *variables)(solution)
-        hypergrad = jax.tree.map(lambda d, i: d - i, direct, indirect)
-        # Where slope or Hessian is not finite the solver hands back a finite x, often 0, with residual inf: what
-        # would look like a zero must not pass as one.
-        sound = jnp.isfinite(solve_info.residual)
-        hypergrad = jax.tree.map(lambda g: jnp.where(sound, g, jnp.nan), hypergrad)
-        info = describe_estimate(value, hypergrad, solver=solve_info, aux=aux)
-        return Estimate(value, hypergrad, variables.params, inner_state, estimator_state, model_state, info)
+    def best_response(ctx: Context) -> Params:
+        params = lax.stop_gradient(ctx.start.params)
+        unknowns = _Unknowns(ctx, trainable)
+        ctx = train_first(ctx._replace(start=ctx.start._replace(params=params)))
+        params, key = ctx.at.params, ctx.keys.estimate
+        inner = unknowns.restrict(inner_loss_fn(ctx), params)
 
-    def respond(
-        params: Params,
-        hyperparams: Hyperparams,
-        inner_batch: Batch,
-        *,
-        key: Array | None,
-        inner_optimizer: Any = None,
-        model_state: ModelState = None,
-    ) -> Params:
-        model_state = check_model_state(problem, model_state)
-        keys, params = split_keys(key), lax.stop_gradient(params)
-        if inner_optimizer is not None:
-            start, window = Rollout(params, None, model_state), (inner_batch, keys.inner, inner_optimizer)
-            reached, inner_batch = end_of_window(problem, start, lax.stop_gradient(hyperparams), *window)
-            params, _, model_state = reached
-
-        def slope(params: Params) -> Params:
-            return inner_gradient(problem, hyperparams)(params, inner_batch, keys.solve, model_state)[0]
+        def slope(solved: Params) -> Params:
+            return jax.grad(inner)(solved, ctx.hyperparams)
 
         def solve(matvec: MatVec, b: PyTree) -> PyTree:
             wide = tree.promote(b)
             product = lambda v: tree.promote(matvec(optax.tree.cast_like(v, b)))  # noqa: E731
-            x, _, info = solver.solve(product, wide, solver.init(wide))
-            sound = jnp.isfinite(info.residual)
-            return optax.tree.cast_like(jax.tree.map(lambda leaf: jnp.where(sound, leaf, jnp.nan), x), b)
+            x, _, info = solver.solve(LinearSystem(product, key=key), wide, solver.init(wide))
+            finite = info.status != Status.NOT_FINITE
+            return optax.tree.cast_like(jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), x), b)
 
         def tangent_solve(product: MatVec, b: PyTree) -> PyTree:
             return lax.custom_linear_solve(product, b, solve, symmetric=True)
 
-        return lax.custom_root(slope, params, lambda _slope, params: params, tangent_solve)
+        solved = unknowns.of(params)
+        return unknowns.fill(lax.custom_root(slope, solved, lambda _slope, solved: solved, tangent_solve), params)
 
-    blank = SolveInfo(jnp.zeros((), jnp.int32), jnp.zeros((), float), jnp.array(False))
-    return HypergradEstimator(problem, init, estimate, needs_rollout=False, solver_info=blank, respond=respond)
+    return Estimator(problem, init, estimate, best_response=best_response)
 
 
-def _refuse_unseen(inner: Any, outer: Any, variables: BilevelParams) -> None:
-    """Refuse leaves with a zero mixed derivative and a zero direct one, both by construction."""
-    params, hyperparams = variables
-    unmixed = dataflow.independent_leaves(curvature.mixed_vjp(inner, params, hyperparams), tree.promote(params))
-    refuse_zeros("implicit", hyperparams, unmixed, lambda h: outer(params, h)[0])
+class _Unknowns:
+    """The weights that the inner problem solves for; the others are constants, None in the trees of the solve."""
+
+    def __init__(self, ctx: Context, trainable: PyTree) -> None:
+        params = ctx.start.params
+        if trainable is not None:
+            self.marks = _spread(trainable, params)
+        elif ctx.inner_optimizer is None:
+            self.marks = jax.tree.map(lambda _: True, params)
+        else:
+            optimizer = resolve_optimizer(ctx.inner_optimizer, ctx.problem.constrain(ctx.hyperparams))
+            self.marks = jax.tree.map(lambda never: not never, _probe.untrained_leaves(optimizer, params))
+        if not any(jax.tree.leaves(self.marks)):
+            fix = "The inner problem has no unknowns: let the inner optimizer move some weights, or set trainable=."
+            raise ValueError(validate.message("at least one weight that is trained", "none", fix))
+
+    def of(self, params: Params) -> Params:
+        """Return the unknowns, None in place of the others."""
+        return jax.tree.map(lambda mark, x: x if mark else None, self.marks, params)
+
+    def fill(self, solved: Params, params: Params) -> Params:
+        """Return ``params`` with ``solved`` in the places of the unknowns."""
+        return jax.tree.map(lambda mark, new, x: new if mark else x, self.marks, solved, params)
+
+    def restrict(self, fn: Callable[..., Any], params: Params) -> Callable[..., Any]:
+        """Return ``fn`` as a function of the unknowns, the other weights as in ``params``."""
+        return lambda solved, *args: fn(self.fill(solved, params), *args)
+
+
+def _spread(trainable: PyTree, params: Params) -> PyTree:
+    try:
+        marks = jax.tree.broadcast(trainable, params)
+    except ValueError as error:
+        got = f"{jax.tree.structure(trainable)} for {jax.tree.structure(params)}"
+        fix = "Pass True, False, or the weights' structure with bools in place of subtrees."
+        raise ValueError(validate.message("trainable to be a tree prefix of params", got, fix)) from error
+    for mark in jax.tree.leaves(marks):
+        validate.flag("trainable", mark)
+    return marks
+
+
+def _warn_of_decoupled_decay(ctx: Context) -> None:
+    if ctx.inner_optimizer is None:
+        return
+    hyperparams: Hyperparams = ctx.problem.constrain(ctx.hyperparams)
+    if _probe.decays_weights(resolve_optimizer(ctx.inner_optimizer, hyperparams), ctx.start.params):
+        warnings.warn(
+            "The inner optimizer moves weights where the gradient is zero (decoupled weight decay, as in optax.adamw). "
+            "That decay is not part of the inner loss, so implicit differentiates at another optimum than training "
+            "approaches. Put the decay into the inner loss, e.g. hg.penalties.l2(params, decay), and use optax.adam.",
+            UserWarning,
+            stacklevel=2,
+        )

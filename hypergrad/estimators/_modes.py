@@ -1,7 +1,7 @@
 """Ways to differentiate what a window of steps reached: in reverse, or forward.
 
-    λ ↦ judge(λ, respond(λ)):   reverse  (∂respond)ᵀ ∂judge, backwards through the steps, any number of λ
-                                forward  one tangent ∂respond·e a hyperparameter, carried along, few λ
+    λ ↦ L_out(λ, w_K(λ)):   reverse  (∂w_K)ᵀ ∂L_out, backwards through the steps, any number of λ
+                            forward  one tangent ∂w_K·e per hyperparameter, carried along, few λ
 
 How to differentiate is a value that ``hg.unrolled`` takes.
 
@@ -19,18 +19,25 @@ import numpy as np
 from hypergrad import tree, validate
 from hypergrad.types import Array, Hyperparams, PyTree
 
-Respond: TypeAlias = Callable[[Hyperparams], PyTree]
-Judge: TypeAlias = Callable[[Hyperparams, PyTree], tuple[Array, Any]]
+__all__ = ["UnrollMode", "forward", "reverse"]
+
+Window: TypeAlias = Callable[[Hyperparams], PyTree]
+"""λ ↦ what the window reached."""
+
+OuterLoss: TypeAlias = Callable[[Hyperparams, PyTree], tuple[Array, Any]]
+"""(λ, what the window reached) ↦ (outer loss, aux)."""
 
 _MOST_FORWARD = 1_000
+_TWO_LEVELS_FROM = 50  # steps: below, what a second level saves is not worth a third forward pass
 
 
 class UnrollMode(NamedTuple):
     """How an unroll is differentiated: made by ``hg.reverse`` or ``hg.forward``.
 
     Attributes:
-      value_and_grad: ``(respond, judge, λ) -> ((value, aux), reached, gradient)`` of λ ↦ judge(λ, respond(λ)), where
-        ``respond`` gives what the window reached and ``judge`` the outer loss ``(value, aux)`` there.
+      value_and_grad: ``(run_window, outer_loss_fn, λ) -> ((value, aux), reached, gradient)`` of
+        λ ↦ outer_loss_fn(λ, run_window(λ)), where ``run_window`` gives what the window reached and ``outer_loss_fn``
+        the outer loss ``(value, aux)`` there.
       is_reverse: whether it differentiates in reverse, so that checkpoints and the mixed mode apply.
       checkpoint_every: steps between checkpoints; None for the default of the window's length, infinite for none.
       truncate: differentiate the window's last steps only, this many; None for all.
@@ -38,12 +45,22 @@ class UnrollMode(NamedTuple):
       unroll: of the scan over steps.
     """
 
-    value_and_grad: Callable[[Respond, Judge, Hyperparams], tuple[tuple[Array, Any], PyTree, Hyperparams]]
+    value_and_grad: Callable[[Window, OuterLoss, Hyperparams], tuple[tuple[Array, Any], PyTree, Hyperparams]]
     is_reverse: bool
     checkpoint_every: float | None
     truncate: int | None
     mixed: bool
     unroll: int | bool
+
+    def interval(self, length: int) -> float:
+        """Return the steps between checkpoints in a window: by default 1, and about √K from K = 50 on, dividing K."""
+        if self.checkpoint_every is not None:
+            return self.checkpoint_every
+        if length < _TWO_LEVELS_FROM:
+            return 1
+        root = math.sqrt(length)
+        near = [c for c in range(math.ceil(root / 2), math.floor(2 * root) + 1) if length % c == 0]
+        return min(near, key=lambda c: c + length // c, default=round(root))
 
 
 def reverse(
@@ -64,7 +81,7 @@ def reverse(
       mixed: take the derivative of a step's gradient by one reverse pass over one ``jvp`` of the loss, instead of
         reverse over reverse. Same values, less memory and time; ``False`` leaves all to JAX's autodiff, as models
         with ``custom_vjp`` operations get in any case.
-      unroll: of the scan over steps; on CPU a network with convolutions wants ``True`` and a short window.
+      unroll: of the scan over steps; on CPU a network with convolutions needs ``True`` and a short window to be fast.
 
     Returns:
       An ``UnrollMode``, for ``hg.unrolled(problem, mode=...)``.
@@ -90,7 +107,7 @@ def reverse(
 def forward(*, unroll: int | bool = 1) -> UnrollMode:
     """Differentiate an unroll forward, by tangents carried along: for few hyperparameters and long windows.
 
-    Cost and memory: about one forward unroll and one copy of weights and optimizer state a hyperparameter, whatever K.
+    Cost and memory: about one forward unroll and one copy of weights and optimizer state per hyperparameter.
 
     Args:
       unroll: of the scan over steps.
@@ -107,18 +124,18 @@ def forward(*, unroll: int | bool = 1) -> UnrollMode:
     return UnrollMode(_forward_value_and_grad, False, math.inf, None, False, unroll)
 
 
-def _reverse_value_and_grad(respond: Respond, judge: Judge, hyperparams: Hyperparams) -> Any:
+def _reverse_value_and_grad(run_window: Window, outer_loss_fn: OuterLoss, hyperparams: Hyperparams) -> Any:
     def outcome(hyperparams: Hyperparams) -> tuple[Array, tuple[PyTree, Any]]:
-        reached = respond(hyperparams)
-        value, aux = judge(hyperparams, reached)
+        reached = run_window(hyperparams)
+        value, aux = outer_loss_fn(hyperparams, reached)
         return value, (reached, aux)
 
     (value, (reached, aux)), gradient = jax.value_and_grad(outcome, has_aux=True)(hyperparams)
     return (value, aux), reached, gradient
 
 
-def _forward_value_and_grad(respond: Respond, judge: Judge, hyperparams: Hyperparams) -> Any:
-    """Carry one tangent a hyperparameter through the window; then pair them all with the outer loss's slope."""
+def _forward_value_and_grad(run_window: Window, outer_loss_fn: OuterLoss, hyperparams: Hyperparams) -> Any:
+    """Carry one tangent per hyperparameter through the window; then pair them with the outer loss's slope."""
     leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, hyperparams))
     count = sum(leaf.size for leaf in leaves)
     if count > _MOST_FORWARD:
@@ -132,7 +149,7 @@ def _forward_value_and_grad(respond: Respond, judge: Judge, hyperparams: Hyperpa
 
     def along(direction: list[Array]) -> tuple[list[Array], PyTree]:
         def floating(hyperparams: Hyperparams) -> tuple[list[Array], PyTree]:
-            reached = respond(hyperparams)
+            reached = run_window(hyperparams)
             return tree.split_floating(reached)[0], reached
 
         tangent = jax.tree.unflatten(structure, direction)
@@ -145,8 +162,8 @@ def _forward_value_and_grad(respond: Respond, judge: Judge, hyperparams: Hyperpa
     else:
         tangents, reached = jax.vmap(along, out_axes=(0, None))(basis)
     floats, restore = tree.split_floating(reached)
-    judged = jax.value_and_grad(lambda h, floats: judge(h, restore(floats)), argnums=(0, 1), has_aux=True)
-    (value, aux), (direct, slopes) = judged(hyperparams, floats)
+    both = jax.value_and_grad(lambda h, floats: outer_loss_fn(h, restore(floats)), argnums=(0, 1), has_aux=True)
+    (value, aux), (direct, slopes) = both(hyperparams, floats)
     indirect = jax.vmap(lambda tangents: tree.vdot(tangents, slopes))(tangents)
     parts = [part.reshape(x.shape).astype(x.dtype) for part, x in zip(jnp.split(indirect, ends), leaves, strict=True)]
     return (value, aux), reached, jax.tree.map(jnp.add, direct, jax.tree.unflatten(structure, parts))

@@ -152,3 +152,11 @@ def _gradients(weights: Params, steps: int, *, dead: bool) -> PyTree:
         return full
 
     return jax.tree.map(gradient, weights)
+
+
+def untrained_leaves(optimizer, params):
+    return jax.tree.map(lambda _: False, params)
+
+
+def decays_weights(optimizer, params):
+    return False

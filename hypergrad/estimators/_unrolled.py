@@ -1,4 +1,4 @@
-"""Unrolled differentiation: the best response is K optimizer steps, differentiated as the program that they are.
+"""Unrolled differentiation: the best response is K optimizer steps, differentiated as a program.
 
     w_{i+1}, s_{i+1} = Φ_i(w_i, s_i, λ)            dL_out(w_K, λ)/dλ  by reverse or forward mode through Φ
 
@@ -10,38 +10,24 @@ Reference: Maclaurin, Duvenaud & Adams, arXiv 1502.03492; Franceschi et al., arX
 al., arXiv 1810.10667 (truncation); Kemaev et al., arXiv 2505.00793 (mixed mode).
 """
 
-import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from hypergrad import dataflow, tree, validate
+from hypergrad import data, dataflow, tree, validate
 from hypergrad.estimators import _probe
-from hypergrad.estimators._base import Estimate, HypergradEstimator, describe_estimate, refuse_zeros
-from hypergrad.estimators._modes import Judge, UnrollMode, reverse
-from hypergrad.problem import (
-    BilevelParams,
-    BilevelProblem,
-    check_model_state,
-    check_problem,
-    check_variables,
-    evaluate_outer,
-    inner_gradient,
-)
-from hypergrad.training import (
-    Rollout,
-    Window,
-    checkpoint_interval,
-    make_window,
-    resolve_optimizer,
-    rollout,
-    split_keys,
-    split_window,
-)
-from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
+from hypergrad.estimators._modes import UnrollMode, reverse
+from hypergrad.estimators._paths import check_gradient_paths, check_outer_path
+from hypergrad.estimators._protocol import Estimate, Estimator
+from hypergrad.problem import BilevelProblem, check_problem
+from hypergrad.training import Context, Trained, outer_loss_fn, resolve_optimizer, train
+from hypergrad.types import Array, Hyperparams, Params, PyTree
+
+__all__ = ["unrolled"]
 
 
-def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> HypergradEstimator:
+def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Estimator:
     """Differentiate the outer loss through the inner steps of a window.
 
     dL_out(w_K(λ), λ)/dλ where w_K is reached by K steps of the inner optimizer, which may be a function of λ.
@@ -51,7 +37,7 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Hypergr
       mode: ``hg.reverse()`` (the default) or ``hg.forward()``.
 
     Returns:
-      A ``HypergradEstimator`` that needs an inner optimizer: an optax transformation, or a function from the
+      An ``Estimator`` that needs an inner optimizer: an optax transformation, or a function from the
       constrained hyperparameters to one. K is the leading axis of ``inner_batch``. An ``inner_state`` of None is a
       fresh one, whose dependence on λ is differentiated, too; a given one counts as independent. The estimate carries
       the weights and optimizer state that the window reached, without a second forward pass.
@@ -79,138 +65,105 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Hypergr
         fix = "Pass mode=hg.reverse() or mode=hg.forward()."
         raise TypeError(validate.message("mode to be an UnrollMode", validate.describe(mode), fix))
 
-    def estimate(
-        variables: BilevelParams,
-        inner_state: PyTree,
-        estimator_state: PyTree,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        *,
-        key: Key,
-        inner_optimizer: Any = None,
-        model_state: ModelState = None,
-    ) -> Estimate:
-        params, hyperparams = check_variables(variables)
-        keys = split_keys(validate.as_key(key))
-        start = Rollout(params, inner_state, check_model_state(problem, model_state))
-        window = make_window(inner_batch, keys.inner)
-        _check_optimizer(problem, mode, inner_optimizer, variables, window)
+    def init(_: Context) -> tuple[PyTree, PyTree]:
+        return (), ()
 
-        def respond(hyperparams: Hyperparams) -> Rollout:
-            reached = _passage(problem, mode, inner_optimizer, start, window, hyperparams)
-            # The outer loss does not see the optimizer's state: no tangent of it, finite or not, may count.
-            return reached._replace(inner_state=jax.lax.stop_gradient(reached.inner_state))
+    def differentiate(ctx: Context) -> tuple[Trained, tuple[Array, Hyperparams, Any]]:
+        outer = outer_loss_fn(ctx)
 
-        def judge(hyperparams: Hyperparams, reached: Rollout) -> tuple[Array, Any]:
-            at = BilevelParams(reached.params, hyperparams)
-            result = evaluate_outer(problem, at, outer_batch, keys.outer, reached.model_state)
-            return result.value, result.aux
+        def run_window(hyperparams: Hyperparams) -> Trained:
+            reached = _run_window(ctx, mode, hyperparams)
+            # The outer loss does not see these: no tangent of theirs, finite or not, may count.
+            apart = jax.lax.stop_gradient((reached.inner_state, reached.inner_loss))
+            return reached._replace(inner_state=apart[0], inner_loss=apart[1])
 
-        _refuse_unseen(problem, mode, inner_optimizer, start, window, hyperparams, judge)
-        (value, aux), reached, gradient = mode.value_and_grad(respond, judge, hyperparams)
-        info = describe_estimate(value, gradient, aux=aux)
-        return Estimate(
-            value, gradient, reached.params, reached.inner_state, estimator_state, reached.model_state, info
+        def outer_loss(hyperparams: Hyperparams, reached: Trained) -> tuple[Array, Any]:
+            return outer_loss_fn(ctx._replace(at=reached))(reached.params, hyperparams)
+
+        check_outer_path("unrolled", lambda w: outer(w, ctx.hyperparams)[0], ctx.start.params)
+        _check_paths(ctx, mode)
+        (value, aux), reached, hypergrad = mode.value_and_grad(run_window, outer_loss, ctx.hyperparams)
+        return reached, (value, hypergrad, aux)
+
+    def train_window(state: PyTree, ctx: Context) -> tuple[Trained, PyTree, Any]:
+        _check_optimizer(ctx, mode)
+        if ctx.due is False:
+            return train(ctx, unroll=mode.unroll), state, ()
+        if ctx.due is True:
+            reached, tape = differentiate(ctx)
+            return reached, state, tape
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: differentiate(ctx)[1]))
+        reached, tape = jax.lax.cond(
+            ctx.due, lambda: differentiate(ctx), lambda: (train(ctx, unroll=mode.unroll), blank)
         )
+        return reached, state, tape
 
-    def respond(
-        params: Params,
-        hyperparams: Hyperparams,
-        inner_batch: Batch,
-        *,
-        key: Array | None,
-        inner_optimizer: Any = None,
-        model_state: ModelState = None,
-    ) -> Params:
-        start = Rollout(params, None, check_model_state(problem, model_state))
-        window = make_window(inner_batch, split_keys(key).inner)
-        _check_optimizer(problem, mode, inner_optimizer, BilevelParams(params, hyperparams), window)
-        if mode.truncate is not None and mode.truncate < len(window.numbers):
+    def estimate(state: PyTree, ctx: Context) -> Estimate:
+        value, hypergrad, aux = ctx.tape
+        return Estimate(value, hypergrad, state, (), aux)
+
+    def best_response(ctx: Context) -> Params:
+        _check_optimizer(ctx, mode)
+        length = data.window_length(ctx.inner_batches)
+        if mode.truncate is not None and mode.truncate < length:
             fix = "The derivative in the first weights would be zero: choose a window of the steps that count."
-            got = f"truncate={mode.truncate} for {len(window.numbers)} steps"
+            got = f"truncate={mode.truncate} for {length} steps"
             raise ValueError(validate.message("best_response of an unroll that is differentiated whole", got, fix))
         # Plain autodiff: the mixed rule has no forward mode, which products of an outer solver take.
-        return _passage(problem, mode._replace(mixed=False), inner_optimizer, start, window, hyperparams).params
+        return _run_window(ctx, mode._replace(mixed=False), ctx.hyperparams).params
 
-    return HypergradEstimator(
-        problem, lambda _variables: (), estimate, needs_rollout=True, respond=respond, unroll=mode.unroll
-    )
+    return Estimator(problem, init, estimate, train=train_window, best_response=best_response)
 
 
-def _passage(
-    problem: BilevelProblem,
-    mode: UnrollMode,
-    inner_optimizer: Any,
-    start: Rollout,
-    window: Window,
-    hyperparams: Hyperparams,
-) -> Rollout:
-    """Take the window's steps, the last ``mode.truncate`` differentiably; from a fresh state where it is None."""
-
-    def steps(hyperparams: Hyperparams, start: Rollout, window: Window) -> Rollout:
-        length = len(window.numbers)
-        every = mode.checkpoint_every if mode.checkpoint_every is not None else checkpoint_interval(length)
-        gradient = inner_gradient(problem, hyperparams, mixed=mode.mixed)
-        optimizer = resolve_optimizer(inner_optimizer, problem.constrain(hyperparams))
-        if start.inner_state is None:
-            start = start._replace(inner_state=optimizer.init(start.params))
-        return rollout(gradient, optimizer, start, window, unroll=mode.unroll, checkpoint_every=every)
-
-    length = len(window.numbers)
-    if mode.truncate is None or mode.truncate >= length:
-        return steps(hyperparams, start, window)
-    head, tail = split_window(window, length - mode.truncate)
-    fixed = jax.lax.stop_gradient((hyperparams, start))
-    plain = mode._replace(mixed=False, checkpoint_every=math.inf, truncate=None)
-    before = jax.lax.stop_gradient(_passage(problem, plain, inner_optimizer, fixed[1], head, fixed[0]))
-    return steps(hyperparams, before, tail)
+def _run_window(ctx: Context, mode: UnrollMode, hyperparams: Hyperparams) -> Trained:
+    """Take the window's steps, the last ``mode.truncate`` differentiably."""
+    length, start, tail = data.window_length(ctx.inner_batches), ctx.start, None
+    if mode.truncate is not None and mode.truncate < length:
+        head, tail = slice(length - mode.truncate), slice(length - mode.truncate, None)
+        fixed, start = jax.lax.stop_gradient((hyperparams, start))
+        start = train(ctx, start=start, hyperparams=fixed, steps=head, unroll=mode.unroll)
+        start = jax.lax.stop_gradient(start)
+        length = mode.truncate
+    options: dict[str, Any] = {"mixed": mode.mixed, "checkpoint_every": mode.interval(length), "unroll": mode.unroll}
+    return train(ctx, start=start, hyperparams=hyperparams, steps=tail, **options)
 
 
-def _check_optimizer(
-    problem: BilevelProblem, mode: UnrollMode, inner_optimizer: Any, at: BilevelParams, window: Window
-) -> None:
-    if inner_optimizer is None:
+def _check_optimizer(ctx: Context, mode: UnrollMode) -> None:
+    def make(hyperparams: Hyperparams) -> Any:
+        return resolve_optimizer(ctx.inner_optimizer, ctx.problem.constrain(hyperparams))
+
+    if ctx.inner_optimizer is None:
         fix = "Pass inner_optimizer=optax.sgd(...), and batches with a leading window axis."
         raise ValueError(validate.message("an inner_optimizer for unrolled differentiation", "None", fix))
-    make = lambda h: resolve_optimizer(inner_optimizer, problem.constrain(h))  # noqa: E731
-    make(at.hyperparams)
-    steps = len(window.numbers)
-    _probe.check_differentiable(make, at.params, at.hyperparams, steps=steps, reverse=mode.is_reverse)
+    make(ctx.hyperparams)
+    steps = data.window_length(ctx.inner_batches)
+    _probe.check_differentiable(make, ctx.start.params, ctx.hyperparams, steps=steps, reverse=mode.is_reverse)
 
 
-def _refuse_unseen(
-    problem: BilevelProblem,
-    mode: UnrollMode,
-    inner_optimizer: Any,
-    start: Rollout,
-    window: Window,
-    hyperparams: Hyperparams,
-    judge: Judge,
-) -> None:
-    """Refuse leaves with no way into the steps that are differentiated, and none into the outer loss directly.
+def _check_paths(ctx: Context, mode: UnrollMode) -> None:
+    """Refuse leaves with no path into the steps that are differentiated, and none into the outer loss directly.
 
     What a cotangent of the weights reaches through one step backward is followed until it reaches nothing new.
     """
-    first, _ = split_window(window, 1)
-    given = start.inner_state is not None
+    start, hyperparams, given = ctx.start, ctx.hyperparams, ctx.start.inner_state is not None
 
     def initial(hyperparams: Hyperparams) -> PyTree:
-        return resolve_optimizer(inner_optimizer, problem.constrain(hyperparams)).init(start.params)
+        return resolve_optimizer(ctx.inner_optimizer, ctx.problem.constrain(hyperparams)).init(start.params)
 
     if not given:
         start = start._replace(inner_state=initial(hyperparams))
-    floats, restore = tree.split_floating(start)
+    floats, restore = tree.split_floating(start._replace(inner_loss=()))
 
     def step(floats: list[Array], hyperparams: Hyperparams) -> list[Array]:
-        plain = mode._replace(truncate=None, checkpoint_every=math.inf)
-        reached = _passage(problem, plain, inner_optimizer, restore(floats), first, hyperparams)
-        return tree.split_floating(reached)[0]
+        at = restore(floats)
+        reached = train(ctx, start=at, hyperparams=hyperparams, steps=slice(1), mixed=mode.mixed)
+        return tree.split_floating(reached._replace(inner_loss=()))[0]
 
     reaches = dataflow.dependence(lambda ct: jax.vjp(step, floats, hyperparams)[1](ct), floats)
-    weights, state, model_state = (len(tree.split_floating(part)[0]) for part in start)
-    carried = [True] * weights + [False] * state + [problem.stateful] * model_state
+    weights, state, model_state = (len(tree.split_floating(part)[0]) for part in start[:3])
+    carried = [True] * weights + [False] * state + [ctx.problem.stateful] * model_state
     seen = [False] * len(jax.tree.leaves(hyperparams))
-    length = len(window.numbers)
+    length = data.window_length(ctx.inner_batches)
     differentiated = min(length, mode.truncate or length)
     for _ in range(differentiated):
         found = reaches(carried)
@@ -225,7 +178,8 @@ def _refuse_unseen(
         )
         seen = _either(seen, begins(carried[weights : weights + state]))
     unseen = [i for i, mark in enumerate(seen) if not mark]
-    refuse_zeros("unrolled", hyperparams, unseen, lambda h: judge(h, start)[0])
+    outer = outer_loss_fn(ctx)
+    check_gradient_paths("unrolled", hyperparams, unseen, lambda h: outer(start.params, h)[0])
 
 
 def _either(first: list[bool], second: list[bool]) -> list[bool]:

@@ -1,18 +1,18 @@
 """The protocol of a linear solver, and what all solvers share.
 
-    solve(matvec, b, state) -> (x, state, info)          A x = b, A given by v ↦ A v
+    solve(system, b, state) -> (x, state, info)          A x = b, A given by v ↦ A v
 
-A is the Hessian of an inner loss: symmetric, positive definite near a minimum, indefinite elsewhere. A solver
-never returns NaN: where it breaks down it stops, returns its last finite iterate and says ``converged=False``.
-``residual`` is the true ‖b − A x‖/‖b‖, of the matrix with ``damping`` added where that is asked for.
+A is the Hessian of an inner loss: symmetric, positive definite near a minimum, indefinite elsewhere. x is never
+NaN: a solver that breaks down stops, returns its last accepted iterate, and reports why in ``info.status``.
 
-Vectors are trees like b in ``promote_types(leaf dtype, float32)``; nothing is raveled. The right-hand side
-is multiplied by a power of two first, which is exact, so that tiny gradients do not underflow in dot products
-and scaling A and b together changes nothing.
+Vectors are trees like b in ``promote_types(leaf dtype, float32)``; nothing is raveled. The right-hand side is
+multiplied by a power of two first, which is exact, so that small gradients do not underflow in dot products and
+scaling A and b together changes nothing.
 """
 
+import enum
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,100 +23,187 @@ from hypergrad import tree, validate
 from hypergrad.types import Array, MatVec, PyTree
 
 
-class SolveInfo(NamedTuple):
-    """What a linear solve did.
+class Status(enum.IntEnum):
+    """Why a solve ended. ``Status(int(info.status)).name`` is its printable name.
 
-    Attributes:
-      num_steps: int32 scalar, terms or iterations taken; −1 where a foreign solver does not tell.
-      residual: scalar, the true ‖b − A x‖/‖b‖; 0 where b = 0; inf where b or A x is not finite.
-      converged: bool scalar. ``residual ≤ rtol`` for cg, dense and foreign solvers; finite and below 1 for
-        neumann and identity.
+    CONVERGED: the residual is at most rtol, or at most ``tolerance`` where one is given.
+    TRUNCATED: x is finite, but the products, or the digits of the dtype, ran out first.
+    INDEFINITE: stopped at a direction of curvature that is negative, or zero to rounding.
+    DIVERGED: stopped because the error of the iteration grows.
+    NOT_FINITE: b or A x is not finite, or x overflows. x is 0 and the residual inf.
     """
 
-    num_steps: Array
+    CONVERGED = 0
+    TRUNCATED = 1
+    INDEFINITE = 2
+    DIVERGED = 3
+    NOT_FINITE = 4
+
+
+class LinearSystem(NamedTuple):
+    """The matrix A of A x = b, and what is known about it. It holds functions: close over it under ``jit``.
+
+    Attributes:
+      matvec: ``v -> A v`` on trees like b.
+      symmetric: whether A is symmetric.
+      key: random key for solvers that draw numbers, or None.
+      diagonal: ``() -> tree`` like b, an approximate diagonal of A; it returns None where none is known.
+      inner_state: the state of the inner optimizer, for preconditioners that read it, or None.
+    """
+
+    matvec: MatVec
+    symmetric: bool = True
+    key: Array | None = None
+    diagonal: Callable[[], PyTree | None] = lambda: None
+    inner_state: PyTree = None
+
+
+class SolveInfo(NamedTuple):
+    """Diagnostics of one linear solve, of the system (A + δI) x = b.
+
+    Attributes:
+      num_products: int32 scalar, products with A, set-up included; −1 where a wrapped solver does not tell.
+      residual: scalar, ‖b − (A + δI) x‖/‖b‖; 0 where b = 0, inf for ``NOT_FINITE``, NaN where not measured.
+      undamped_residual: scalar, ‖b − A x‖/‖b‖, with the same exceptions.
+      damping: scalar, δ.
+      status: int32 scalar, a ``Status``.
+    """
+
+    num_products: Array
     residual: Array
-    converged: Array
+    undamped_residual: Array
+    damping: Array
+    status: Array
+
+    @property
+    def converged(self) -> Array:
+        """Whether ``status`` is ``CONVERGED``: a bool array of the shape of ``status``."""
+        return self.status == Status.CONVERGED
 
 
 class LinearSolver(NamedTuple):
     """A solver for A x = b on pytrees, as two pure functions.
 
     Attributes:
-      init: ``init(b_like) -> solver_state``, a pytree of arrays; ``b_like`` gives structure and shapes only.
-      solve: ``solve(matvec, b, solver_state) -> (x, solver_state, SolveInfo)``.
+      init: ``init(b_like) -> state``, a pytree of arrays; ``b_like`` gives structure and shapes only.
+      solve: ``solve(system, b, state, *, tolerance=None) -> (x, state, SolveInfo)``. ``tolerance`` is absolute, on
+        ‖b − A x‖, and replaces the solver's relative one. A state that is not finite counts as a new one.
     """
 
     init: Callable[[PyTree], PyTree]
-    solve: Callable[[MatVec, PyTree, PyTree], tuple[PyTree, PyTree, SolveInfo]]
+    solve: Callable[..., tuple[PyTree, PyTree, SolveInfo]]
 
 
-ScaledSolve: TypeAlias = Callable[[MatVec, PyTree, Array, PyTree], tuple[PyTree, PyTree, Array, Array]]
-"""``(matvec, b, ‖b‖, state) -> (x, state, num_steps, ‖b − A x‖)``: what a solver's own file supplies."""
+class WarmStart(NamedTuple):
+    """State of a solver that starts from its previous solution.
+
+    Attributes:
+      solution: tree like b, the last x divided by ‖b‖; zeros at first.
+    """
+
+    solution: PyTree
+
+
+class Solution(NamedTuple):
+    """What a solver's own file returns to ``assemble``.
+
+    ``x`` and ``remainder`` may hold anything, ``state`` is finite, ``status`` says why the solver stopped. ``remainder`` is
+    the vector b − A x, ``residual`` its norm over ‖b‖; None and NaN where they are not measured.
+    """
+
+    x: PyTree
+    state: PyTree
+    num_products: Any
+    remainder: PyTree
+    residual: Any
+    status: Any = Status.TRUNCATED
+
+
+ScaledSolve: TypeAlias = Callable[[LinearSystem, PyTree, Array, PyTree, Array | None], Solution]
+"""``(system, b, ‖b‖, state, limit) -> Solution``; ``limit`` is a relative residual, None where no tolerance is given."""
 
 
 def assemble(
-    init: Callable[[PyTree], PyTree],
-    solve_scaled: ScaledSolve,
-    *,
-    damping: float = 0.0,
-    rtol: float | None = None,
+    init: Callable[[PyTree], PyTree], solve_scaled: ScaledSolve, *, damping: float = 0.0, rtol: float = 1e-5
 ) -> LinearSolver:
     """Build a ``LinearSolver`` from the solution of a well-scaled system.
 
-    Handles what is common: precision, scaling, ``damping``, b = 0, a right-hand side that is not finite
-    or a solution that overflows (x = 0, residual inf), a residual that is not a number (inf), and the verdict.
+    Handles what is common: precision, scaling, ``damping``, ``tolerance``, b = 0, states, right-hand sides and
+    solutions that are not finite, the undamped residual, and the status.
 
     Args:
       init: makes the state from a tree like b.
-      solve_scaled: solves for a b whose largest entry is about 1, or b = 0. Its x is finite (0 for b = 0), its
-        residual may be anything.
+      solve_scaled: solves for a b whose largest entry is about 1, or b = 0, and a matrix with the damping added.
       damping: δ ≥ 0; the system solved is (A + δI) x = b.
-      rtol: the residual up to which a solve counts as converged; None: any residual below 1.
+      rtol: the residual up to which a solve without ``tolerance`` counts as converged.
     """
     validate.number("damping", damping, low=0.0)
-    if rtol is not None:
-        validate.number("rtol", rtol, low=0.0)
+    validate.number("rtol", rtol, low=0.0)
 
-    def solve(matvec: MatVec, b: PyTree, state: PyTree) -> tuple[PyTree, PyTree, SolveInfo]:
+    def solve(
+        system: LinearSystem, b: PyTree, state: PyTree, *, tolerance: Any = None
+    ) -> tuple[PyTree, PyTree, SolveInfo]:
         b = tree.promote(b)
         top = tree.max_abs(b)
-        finite, present = jnp.isfinite(top), top >= jnp.finfo(top.dtype).tiny
-        power = _power_of_two(jnp.where(finite & present, top, 1.0))
+        finite = jnp.isfinite(top)
+        usable = finite & (top >= jnp.finfo(top.dtype).tiny)
+        power = _power_of_two(jnp.where(usable, top, 1.0))
         # A quotient of scalars: XLA computes it once, where it would repeat a select inside every leaf's kernel.
-        shrink = jnp.where(finite & present, 1.0, 0.0).astype(power.dtype) / power
+        shrink = jnp.where(usable, 1.0, 0.0).astype(power.dtype) / power
         b = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x * shrink.astype(x.dtype), 0.0), b)
         size = tree.norm(b)
+        state = optax.tree.where(tree.all_finite(state), state, init(b))
+        limit = None
+        if tolerance is not None:
+            validate.number("tolerance", tolerance, low=0.0)
+            limit = quotient(jnp.asarray(tolerance, size.dtype) / power, size)
 
-        x, state, num_steps, remainder = solve_scaled(_damped(matvec, b, damping), b, size, state)
-        fits = jnp.isfinite(tree.max_abs(x) * power)
-        x = tree.scale(x, jnp.where(fits, power, 0.0))
-        residual = jnp.where(size > 0, remainder / jnp.where(size > 0, size, 1.0), 0.0)
-        residual = jnp.where(finite & fits & ~jnp.isnan(residual), residual, jnp.inf)
-        converged = residual < 1.0 if rtol is None else residual <= rtol
-        return x, state, SolveInfo(num_steps.astype(jnp.int32), residual, converged)
+        damped = system._replace(matvec=_damped(system.matvec, b, damping))
+        x, state, num_products, remainder, residual, status = solve_scaled(damped, b, size, state, limit)
+        residual = undamped = jnp.where(size > 0, residual, 0.0).astype(size.dtype)
+        if remainder is not None and not _is_zero(damping):
+            undamped = quotient(tree.norm(tree.add_scaled(remainder, damping, x)), size)
+        sound = finite & jnp.isfinite(tree.max_abs(x) * power) & (status != Status.NOT_FINITE)
+        if remainder is not None:
+            sound &= jnp.isfinite(residual)
+        x = jax.tree.map(lambda leaf: jnp.where(sound, leaf * power.astype(leaf.dtype), 0.0), x)
+        residual, undamped = jnp.where(sound, residual, jnp.inf), jnp.where(sound, undamped, jnp.inf)
+        status = jnp.where(residual <= (rtol if limit is None else limit), Status.CONVERGED, status)
+        status = jnp.where(sound, status, Status.NOT_FINITE)
+        num_products, status = jnp.asarray(num_products, jnp.int32), jnp.asarray(status, jnp.int32)
+        return x, state, SolveInfo(num_products, residual, undamped, jnp.asarray(damping, size.dtype), status)
 
     return LinearSolver(init, solve)
 
 
-def _power_of_two(x: Array) -> Array:
-    """Return the power of two nearest to x > 0, kept where it and its reciprocal are normal numbers."""
-    info = jnp.finfo(x.dtype)
-    power = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=0)
-    largest = 2.0 ** (info.maxexp - 28)
-    return jnp.clip(power, 1.0 / largest, largest)
+def blank_info() -> SolveInfo:
+    """Return the info of before the first solve, as states hold it."""
+    zero = jnp.zeros((), float)
+    return SolveInfo(jnp.zeros((), jnp.int32), zero, zero, zero, jnp.asarray(Status.TRUNCATED, jnp.int32))
+
+
+def quotient(a: Any, b: Array) -> Array:
+    """Return a/b, and 0 where b is not positive; 0/0 is never computed."""
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)
 
 
 def normalized(x: PyTree, size: Array) -> PyTree:
     """Return x / ‖b‖: the form in which a solution is kept for a later solve, whose b has another size."""
-    return tree.scale(x, 1.0 / jnp.where(size > 0, size, 1.0))
+    return tree.scale(x, quotient(1.0, size))
+
+
+def measure(matvec: MatVec, b: PyTree, size: Array, x: PyTree) -> tuple[PyTree, Array]:
+    """Return b − A x and its norm over ‖b‖, by one product."""
+    remainder = tree.add_scaled(b, -1.0, matvec(x))
+    return remainder, quotient(tree.norm(remainder), size)
 
 
 class Progress(Protocol):
     """The part of a solver's loop variables that ``iterate`` reads."""
 
     @property
-    def num_steps(self) -> Array:
-        """Steps taken so far."""
+    def num_products(self) -> Array:
+        """Products taken so far, one per step."""
         ...
 
     @property
@@ -129,17 +216,17 @@ LoopVars = TypeVar("LoopVars", bound=Progress)
 
 
 def iterate(step: Callable[[LoopVars], LoopVars], start: LoopVars, *, length: int, unroll: int | bool) -> LoopVars:
-    """Apply ``step`` until ``done`` or ``length`` times; ``step`` counts ``num_steps`` itself.
+    """Apply ``step`` until ``done`` or ``length`` times; ``step`` counts ``num_products`` itself.
 
     With ``unroll=1`` a ``while_loop``: steps that are not needed cost nothing, under ``vmap`` too, and the
-    loop variables are updated in place, where a scan whose body is a ``cond`` copies them (dearer by up to a
-    fifth in time and 1.4 times in scratch memory: ``benchmarks/results/hessian_modes.md``). It has no
+    loop variables are updated in place, where a scan whose body is a ``cond`` copies them (slower by up to a
+    fifth, with 1.4 times the scratch memory: ``benchmarks/results/hessian_modes.md``). It has no
     reverse-mode derivative. With any other value a scan so unrolled, which has one, and whose steps after
     ``done`` are computed and discarded: for convolutions on CPU, which XLA runs several times slower inside a
     loop (or a ``cond``) than outside.
     """
     if unroll is not True and unroll == 1:
-        return lax.while_loop(lambda c: ~c.done & (c.num_steps < length), step, start)
+        return lax.while_loop(lambda c: ~c.done & (c.num_products < length), step, start)
     final, _ = lax.scan(lambda c, _: (optax.tree.where(c.done, c, step(c)), None), start, length=length, unroll=unroll)
     return final
 
@@ -149,12 +236,23 @@ def no_state(_: PyTree) -> PyTree:
     return ()
 
 
+def _power_of_two(x: Array) -> Array:
+    """Return the power of two nearest to x > 0, kept where it and its reciprocal are normal numbers."""
+    info = jnp.finfo(x.dtype)
+    power = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=0)
+    largest = 2.0 ** (info.maxexp - 28)
+    return jnp.clip(power, 1.0 / largest, largest)
+
+
+def _is_zero(damping: Any) -> bool:
+    return isinstance(damping, int | float) and damping == 0
+
+
 def _damped(matvec: MatVec, b: PyTree, damping: float) -> MatVec:
     def product(vector: PyTree) -> PyTree:
         result = matvec(vector)
         validate.same_structure("matvec(v)", result, "b", b)
         result = optax.tree.cast_like(result, b)
-        static_zero = isinstance(damping, int | float) and damping == 0
-        return result if static_zero else tree.add_scaled(result, damping, vector)
+        return result if _is_zero(damping) else tree.add_scaled(result, damping, vector)
 
     return product

@@ -3,143 +3,176 @@
     p = r = b;  repeat:  a = r·r / p·Ap;  x += a p;  r' = r − a Ap;  p = r' + (r'·r'/r·r) p
 
 Use it near a minimum, or with ``damping`` that makes A positive definite: it needs √κ products where the
-Neumann series needs κ, κ the condition number. Where p·Ap ≤ 0 the matrix is not positive definite: the
-iteration stops there, keeps its x, and says so. A is never squared (no normal equations).
+Neumann series needs κ, κ the condition number. A is never squared (no normal equations).
+
+A step counts if p·Ap > 10 ε λ̂ p·p, with ε the machine epsilon and λ̂ the largest |p·Ap|/p·p of the solve so far.
+Curvature below that is negative, or rounding: in a singular A a step along it has a length of 1/ε.
 
 Reference: Hestenes & Stiefel, Methods of conjugate gradients for solving linear systems, 1952; for
 hypergradients Pedregosa, Hyperparameter optimization with approximate gradient, arXiv 1602.02355.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
 from hypergrad import tree, validate
-from hypergrad.solvers._base import LinearSolver, assemble, iterate, normalized
+from hypergrad.solvers._base import (
+    LinearSolver,
+    LinearSystem,
+    Solution,
+    Status,
+    WarmStart,
+    assemble,
+    iterate,
+    measure,
+    normalized,
+    quotient,
+)
 from hypergrad.types import Array, MatVec, PyTree
 
 
-class CGState(NamedTuple):
-    """What the next solve may start from.
-
-    Attributes:
-      solution: tree like b, the last x for b scaled to unit norm; zeros at first.
-    """
-
-    solution: PyTree
-
-
 def cg(
-    max_steps: int, rtol: float = 1e-5, damping: float = 0.0, *, warm_start: bool = False, unroll: int | bool = 1
+    max_products: int, rtol: float = 1e-5, *, damping: float = 0.0, warm_start: bool = False, unroll: int | bool = 1
 ) -> LinearSolver:
     """Solve A x = b by conjugate gradients, until ‖b − A x‖ ≤ rtol·‖b‖.
 
     Args:
-      max_steps: largest number of steps, ≥ 1; each is one product with A, and steps not needed cost nothing.
-      rtol: relative residual at which to stop, ≥ 0 (0: all steps). In float32 below about 1e-6 is idle.
+      max_products: largest number of products with A, ≥ 1, one per step; those not needed cost nothing.
+      rtol: relative residual at which to stop, ≥ 0 (0: take all products). Below about 1e-6 float32 does not reach it.
       damping: δ ≥ 0, solves (A + δI) x = b.
-      warm_start: start from the previous solution, for one product more; the state then holds it.
+      warm_start: start from the previous solution, which the state then holds, if its residual is below ‖b‖. The
+        product that this takes is one of ``max_products``, which must then be at least 2; the first solve does
+        without it.
       unroll: True or an int for a scan so unrolled, in which steps after convergence are paid for
         (convolutions on CPU); 1 is a loop that stops early.
 
     Returns:
-      A ``LinearSolver``. ``residual`` is the recurrence's ‖r‖; where rounding may have moved it away from
-      ‖b − A x‖ by more than itself or ``rtol`` (large κ in float32), one more product measures it.
-      ``converged`` says residual ≤ rtol. At non-positive curvature, at the first step x = 0.
+      A ``LinearSolver``. x is the iterate of the last accepted step, which need not be the one of the smallest
+      residual: CG minimises ½ xᵀAx − bᵀx. Where curvature is not positive the status is ``INDEFINITE``, and x is 0 if
+      that is the first step. ``residual`` is the recurrence's; where rounding may have moved it away from ‖b − A x‖
+      by more than itself or ``rtol`` (large κ in float32), one product on top of ``max_products`` measures it.
 
     Raises:
-      ValueError: ``max_steps`` < 1, ``rtol`` < 0, ``damping`` < 0.
+      ValueError: ``max_products`` < 1, or < 2 with ``warm_start``; ``rtol`` < 0; ``damping`` < 0; at ``solve``, a
+        system that is not symmetric.
       TypeError: one of them is not a number.
 
-    Right if A is symmetric positive definite.
+    Valid when A is symmetric positive definite; at a singular A, when the solve ends at its rtol.
 
     >>> import jax.numpy as jnp
-    >>> solver = cg(max_steps=10)
+    >>> solver = cg(max_products=10)
     >>> b = jnp.array([2.0, 2.0])
-    >>> x, _, info = solver.solve(lambda v: 4.0 * v, b, solver.init(b))
-    >>> round(float(x[0]), 5), int(info.num_steps)
+    >>> x, _, info = solver.solve(LinearSystem(lambda v: 4.0 * v), b, solver.init(b))
+    >>> round(float(x[0]), 5), int(info.num_products)
     (0.5, 1)
 
     Reference: Pedregosa, arXiv 1602.02355.
     """
-    validate.positive_int("max_steps", max_steps)
+    validate.positive_int("max_products", max_products)
     validate.unroll(unroll)
+    if warm_start and max_products < 2:
+        fix = "A warm start takes one product itself: pass max_products=2 or more."
+        raise ValueError(validate.message("max_products to be at least 2 with warm_start", str(max_products), fix))
 
     def init(b_like: PyTree) -> PyTree:
-        return CGState(tree.promoted_zeros_like(b_like)) if warm_start else ()
+        return WarmStart(tree.promoted_zeros_like(b_like)) if warm_start else ()
 
-    def solve_scaled(matvec: MatVec, b: PyTree, size: Array, state: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
-        start = _start(matvec, b, size, state, rtol)
-        final = iterate(lambda c: _step(matvec, c, rtol * size), start, length=max_steps, unroll=unroll)
-        kept = CGState(normalized(final.solution, size)) if warm_start else ()
-        return final.solution, kept, final.num_steps, _verified(matvec, b, final, rtol * size)
+    def solve_scaled(system: LinearSystem, b: PyTree, size: Array, state: PyTree, limit: Array | None) -> Solution:
+        if not system.symmetric:
+            fix = "Use solvers.dense, or solvers.from_callable with jax.scipy.sparse.linalg.gmres or bicgstab."
+            raise ValueError(validate.message("a symmetric system for cg", "symmetric=False", fix))
+        stop = rtol if limit is None else limit
+        guess = tree.scale(state.solution, size) if warm_start else None
+        start = _start(b, size, guess, stop)
+        step = lambda c: _step(system.matvec, c, size, stop, warm=warm_start)  # noqa: E731
+        final = iterate(step, start, length=max_products, unroll=unroll)
+        remainder, residual, num_products = _verified(system.matvec, b, size, final, stop, unroll=unroll)
+        kept = WarmStart(normalized(final.x, size)) if warm_start else ()
+        return Solution(final.x, kept, num_products, remainder, residual, final.status)
 
     return assemble(init, solve_scaled, damping=damping, rtol=rtol)
 
 
 class _Krylov(NamedTuple):
-    solution: PyTree
+    x: PyTree
     remainder: PyTree
     direction: PyTree
     remainder_sq: Array
     direction_sq: Array
-    stiffest: Array  # largest Rayleigh quotient seen: a lower bound of ‖A‖
-    num_steps: Array
+    stiffest: Array  # λ̂, a lower bound of ‖A‖
+    num_products: Array
+    status: Array
+    trial: Array  # the next product measures a warm start
     done: Array
 
 
-def _start(matvec: MatVec, b: PyTree, size: Array, state: PyTree, rtol: float) -> _Krylov:
-    solution, remainder, square = tree.promoted_zeros_like(b), b, size * size
-    if isinstance(state, CGState):
-        guess = tree.scale(state.solution, size)
-        left = tree.add_scaled(b, -1.0, matvec(guess))
-        better = tree.vdot(left, left) < square
-        solution, remainder = optax.tree.where(better, (guess, left), (solution, b))
-        square = tree.vdot(remainder, remainder)
-    zero = jnp.zeros_like(size)
-    done = _small(square, rtol * size)
-    return _Krylov(solution, remainder, remainder, square, square, zero, jnp.zeros((), jnp.int32), done)
+def _start(b: PyTree, size: Array, guess: PyTree | None, stop: Any) -> _Krylov:
+    square, direction, direction_sq, trial = size * size, b, size * size, jnp.array(False)
+    if guess is not None:
+        guess_sq = tree.vdot(guess, guess)
+        trial = guess_sq > 0
+        direction, direction_sq = optax.tree.where(trial, (guess, guess_sq), (b, square))
+    zero, status = jnp.zeros((), jnp.int32), jnp.asarray(Status.TRUNCATED, jnp.int32)
+    done = (size == 0) | (~trial & (stop >= 1.0))
+    x, stiffest = tree.promoted_zeros_like(b), jnp.zeros_like(size)
+    return _Krylov(x, b, direction, square, direction_sq, stiffest, zero, status, trial, done)
 
 
-def _step(matvec: MatVec, c: _Krylov, tolerance: Array) -> _Krylov:
+def _step(matvec: MatVec, c: _Krylov, size: Array, stop: Any, *, warm: bool) -> _Krylov:
     image = matvec(c.direction)
     curvature = tree.vdot(c.direction, image)
-    length = c.remainder_sq / jnp.where(curvature > 0, curvature, 1.0)
-    # At a breakdown the step has length 0: x stays, and what is NaN in the remainder is never used.
-    sound = (curvature > 0) & jnp.isfinite(length * jnp.sqrt(c.direction_sq))
-    length = jnp.where(sound, length, 0.0)
-    solution = tree.add_scaled(c.solution, length, c.direction)
+    rayleigh = quotient(curvature, c.direction_sq)
+    stiffest = jnp.maximum(c.stiffest, jnp.abs(rayleigh))
+    length = quotient(c.remainder_sq, curvature)
+    finite = jnp.isfinite(curvature) & jnp.isfinite(length * jnp.sqrt(c.direction_sq))
+    epsilon = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(c.direction))
+    accepted = finite & (rayleigh > 10 * epsilon * stiffest)
+    length = jnp.where(accepted, length, 0.0)  # x and r stay where the step is not accepted
+    if warm:  # a warm start is tried as a step from 0 to it, after which the iteration begins anew
+        left = tree.add_scaled(c.remainder, -1.0, image)
+        better = tree.vdot(left, left) < c.remainder_sq
+        length = jnp.where(c.trial, better.astype(length.dtype), length)
+        accepted = jnp.where(c.trial, finite, accepted)
+    x = tree.add_scaled(c.x, length, c.direction)
     remainder = tree.add_scaled(c.remainder, -length, image)
-    size = jnp.where(sound, tree.vdot(remainder, remainder), c.remainder_sq)
-    ratio = size / c.remainder_sq
+    square = tree.vdot(remainder, remainder)
+    ratio = jnp.where(c.trial, 0.0, quotient(square, c.remainder_sq))
+    # A square that underflows would make the next quotients meaningless.
+    small = (quotient(jnp.sqrt(square), size) <= stop) | (square <= jnp.finfo(square.dtype).tiny / epsilon)
     return _Krylov(
-        solution,
+        x,
         remainder,
         tree.add_scaled(remainder, ratio, c.direction),
-        size,
-        size + ratio * ratio * c.direction_sq,  # new remainder ⟂ old direction
-        jnp.maximum(c.stiffest, jnp.where(sound, curvature / c.direction_sq, 0.0)),
-        c.num_steps + 1,
-        ~sound | ~jnp.isfinite(size) | _small(size, tolerance),
+        square,
+        square + ratio * ratio * c.direction_sq,  # new remainder ⟂ old direction
+        stiffest,
+        c.num_products + 1,
+        jnp.where(accepted, c.status, jnp.where(finite, Status.INDEFINITE, Status.NOT_FINITE)),
+        jnp.zeros_like(c.trial),
+        ~accepted | ~jnp.isfinite(square) | small,
     )
 
 
-def _verified(matvec: MatVec, b: PyTree, final: _Krylov, tolerance: Array) -> Array:
-    """Return ‖b − A x‖, by one more product only where rounding may have spoilt the recurrence.
+def _verified(
+    matvec: MatVec, b: PyTree, size: Array, final: _Krylov, stop: Any, *, unroll: int | bool
+) -> tuple[PyTree, Array, Array]:
+    """Return b − A x, its relative norm and the number of products: one more where the recurrence may be wrong.
 
     The two drift apart by at most about (steps)·ε·‖A‖·max‖x‖ (Greenbaum 1997), and ‖x‖ grows with the steps.
     """
-    residual = jnp.sqrt(final.remainder_sq)
-    epsilon = jnp.finfo(residual.dtype).eps
-    drift = final.num_steps.astype(residual.dtype) * epsilon * final.stiffest * tree.norm(final.solution)
+    residual = quotient(jnp.sqrt(final.remainder_sq), size)
+    rounding = final.num_products.astype(size.dtype) * jnp.finfo(size.dtype).eps
+    drift = rounding * quotient(tree.norm(tree.scale(final.x, final.stiffest)), size)
+    needed = drift > jnp.maximum(residual, stop)
+    start = final.remainder, residual, final.num_products, needed
 
-    def measure() -> Array:
-        return tree.norm(tree.add_scaled(b, -1.0, matvec(final.solution)))
+    def again(c: tuple[PyTree, Array, Array, Array]) -> tuple[PyTree, Array, Array, Array]:
+        return *measure(matvec, b, size, final.x), c[2] + 1, jnp.zeros_like(needed)
 
-    return lax.cond(drift > jnp.maximum(residual, tolerance), measure, lambda: residual)
-
-
-def _small(square: Array, tolerance: Array) -> Array:
-    return (jnp.sqrt(square) <= tolerance) | (square == 0)
+    if unroll is not True and unroll == 1:  # a loop of one round, which ``vmap`` does not run for all
+        return lax.while_loop(lambda c: c[3], again, start)[:3]
+    return lax.cond(needed, again, lambda c: c, start)[:3]

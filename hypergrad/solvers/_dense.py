@@ -1,4 +1,4 @@
-"""The oracle: write A down, one column a product, and factorise it.
+"""The reference solver: write A down, one column per product, and factorise it.
 
     A = [matvec(e₁) … matvec(eₙ)]           x = A⁻¹ b by LU with partial pivoting
 
@@ -8,12 +8,11 @@ the one solver that ravels its vectors.
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.flatten_util import ravel_pytree
 
-from hypergrad import tree, validate
-from hypergrad.solvers._base import LinearSolver, assemble, no_state
-from hypergrad.types import Array, MatVec, PyTree
+from hypergrad import validate
+from hypergrad.solvers._base import LinearSolver, LinearSystem, Solution, assemble, no_state, quotient
+from hypergrad.types import Array, PyTree
 
 _LARGEST = 10_000
 
@@ -26,36 +25,36 @@ def dense(rtol: float = 1e-5, *, damping: float = 0.0) -> LinearSolver:
       damping: δ ≥ 0, solves (A + δI) x = b.
 
     Returns:
-      A ``LinearSolver``; ``num_steps`` is n. For a singular A, where the solution is not finite: x = 0 and
-      ``converged=False``.
+      A ``LinearSolver``; ``num_products`` is n. For a singular A, where the solution is not finite, x is 0 and the
+      status ``NOT_FINITE``.
 
     Raises:
       ValueError: more than 10,000 unknowns (n² memory), ``rtol`` < 0, ``damping`` < 0.
 
-    Right for any invertible A, symmetric or not, definite or not.
+    Valid when A is invertible, symmetric or not, definite or not.
 
     >>> import jax.numpy as jnp
     >>> b = jnp.array([2.0, 3.0])
-    >>> x, _, _ = dense().solve(lambda v: jnp.array([2.0, -1.0]) * v, b, ())
+    >>> x, _, _ = dense().solve(LinearSystem(lambda v: jnp.array([2.0, -1.0]) * v), b, ())
     >>> [round(float(v), 6) for v in x]
     [1.0, -3.0]
 
     Reference: Golub & Van Loan, Matrix Computations, 3.4.
     """
 
-    def solve_scaled(matvec: MatVec, b: PyTree, _: Array, state: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
+    def solve_scaled(system: LinearSystem, b: PyTree, size: Array, state: PyTree, _: Array | None) -> Solution:
         flat, unravel = ravel_pytree(b)
         if flat.size > _LARGEST:
             fix = "Use solvers.cg or solvers.neumann, which need no matrix."
             raise ValueError(validate.message(f"at most {_LARGEST} unknowns for dense", str(flat.size), fix))
 
         def column(e: Array) -> Array:
-            return ravel_pytree(matvec(unravel(e)))[0]
+            return ravel_pytree(system.matvec(unravel(e)))[0]
 
-        columns = jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=min(64, flat.size))
-        solution = unravel(jnp.linalg.solve(columns.T, flat))
-        solution = optax.tree.where(tree.all_finite(solution), solution, tree.promoted_zeros_like(b))
-        residual = tree.norm(tree.add_scaled(b, -1.0, matvec(solution)))
-        return solution, state, jnp.asarray(flat.size, jnp.int32), residual
+        matrix = jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=min(64, flat.size)).T
+        x = jnp.linalg.solve(matrix, flat)
+        remainder = flat - jnp.matmul(matrix, x, precision="highest")
+        residual = quotient(jnp.linalg.norm(remainder), size)
+        return Solution(unravel(x), state, flat.size, unravel(remainder), residual)
 
     return assemble(no_state, solve_scaled, damping=damping, rtol=rtol)

@@ -1,29 +1,17 @@
-"""Anybody else's linear solver behind this library's protocol.
+"""Any other linear solver behind this library's protocol.
 
     x = solve(matvec, b, x0)           residual ‖b − A x‖/‖b‖ measured here, by one product
 
-Use it for ``jax.scipy.sparse.linalg``, lineax, or a preconditioned solver of one's own.
+Use it for ``jax.scipy.sparse.linalg``, lineax, or a preconditioned solver of your own.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
-import jax.numpy as jnp
 import optax
 
 from hypergrad import tree, validate
-from hypergrad.solvers._base import LinearSolver, assemble, normalized
+from hypergrad.solvers._base import LinearSolver, LinearSystem, Solution, WarmStart, assemble, measure, normalized
 from hypergrad.types import Array, MatVec, PyTree
-
-
-class ForeignState(NamedTuple):
-    """What the next solve may start from.
-
-    Attributes:
-      solution: tree like b, the last finite x for b scaled to unit norm; zeros at first.
-    """
-
-    solution: PyTree
 
 
 def from_callable(
@@ -40,22 +28,21 @@ def from_callable(
         ``warm_start`` the last solution.
       rtol: relative residual up to which the solve counts as converged; give ``solve`` its own tolerance.
       damping: δ ≥ 0; ``matvec`` is then v ↦ A v + δ v.
-      warm_start: keep the last solution in the state and pass it as ``x0``.
+      warm_start: keep the last finite solution in the state and pass it as ``x0``.
 
     Returns:
-      A ``LinearSolver``; ``num_steps`` is −1 (not known). Where x is not finite: ``x0`` instead, and
-      ``converged=False``.
+      A ``LinearSolver``; ``num_products`` is −1 (not known). The residual is measured, by one more product.
 
     Raises:
       TypeError: ``solve`` is not callable.
       ValueError: x has another structure than b, for instance because ``solve`` returns ``(x, info)``.
 
-    Right as far as ``solve`` is; ``residual`` tells.
+    Valid when ``solve`` is; ``residual`` tells.
 
     >>> import jax, jax.numpy as jnp
     >>> gmres = from_callable(lambda A, b, x0: jax.scipy.sparse.linalg.gmres(A, b, x0)[0])
     >>> b = jnp.array([1.0, 2.0])
-    >>> x, _, info = gmres.solve(lambda v: 2.0 * v, b, gmres.init(b))
+    >>> x, _, info = gmres.solve(LinearSystem(lambda v: 2.0 * v), b, gmres.init(b))
     >>> [round(float(v), 5) for v in x]
     [0.5, 1.0]
 
@@ -66,20 +53,15 @@ def from_callable(
         raise TypeError(validate.message("solve to be callable", validate.describe(solve), fix))
 
     def init(b_like: PyTree) -> PyTree:
-        return ForeignState(tree.promoted_zeros_like(b_like)) if warm_start else ()
+        return WarmStart(tree.promoted_zeros_like(b_like)) if warm_start else ()
 
-    def solve_scaled(matvec: MatVec, b: PyTree, size: Array, state: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
-        start = tree.promoted_zeros_like(b)
-        if isinstance(state, ForeignState):
-            start = tree.scale(state.solution, size)
-        answer = solve(matvec, b, start)
-        validate.same_structure("the solution x of the wrapped solver", answer, "b", b)
-        answer = optax.tree.cast_like(answer, b)
-        finite = tree.all_finite(answer)
-        solution = optax.tree.where(finite, answer, start)
-        residual = tree.norm(tree.add_scaled(b, -1.0, matvec(solution)))
-        residual = jnp.where(finite, residual, jnp.inf)
-        kept = ForeignState(normalized(solution, size)) if warm_start else ()
-        return solution, kept, jnp.asarray(-1, jnp.int32), residual
+    def solve_scaled(system: LinearSystem, b: PyTree, size: Array, state: PyTree, _: Array | None) -> Solution:
+        start = tree.scale(state.solution, size) if warm_start else tree.promoted_zeros_like(b)
+        x = solve(system.matvec, b, start)
+        validate.same_structure("the solution x of the wrapped solver", x, "b", b)
+        x = optax.tree.cast_like(x, b)
+        if warm_start:
+            state = WarmStart(normalized(optax.tree.where(tree.all_finite(x), x, start), size))
+        return Solution(x, state, -1, *measure(system.matvec, b, size, x))
 
     return assemble(init, solve_scaled, damping=damping, rtol=rtol)

@@ -2,8 +2,7 @@
 
     x = b
 
-Use it as the cheapest baseline: right up to scale where the Hessian is close to a multiple of I, biased
-otherwise. Its residual shows how far it is from a solution.
+Use it as the cheapest baseline: correct up to scale where the Hessian is close to a multiple of I, biased otherwise.
 
 Reference: Luketina, Berglund, Greff & Raiko, Scalable gradient-based tuning of continuous regularization
 hyperparameters, arXiv 1511.06727.
@@ -11,33 +10,28 @@ hyperparameters, arXiv 1511.06727.
 
 import jax.numpy as jnp
 
-from hypergrad import tree
-from hypergrad.solvers._base import LinearSolver, assemble, no_state
-from hypergrad.types import Array, MatVec, PyTree
+from hypergrad.solvers._base import LinearSolver, LinearSystem, Solution, assemble, no_state
+from hypergrad.types import Array, PyTree
 
 
 def identity() -> LinearSolver:
-    """Return b itself: x = b, the first Neumann term with step 1.
-
-    Costs one product with A, which serves ``residual`` = ‖b − A b‖/‖b‖ alone; compiled code that does not
-    use the residual does not compute it.
+    """Return b itself: x = b, the first Neumann term with step 1, without a product with A.
 
     Returns:
-      A ``LinearSolver``; ``num_steps`` 0, ``converged`` says residual < 1.
+      A ``LinearSolver`` whose residual is not measured: NaN, with status ``TRUNCATED``.
 
-    Right only if A = I; a descent direction more often than that.
+    Valid when A = I; often a descent direction otherwise.
 
     >>> import jax.numpy as jnp
     >>> b = jnp.array([3.0])
-    >>> x, _, info = identity().solve(lambda v: 0.5 * v, b, ())
-    >>> float(x[0]), float(info.residual)
-    (3.0, 0.5)
+    >>> x, _, info = identity().solve(LinearSystem(lambda v: 0.5 * v), b, ())
+    >>> float(x[0]), int(info.num_products), float(info.residual)
+    (3.0, 0, nan)
 
     Reference: Luketina et al., arXiv 1511.06727.
     """
 
-    def solve_scaled(matvec: MatVec, b: PyTree, size: Array, state: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
-        remainder = tree.norm(tree.add_scaled(b, -1.0, matvec(b)))
-        return b, state, jnp.zeros_like(size, jnp.int32), remainder
+    def solve_scaled(_: LinearSystem, b: PyTree, __: Array, state: PyTree, ___: Array | None) -> Solution:
+        return Solution(b, state, 0, None, jnp.nan)
 
     return assemble(no_state, solve_scaled)

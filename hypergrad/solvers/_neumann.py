@@ -12,13 +12,22 @@ Reference: Lorraine, Vicol & Duvenaud, Optimizing millions of hyperparameters by
 arXiv 1911.02590.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
 
 from hypergrad import tree, validate
-from hypergrad.solvers._base import LinearSolver, assemble, iterate, normalized
+from hypergrad.solvers._base import (
+    LinearSolver,
+    LinearSystem,
+    Solution,
+    Status,
+    assemble,
+    iterate,
+    normalized,
+    quotient,
+)
 from hypergrad.types import Array, MatVec, PyTree
 
 _FIRST_POWER_STEPS, _WARM_POWER_STEPS = 12, 2
@@ -44,7 +53,7 @@ def neumann(
     x = α Σ_{k=0}^{K−1} (I − αA)ᵏ b, at K products with A; the last product gives the residual.
 
     Args:
-      num_terms: K ≥ 1, the number of terms.
+      num_terms: K ≥ 1, the number of terms. Only a solve with a ``tolerance`` takes fewer, as soon as it meets it.
       step_size: α > 0, in units of 1/A. None: 1/λ̂, λ̂ an estimate of A's largest |eigenvalue| by power
         iterations, 12 products at the first solve and 2 at each later one, which start from the direction
         kept in the solver's state and so follow an A that changes. λ̂ ≤ |λ|max; the series still converges
@@ -54,17 +63,19 @@ def neumann(
       unroll: True or an int for a scan so unrolled (convolutions on CPU); 1 is a loop that stops early.
 
     Returns:
-      A ``LinearSolver``. ``num_steps`` is the number of terms, ``converged`` says residual < 1. Where the
-      residual passes 1000 or is not finite the series is cut there and ``converged`` is False.
+      A ``LinearSolver``. ``num_products`` counts the terms and the power iterations. ``CONVERGED`` means a residual of
+      at most 1e-5 (or ``tolerance``). Where the residual passes 1000 the series is cut there, with status ``DIVERGED``.
 
     Raises:
       ValueError: ``num_terms`` < 1, ``step_size`` ≤ 0, ``damping`` < 0.
       TypeError: one of them is not a number.
 
+    Valid when 0 < α λ < 2 for every eigenvalue λ of A + δI; ``residual`` tells how far the sum is from its limit.
+
     >>> import jax.numpy as jnp
     >>> solver = neumann(num_terms=3, step_size=0.5)
     >>> b = jnp.array([1.0])
-    >>> x, _, info = solver.solve(lambda v: v, b, solver.init(b))    # 0.5 (1 + 0.5 + 0.25)
+    >>> x, _, info = solver.solve(LinearSystem(lambda v: v), b, solver.init(b))    # 0.5 (1 + 0.5 + 0.25)
     >>> float(x[0]), float(info.residual)
     (0.875, 0.125)
 
@@ -78,50 +89,54 @@ def neumann(
     def init(b_like: PyTree) -> PyTree:
         return () if step_size is not None else NeumannState(tree.promoted_zeros_like(b_like))
 
-    def solve_scaled(matvec: MatVec, b: PyTree, size: Array, state: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
-        if step_size is not None:
-            total = _series(matvec, b, size, jnp.asarray(step_size), num_terms, unroll)
-            return total.solution, state, total.num_steps, total.remainder
-        direction, top = _power(matvec, normalized(b, size), state.direction, unroll)
-        alpha = jnp.where(top > 0, 1.0 / jnp.where(top > 0, top, 1.0), 0.0)
-        total = _series(matvec, b, size, alpha, num_terms, unroll)
-        missed = total.overshot & jnp.isfinite(total.remainder) & (total.remainder > size)
-        direction = optax.tree.where(missed, normalized(total.term, total.remainder), direction)
-        return total.solution, NeumannState(direction), total.num_steps, total.remainder
+    def solve_scaled(system: LinearSystem, b: PyTree, size: Array, state: PyTree, limit: Array | None) -> Solution:
+        stop = -1.0 if limit is None else limit  # −1: take all terms
+        alpha, num_set_up, direction = step_size, 0, None
+        if step_size is None:
+            power = _power(system.matvec, normalized(b, size), state.direction, unroll)
+            alpha, num_set_up, direction = quotient(1.0, power.top), power.num_products, power.direction
+        total = _series(system.matvec, b, size, alpha, stop, num_terms, unroll)
+        if step_size is None:
+            missed = total.overshot & jnp.isfinite(total.residual) & (total.residual > 1.0)
+            state = NeumannState(optax.tree.where(missed, normalized(total.term, total.residual * size), direction))
+        status = jnp.where(total.residual > _DIVERGED, Status.DIVERGED, Status.TRUNCATED)
+        return Solution(total.x, state, num_set_up + total.num_products, total.term, total.residual, status)
 
     return assemble(init, solve_scaled, damping=damping)
 
 
 class _Sum(NamedTuple):
     term: PyTree
-    solution: PyTree
-    num_steps: Array
-    remainder: Array
+    x: PyTree
+    num_products: Array
+    residual: Array
     overshot: Array
     done: Array
 
 
-def _series(matvec: MatVec, b: PyTree, size: Array, alpha: Array, num_terms: int, unroll: int | bool) -> _Sum:
+def _series(matvec: MatVec, b: PyTree, size: Array, alpha: Any, stop: Any, num_terms: int, unroll: int | bool) -> _Sum:
     def step(c: _Sum) -> _Sum:
-        solution = tree.add_scaled(c.solution, alpha, c.term)
+        x = tree.add_scaled(c.x, alpha, c.term)
         term = tree.add_scaled(c.term, -alpha, matvec(c.term))
-        remainder = tree.norm(term)
+        residual = quotient(tree.norm(term), size)
         # Past α λ = 2 a term turns round at each step; along negative curvature it grows without turning.
         overshot = tree.vdot(term, c.term) < 0
-        return _Sum(term, solution, c.num_steps + 1, remainder, overshot, ~(remainder <= _DIVERGED * size))
+        return _Sum(term, x, c.num_products + 1, residual, overshot, ~(residual <= _DIVERGED) | (residual <= stop))
 
-    start = _Sum(b, tree.promoted_zeros_like(b), jnp.zeros((), jnp.int32), size, jnp.array(False), size == 0)
+    residual = quotient(size, size)
+    done = (size == 0) | (residual <= stop)
+    start = _Sum(b, tree.promoted_zeros_like(b), jnp.zeros((), jnp.int32), residual, jnp.array(False), done)
     return iterate(step, start, length=num_terms, unroll=unroll)
 
 
 class _Power(NamedTuple):
     direction: PyTree
     top: Array
-    num_steps: Array
+    num_products: Array
     done: Array
 
 
-def _power(matvec: MatVec, unit: PyTree, direction: PyTree, unroll: int | bool) -> tuple[PyTree, Array]:
+def _power(matvec: MatVec, unit: PyTree, direction: PyTree, unroll: int | bool) -> _Power:
     """Return a unit vector and ‖A v‖ at the last one: at most |λ|max, and growing from step to step."""
     cold = tree.norm(direction) == 0
     steps = jnp.where(cold, _FIRST_POWER_STEPS, _WARM_POWER_STEPS)
@@ -136,13 +151,7 @@ def _power(matvec: MatVec, unit: PyTree, direction: PyTree, unroll: int | bool) 
         top = peak * length
         usable = jnp.isfinite(top) & (top > 0)
         moved = optax.tree.where(usable, normalized(image, length), c.direction)
-        return _Power(moved, jnp.where(usable, top, 0.0), c.num_steps + 1, ~usable | (c.num_steps + 1 >= steps))
+        return _Power(moved, jnp.where(usable, top, 0.0), c.num_products + 1, ~usable | (c.num_products + 1 >= steps))
 
-    start = _Power(
-        normalized(mixed, size),
-        jnp.zeros_like(size),
-        jnp.zeros((), jnp.int32),
-        size == 0,
-    )
-    final = iterate(step, start, length=_FIRST_POWER_STEPS, unroll=unroll)
-    return final.direction, final.top
+    start = _Power(normalized(mixed, size), jnp.zeros_like(size), jnp.zeros((), jnp.int32), size == 0)
+    return iterate(step, start, length=_FIRST_POWER_STEPS, unroll=unroll)

@@ -1,0 +1,153 @@
+"""The guard: one outer step is taken whole or not at all, whatever the method.
+
+    skip, the first reason counts:    L_out, L_in not finite;  a solve diverged or has residual > max_residual;
+                                      dL_out/dλ, the new λ, the new outer state, the estimator's state not finite
+
+On a skip the hyperparameters and the outer optimizer's state keep their values. The estimator's state is that after
+``advance``; a skip for the solve keeps the new solver state where it is finite, because undoing it would repeat the
+same cold solve at the next outer step.
+"""
+
+import enum
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hypergrad import tree, validate
+from hypergrad.estimators import Estimate
+from hypergrad.solvers import SolveInfo, Status
+from hypergrad.types import Array, PyTree
+
+__all__ = ["Guard", "HypergradInfo", "SkipReason", "first_reason", "guard", "keeps_state", "reasons_of_estimate"]
+
+
+class SkipReason(enum.IntEnum):
+    """Why an outer step was skipped: ``hg.SkipReason(int(info.skip_reason)).name``. The first that holds counts."""
+
+    NONE = 0
+    OUTER_LOSS = 1
+    INNER_LOSS = 2
+    SOLVE = 3
+    HYPERGRAD = 4
+    HYPERPARAMS = 5
+    OUTER_STATE = 6
+    ESTIMATOR_STATE = 7
+    NO_OUTER_BATCH = 8
+
+
+class Guard(NamedTuple):
+    """When an outer step is skipped. Made by ``hg.guard``.
+
+    Attributes:
+      max_residual: largest relative residual of a linear solve whose outer step is taken.
+      inner: whether inner steps that are not finite are dropped, too.
+    """
+
+    max_residual: float
+    inner: bool
+
+
+class HypergradInfo(NamedTuple):
+    """Diagnostics of the last outer step that was due, for logging. Structure and dtypes are fixed.
+
+    Attributes:
+      step: int32 scalar, the number (from 1) of the ``update`` call that made it; −1 before the first, and in
+        functional calls.
+      outer_loss: scalar, the outer loss at the trained weights.
+      inner_loss: scalar, the inner loss of the last inner step; NaN where it is unknown: with given gradients (unless
+        ``update`` got ``value=``), and in functional calls without an optimizer.
+      hypergrad_norm: scalar, Euclidean norm of the hypergradient over all leaves.
+      skip_reason: int32 scalar, a ``SkipReason``: 0 where the step was taken.
+      num_skipped: int32 scalar, outer steps skipped so far.
+      method: diagnostics of the estimator; the ``SolveInfo`` for ``implicit``.
+      state: the estimator's state for the next call, of functional calls; () in ``bilevel``.
+      aux: what the outer loss returned as aux, of functional calls; () in ``bilevel`` and without ``has_aux``.
+    """
+
+    step: Array
+    outer_loss: Array
+    inner_loss: Array
+    hypergrad_norm: Array
+    skip_reason: Array
+    num_skipped: Array
+    method: PyTree
+    state: PyTree = ()
+    aux: Any = ()
+
+    @property
+    def skipped(self) -> Array:
+        """Whether the outer step was skipped: bool scalar."""
+        return self.skip_reason > 0
+
+    @property
+    def solver(self) -> Any:
+        """The first ``SolveInfo`` in ``method``; () for methods without a linear solve."""
+        return next(iter(solves_in(self.method)), ())
+
+
+def guard(max_residual: float = 3.0, *, inner: bool = False) -> Guard:
+    """Skip outer steps that would spoil the hyperparameters.
+
+    A step is skipped, counted in ``info.num_skipped`` and named in ``info.skip_reason`` where the outer loss, the inner
+    loss, the hypergradient, the new hyperparameters or the new states are not finite, or a linear solve diverged, is
+    not finite or has ‖b − Ax‖/‖b‖ > ``max_residual``. A residual that was not measured (NaN) passes.
+
+    Args:
+      max_residual: > 0; ``math.inf`` for no limit. Residuals above 1 are normal for a few CG products: CG minimises
+        the error in another norm.
+      inner: drop inner steps, too, whose loss, gradient or model state is not finite. Costs about a tenth of a short
+        step; ``optax.apply_if_finite`` around the inner optimizer does as much for gradients.
+
+    Returns:
+      A ``Guard``, for ``hg.bilevel(..., guard=...)``; ``guard=None`` there takes every step.
+
+    Raises:
+      TypeError: an argument of the wrong kind.
+      ValueError: ``max_residual`` ≤ 0.
+
+    >>> guard(max_residual=1.0).inner
+    False
+    """
+    if max_residual != math.inf:
+        validate.number("max_residual", max_residual, low=0.0, strict=True)
+    validate.flag("inner", inner)
+    return Guard(float(max_residual), inner)
+
+
+def solves_in(info: PyTree) -> list[SolveInfo]:
+    """Return every ``SolveInfo`` in a method's info."""
+    leaves = jax.tree.leaves(info, is_leaf=lambda x: isinstance(x, SolveInfo))
+    return [leaf for leaf in leaves if isinstance(leaf, SolveInfo)]
+
+
+def reasons_of_estimate(
+    guard: Guard, estimate: Estimate, size: Array, inner_loss: Any, *, loss_known: bool
+) -> list[tuple[Array, SkipReason]]:
+    """Return the conditions that an estimate itself must pass; ``size`` is the norm of its hypergradient."""
+    bad_solve = jnp.array(False)
+    for solve in solves_in(estimate.info):
+        bad_status = (solve.status == Status.DIVERGED) | (solve.status == Status.NOT_FINITE)
+        bad_solve = bad_solve | bad_status | (solve.residual > guard.max_residual)
+    bad_inner = [(~jnp.isfinite(inner_loss), SkipReason.INNER_LOSS)] if loss_known else []
+    return [
+        (~jnp.isfinite(estimate.value), SkipReason.OUTER_LOSS),
+        *bad_inner,
+        (bad_solve, SkipReason.SOLVE),
+        (~jnp.isfinite(size), SkipReason.HYPERGRAD),
+    ]
+
+
+def first_reason(reasons: Sequence[tuple[Array, SkipReason]]) -> Array:
+    """Return the first reason that holds, or NONE, as int32."""
+    result = jnp.array(SkipReason.NONE, jnp.int32)
+    for bad, reason in reversed(reasons):
+        result = jnp.where(bad, jnp.array(reason, jnp.int32), result)
+    return result
+
+
+def keeps_state(reason: Array, new: PyTree, advanced: PyTree) -> Array:
+    """Return whether the state that ``estimate`` returned is kept, else that after ``advance``."""
+    return (reason == SkipReason.NONE) | ((reason == SkipReason.SOLVE) & ~tree.newly_bad(new, advanced))

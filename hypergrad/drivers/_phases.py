@@ -1,0 +1,67 @@
+"""The phases of one call, for every driver: train, advance, estimate."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from hypergrad import tree, validate
+from hypergrad.drivers._guard import Guard
+from hypergrad.estimators import Estimate, Estimator
+from hypergrad.training import Context, train_with_updates
+from hypergrad.types import Array, Params, PyTree
+
+__all__ = ["check_estimator", "estimate", "train_and_advance"]
+
+
+def check_estimator(estimator: Any, guard: Any) -> None:
+    """Refuse anything but an ``Estimator`` and a ``Guard`` or None."""
+    if not isinstance(estimator, Estimator):
+        fix = "Pass e.g. hg.implicit(problem, hg.solvers.neumann(20))."
+        raise TypeError(validate.message("an Estimator", validate.describe(estimator), fix))
+    if not (guard is None or isinstance(guard, Guard)):
+        fix = "Pass guard=hg.guard(), or None to take every outer step."
+        raise TypeError(validate.message("guard to be a Guard or None", validate.describe(guard), fix))
+
+
+def train_and_advance(
+    estimator: Estimator, guard: Guard | None, state: PyTree, ctx: Context, grads: Params = None
+) -> tuple[PyTree, Context, Params, Array]:
+    """Take the inner steps and advance the estimator's state: what happens on every call.
+
+    Returns:
+      The state, ``ctx`` with ``at`` and ``tape``, the updates of the weights, and whether the state had to return to
+      the call's start because it was not finite.
+    """
+    new, updates = state, None
+    if estimator.train is not None:
+        at, new, tape = estimator.train(state, ctx)
+        ctx = ctx._replace(at=at, tape=tape)
+    elif ctx.inner_optimizer is not None:
+        at, updates = train_with_updates(ctx, grads=grads)
+        ctx = ctx._replace(at=at)
+    if estimator.advance is not None:
+        new = estimator.advance(new, ctx)
+    lost = jnp.array(False)
+    if estimator.train is not None or estimator.advance is not None:
+        new = same_form("the estimator's state after train and advance", new, state)
+        if guard is not None:
+            lost = tree.newly_bad(new, state)
+            new = optax.tree.where(lost, state, new)
+    return new, ctx, updates, lost
+
+
+def estimate(estimator: Estimator, state: PyTree, ctx: Context) -> Estimate:
+    """Return the estimate, its state in the form of ``state``."""
+    result = estimator.estimate(state, ctx)
+    if not isinstance(result, Estimate):
+        fix = "Return hg.Estimate(value, hypergrad, state, info, aux)."
+        raise TypeError(validate.message("estimate to return an Estimate", validate.describe(result), fix))
+    validate.same_structure("the hypergradient", result.hypergrad, "the hyperparameters", ctx.hyperparams)
+    return result._replace(state=same_form("the estimator's state after estimate", result.state, state))
+
+
+def same_form(what: str, new: PyTree, old: PyTree) -> PyTree:
+    """Return ``new`` in the dtypes of ``old``; refuse another structure or other shapes."""
+    validate.same_structure(what, new, "the state that init returned", old)
+    return tree.match_dtypes(new, old)

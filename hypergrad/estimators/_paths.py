@@ -1,0 +1,71 @@
+"""Refuse hypergradients that are zero by construction, on both sides of the chain rule.
+
+    dL_out/dλ = ∂L_out/∂λ + (dw*/dλ)ᵀ ∂L_out/∂w:      λ → w* must have a path, or λ → L_out;   w → L_out must have one
+
+Paths are found by following data through the traced program, not by values: a leaf multiplied by 0 passes.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hypergrad import dataflow, tree, validate
+from hypergrad.types import Array, Hyperparams, Params
+
+__all__ = ["ZERO_GRADIENT_HINTS", "check_gradient_paths", "check_outer_path"]
+
+ZERO_GRADIENT_HINTS = {
+    "implicit": (
+        "the inner loss's gradient in the weights",
+        "A learning rate, momentum or decoupled decay acts through the optimizer: use unrolled differentiation "
+        "(hg.unrolled) for it, or put a decay into the inner loss (hg.penalties.l2).",
+    ),
+    "unrolled": (
+        "the inner steps, differentiably",
+        "Make inner_optimizer a function that builds the optimizer from the constrained hyperparameters. An optimizer "
+        "that takes signs (optax.lion, sign_sgd) passes no derivative of the loss: only its rate and decay have one. "
+        "What enters the optimizer's initial state alone (optax.inject_hyperparams) does not act on a given state.",
+    ),
+    "direct": (
+        "the inner loss, by which a response would learn it",
+        "Learn a response to it first (hg.responses.with_response, self_tuning). A learning rate, momentum or "
+        "decoupled decay acts through the optimizer, which no response sees: use hg.unrolled for it.",
+    ),
+}
+
+
+def check_gradient_paths(
+    name: str, hyperparams: Hyperparams, unseen: Iterable[int], direct: Callable[[Hyperparams], Array]
+) -> None:
+    """Refuse the ``unseen`` hyperparameter leaves, of zero indirect derivative, that ``direct`` does not depend on."""
+    zero = {i for i in unseen if jnp.size(jax.tree.leaves(hyperparams)[i])}
+    if zero:
+        value = jax.eval_shape(direct, hyperparams)
+        zero &= set(dataflow.independent_leaves(lambda ct: jax.vjp(direct, hyperparams)[1](ct)[0], value))
+    if not zero:
+        return
+    labels = tree.labels("hyperparams", hyperparams)
+    path, hint = ZERO_GRADIENT_HINTS[name]
+    wanted = f"every hyperparameter leaf to enter {path}, or the outer loss"
+    fix = f"Its {name} hypergradient would be zero by construction. {hint} Remove a leaf that nothing uses."
+    got = f"{', '.join(labels[i] for i in sorted(zero))}, which enters neither"
+    raise ValueError(validate.message(wanted, got, fix))
+
+
+def check_outer_path(name: str, outer: Callable[[Params], Any], params: Params) -> None:
+    """Refuse an outer loss that does not depend differentiably on the weights ``params``."""
+    value = jax.eval_shape(outer, params)
+    if not jax.tree.leaves(params):
+        return
+    independent = dataflow.independent_leaves(lambda ct: jax.vjp(outer, params)[1](ct)[0], value)
+    if len(independent) == len(jax.tree.leaves(params)):
+        fix = (
+            f"The {name} hypergradient of such a loss says nothing about training. Use the params that the loss is "
+            "given (not a variable of the enclosing scope), without stop_gradient, and a differentiable loss in place "
+            "of an accuracy or argmax."
+        )
+        raise ValueError(
+            validate.message("an outer loss that depends on params", "one with derivative zero in them", fix)
+        )
