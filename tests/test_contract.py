@@ -46,8 +46,8 @@ def functional(row, problem=None, hyperparams=None):
     """Return the estimator's function and its arguments."""
     variables = start(row) if problem is None else begin(row, problem, hyperparams)
     estimator = row.make(problem or case().problem)
-    inner_optimizer = optax.sgd(0.1) if estimator.needs_rollout else None
-    batch = window_of(case().inner_batch, 3) if estimator.needs_rollout else case().inner_batch
+    inner_optimizer = optax.sgd(0.1) if estimator.train is not None else None
+    batch = window_of(case().inner_batch, 3) if estimator.train is not None else case().inner_batch
     return hg.value_and_hypergrad(estimator, inner_optimizer), (
         *variables,
         batch,
@@ -57,7 +57,12 @@ def functional(row, problem=None, hyperparams=None):
 
 def transformation(row, **kwargs):
     """Return ``bilevel`` over the estimator."""
-    options = {"inner_optimizer": optax.adam(1e-2, eps_root=1e-8), "outer_optimizer": optax.adam(1e-1), **kwargs}
+    options = {
+        "inner_optimizer": optax.adam(1e-2, eps_root=1e-8),
+        "outer_optimizer": optax.adam(1e-1),
+        "window": 1,
+        **kwargs,
+    }
     return hg.bilevel(row.make(case().problem), **options)
 
 
@@ -215,7 +220,7 @@ def test_same_key_same_run(row):
     results = []
     for seed in (0, 0, 1):
         tx = hg.bilevel(
-            row.make(noisy.problem), inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1), key=seed
+            row.make(noisy.problem), inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1), window=1, key=seed
         )
         state = tx.init(first)
         update = jax.jit(tx.update)

@@ -73,8 +73,8 @@ CONSTRUCTION = {
         TypeError,
         "Bijector values; got function.*parentheses",
     ),
-    "estimator": (lambda: make(estimator=case().problem), TypeError, "a HypergradEstimator; got BilevelProblem"),
-    "functional": (lambda: hg.hypergrad(case().problem), TypeError, "a HypergradEstimator"),
+    "estimator": (lambda: make(estimator=case().problem), TypeError, "an Estimator; got BilevelProblem"),
+    "functional": (lambda: hg.hypergrad(case().problem), TypeError, "an Estimator"),
     "no optimizer": (lambda: hg.hypergrad(hg.unrolled(case().problem)), ValueError, "an inner_optimizer"),
     "unrolled": (lambda: hg.unrolled(print), TypeError, "a BilevelProblem; got builtin"),
     "mode": (lambda: hg.unrolled(case().problem, hg.reverse), TypeError, "mode to be an UnrollMode; got function"),
@@ -174,7 +174,7 @@ def test_windows_are_checked():
         update(tx, inner_batch=(jnp.stack([x] * 3), jnp.array(1.0)))
     with pytest.raises(ValueError, match="grads=None with window=3"):
         update(tx, grads=case().variables.params, inner_batch=window_of((x, y), 3))
-    with pytest.raises(ValueError, match=r"grads=None with window=1 and needs_rollout=True"):
+    with pytest.raises(ValueError, match=r"grads=None with window=1 and an estimator that takes the steps"):
         update(make(estimator=hg.unrolled(case().problem)), grads=case().variables.params)
     with pytest.raises(ValueError, match="inner_batch with a common leading window axis; got a batch without leaves"):
         estimator().estimate(case().variables, (), (), (), case().outer_batch, key=None, inner_optimizer=optax.sgd(0.1))

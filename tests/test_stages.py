@@ -304,7 +304,7 @@ def test_what_has_no_response_says_so():
     short = hg.best_response(hg.unrolled(base.problem, hg.reverse(truncate=2)), optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"differentiated whole; got truncate=2 for 5 steps.*would be zero"):
         short(*base.variables, window_of(base.inner_batch, 5), key=None)
-    with pytest.raises(TypeError, match="a HypergradEstimator; got BilevelProblem"):
+    with pytest.raises(TypeError, match="an Estimator; got BilevelProblem"):
         hg.best_response(base.problem)
     with pytest.raises(TypeError, match="got a function of the hyperparameters"):
         hg.best_response(hg.implicit(base.problem, hg.solvers.cg(3)), lambda h: optax.sgd(0.1))(

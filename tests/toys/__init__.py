@@ -1,0 +1,8 @@
+"""Estimators of about 40 lines each, written with the public protocol alone: what a new method needs."""
+
+from tests.toys.evolution import evolution
+from tests.toys.langevin import langevin
+from tests.toys.partition import partition
+from tests.toys.penalty import penalty
+
+__all__ = ["evolution", "langevin", "partition", "penalty"]
