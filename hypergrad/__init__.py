@@ -25,6 +25,8 @@ One log decay per weight, tuned by the validation loss while the weights train:
     >>> variables = optax.apply_updates(variables, updates)
 """
 
+from hypergrad import _installation  # noqa: F401, I001  first: it names a foreign package of the same name
+
 from hypergrad import bijectors, noise, optimizers, penalties, responses, solvers
 from hypergrad.bijectors import Bijector, constrain, unconstrain
 from hypergrad.data import IndexedBatch

@@ -346,7 +346,7 @@ def with_keywords(inner_optimizer: Any, keywords: Mapping[str, Any]) -> Any:
         return lambda constrained: with_keywords(resolve_optimizer(inner_optimizer, constrained), keywords)
     optimizer = resolve_optimizer(inner_optimizer, None)
 
-    def update(grads: Params, state: PyTree, params: Params | None = None, **others: Any) -> tuple[Params, PyTree]:
-        return optimizer.update(grads, state, params, **{**others, **keywords})
+    def update(updates: Params, state: PyTree, params: Params | None = None, **others: Any) -> tuple[Params, PyTree]:
+        return optimizer.update(updates, state, params, **{**others, **keywords})
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)

@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from hypergrad.types import Array, PyTree
 
 __all__ = [
     "add_scaled",
     "all_finite",
+    "is_traced",
     "labels",
     "leaf_names",
     "match_dtypes",
@@ -174,6 +176,11 @@ def total(terms: list[Array]) -> Array:
     for term in terms:
         result = result + term.astype(dtype)
     return result
+
+
+def is_traced(x: Any) -> bool:
+    """Return whether ``x`` is a value that is being traced."""
+    return isinstance(x, Tracer)
 
 
 def _wide(x: Any) -> Any:

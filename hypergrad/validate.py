@@ -66,7 +66,7 @@ def flag(name: str, value: Any) -> None:
 
 def number(name: str, value: Any, *, low: float, strict: bool = False) -> None:
     """Refuse a concrete number below ``low`` (or at it, if ``strict``) or not finite; a traced one passes."""
-    if isinstance(value, jax.core.Tracer):
+    if tree.is_traced(value):
         return
     if isinstance(value, bool) or not isinstance(value, int | float | np.number | jax.Array | np.ndarray):
         raise TypeError(message(f"{name} to be a number", describe(value), "Pass a float."))

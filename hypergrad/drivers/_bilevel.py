@@ -88,8 +88,8 @@ class BilevelTransformation(optax.GradientTransformationExtraArgs):  # type: ign
         -> (updates, state)``.
     """
 
-    init: BilevelInit
-    update: BilevelUpdate
+    init: BilevelInit  # pyright: ignore
+    update: BilevelUpdate  # pyright: ignore
 
 
 def bilevel(
@@ -138,8 +138,8 @@ def bilevel(
 
     Valid under the estimator's assumption at the weights reached; ``implicit`` needs them near the inner optimum, so
     let ``every`` leave time for training in between. Inner steps are not guarded by default: put
-    ``optax.apply_if_finite`` around the inner optimizer, or pass ``guard=hg.guard(inner=True)``. Weights that are not finite stay so, and then
-    every outer step is skipped.
+    ``optax.apply_if_finite`` around the inner optimizer, or pass ``guard=hg.guard(inner=True)``.
+    Weights that are not finite stay so, and then every outer step is skipped.
 
     >>> import hypergrad as hg, jax.numpy as jnp, optax
     >>> problem = hg.BilevelProblem(lambda w, h, b, k: (0.5 * jnp.exp(h) * w**2 - b * w).sum(),
@@ -233,7 +233,8 @@ def bilevel(
         )
         return BilevelParams(moved, after.updates), new_state
 
-    return BilevelTransformation(init, update)
+    pure_functions: tuple[Any, Any] = init, update
+    return BilevelTransformation(*pure_functions)
 
 
 class _Setup(NamedTuple):
@@ -357,7 +358,7 @@ def _is_due(setup: _Setup, number: Array, outer_batch: Batch) -> tuple[Any, Any]
         due = True if setup.every == 1 else number % setup.every == 0
     if outer_batch is not None:
         return due, False
-    if due is True or callable(setup.every) or (not isinstance(due, jax.core.Tracer) and bool(due)):
+    if due is True or callable(setup.every) or (not tree.is_traced(due) and bool(due)):
         wanted = "outer_batch" + (" on every call, where every is a function" if callable(setup.every) else "")
         raise ValueError(validate.message(wanted, "None", fix))
     return False, due
@@ -376,17 +377,13 @@ def _made_by(name: str, optimizer: optax.GradientTransformationExtraArgs, params
 
 def _on_mesh(state: PyTree, variables: BilevelParams) -> PyTree:
     """Replicate what ``init`` made on one device over the variables' mesh, so that the first step compiles once."""
-    shardings = [x.sharding for x in jax.tree.leaves(variables) if isinstance(x, jax.Array) and not _is_traced(x)]
+    shardings = [x.sharding for x in jax.tree.leaves(variables) if isinstance(x, jax.Array) and not tree.is_traced(x)]
     meshes = {s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1}
     if len(meshes) != 1:
         return state
     everywhere = NamedSharding(meshes.pop(), PartitionSpec())
     place = lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere)  # noqa: E731
-    return jax.tree.map(lambda x: x if _is_traced(x) else place(x), state)
-
-
-def _is_traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
+    return jax.tree.map(lambda x: x if tree.is_traced(x) else place(x), state)
 
 
 def _once_if(due: Any, step: Callable[[Any], Any], start: Any) -> Any:
