@@ -69,3 +69,46 @@ def test_the_state_is_arrays_only(training):
     tx, variables, _ = training
     leaves = jax.tree.leaves(tx.init(variables))
     assert all(isinstance(leaf, jax.Array) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves)
+
+
+LAYOUT = """
+.step int32 ()
+.inner[0].count int32 ()
+.inner[0].mu['w'] float32 (3,)
+.inner[0].nu['w'] float32 (3,)
+.outer[0].count int32 ()
+.outer[0].mu float32 ()
+.outer[0].nu float32 ()
+.estimator.solution['w'] float32 (3,)
+.key uint32 (2,)
+.model_state['mean'] float32 (3,)
+.info.step int32 ()
+.info.outer_loss float32 ()
+.info.inner_loss float32 ()
+.info.hypergrad_norm float32 ()
+.info.skip_reason int32 ()
+.info.num_skipped int32 ()
+.info.method.num_products int32 ()
+.info.method.residual float32 ()
+.info.method.undamped_residual float32 ()
+.info.method.damping float32 ()
+.info.method.status int32 ()
+"""
+
+
+def test_the_layout_of_the_state():
+    """Checkpoints rely on it: a change here is a change of the format."""
+
+    def loss(w, h, batch, key, model_state):
+        return jnp.sum(h * w["w"] ** 2), model_state
+
+    tx = hg.bilevel(
+        hg.implicit(hg.BilevelProblem(loss, loss, stateful=True), hg.solvers.cg(3, warm_start=True)),
+        inner_optimizer=optax.adam(0.1),
+        outer_optimizer=optax.adam(0.1),
+        model_state={"mean": jnp.zeros(3)},
+    )
+    state = tx.init(hg.BilevelParams({"w": jnp.ones(3)}, jnp.zeros(())))
+    paths, _ = jax.tree.flatten_with_path(state)
+    found = [f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}" for path, leaf in paths]
+    assert found == LAYOUT.strip().splitlines()

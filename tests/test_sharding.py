@@ -144,3 +144,24 @@ def test_two_processes_give_the_answer_of_one():
         assert result["loss"] == pytest.approx(want["loss"], rel=1e-5)
         assert result["hyperparams"] == pytest.approx(want["hyperparams"], rel=1e-4)
         assert result["residual"] == pytest.approx(want["residual"], rel=1e-3)
+
+
+def test_the_first_step_under_a_mesh_compiles_once():
+    """Scalars that ``init`` makes live on the variables' mesh, so that the second step has the same shardings."""
+    mesh = Mesh(np.array(jax.devices()), ("d",))
+    problem, variables, batch = two_processes.problem()
+    variables, batch = sharded_over(mesh, variables, batch)
+    tx = hg.bilevel(
+        hg.implicit(problem, hg.solvers.neumann(2)), inner_optimizer=optax.adam(1e-2), outer_optimizer=optax.adam(1e-1)
+    )
+
+    @jax.jit
+    def step(variables, state, batch):
+        updates, state = tx.update(None, state, variables, inner_batch=batch, outer_batch=batch)
+        return optax.apply_updates(variables, updates), state
+
+    state = tx.init(variables)
+    assert all(isinstance(leaf.sharding, NamedSharding) for leaf in jax.tree.leaves(state))
+    for _ in range(3):
+        variables, state = step(variables, state, batch)
+    assert step._cache_size() == 1

@@ -1,0 +1,117 @@
+"""The main paths under JAX's settings for finding bugs."""
+
+import contextlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+
+SETTINGS = {
+    "debug_nans": lambda: jax.debug_nans(True),
+    "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "dtype_promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "transfer_guard": lambda: jax.transfer_guard("disallow"),
+    "key_reuse": lambda: jax.debug_key_reuse(True),
+}
+X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+Y = np.arange(8) % 3
+MODEL = nn.Sequential([nn.Dense(5), nn.tanh, nn.Dense(3)])
+
+
+def nll(params, batch):
+    """Cross-entropy of a small network, which takes one mean per batch or per example."""
+    logits = MODEL.apply({"params": params}, batch[0])
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+
+
+def decayed(params, decay, batch, key):
+    """A decay per weight, and noise drawn from the key."""
+    noise = jnp.float32(1.0) + jnp.float32(0.01) * jax.random.normal(key, batch[1].shape)
+    return jnp.mean(noise * nll(params, batch)) + hg.penalties.l2(params, decay)
+
+
+def plain(params, hyperparams, batch, key):
+    """The loss alone."""
+    return jnp.mean(nll(params, batch))
+
+
+def smoothed(params, strength, batch, key):
+    """One strength per example: label smoothing by hand."""
+    return jnp.mean((jnp.float32(1.0) + jax.nn.sigmoid(strength)) * nll(params, batch))
+
+
+def implicit():
+    """Return transformation, variables and number of inner batches."""
+    problem = hg.reparameterize(hg.BilevelProblem(decayed, plain), hg.bijectors.exp())
+    params = first_params()
+    decay = jax.tree.map(lambda w: jnp.full_like(w, -3.0), params)
+    estimator = hg.implicit(problem, hg.solvers.cg(3, warm_start=True))
+    return estimator, optax.adam(1e-2), hg.BilevelParams(params, decay), 1
+
+
+def unrolled():
+    """Return the same for a learning rate and decays through three steps."""
+    problem = hg.reparameterize(hg.BilevelProblem(decayed, plain), hg.bijectors.exp())
+    params = first_params()
+    decay = jax.tree.map(lambda w: jnp.full_like(w, -3.0), params)
+    return hg.unrolled(problem), optax.adam(1e-2, eps_root=1e-8), hg.BilevelParams(params, decay), 3
+
+
+def self_tuning():
+    """Return the same for a self-tuning network."""
+    problem = hg.responses.self_tuning(hg.BilevelProblem(smoothed, plain))
+    problem = hg.responses.perturbed(problem, scale=0.3)
+    strength = jnp.zeros(())
+    params = hg.responses.init(problem, 0, first_params(), strength, (X, Y))
+    return hg.direct(problem), optax.sgd(1e-2), hg.BilevelParams(params, strength), 1
+
+
+def first_params():
+    """Return the network's first weights."""
+    return MODEL.init(jax.random.key(0), X)["params"]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("case", [implicit, unrolled, self_tuning], ids=lambda case: case.__name__)
+def test_a_run(case, setting):
+    estimator, inner_optimizer, variables, window = case()
+    tx = hg.bilevel(
+        estimator, inner_optimizer=inner_optimizer, outer_optimizer=optax.adam(1e-2), window=window, every=2
+    )
+    batch = jax.tree.map(jnp.asarray, (X, Y))
+    windows = batch if window == 1 else jax.tree.map(lambda x: jnp.stack([x] * window), batch)
+    state = tx.init(variables)
+    step = jax.jit(lambda v, s: tx.update(None, s, v, inner_batch=windows, outer_batch=batch))
+    with SETTINGS[setting]():
+        for _ in range(2):
+            _, state = step(variables, state)
+    assert int(state.info.step) == 2
+    assert not bool(state.info.skipped)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_check_of_the_gradient(setting):
+    inner = lambda w, h, b, k: jnp.sum(jnp.float32(0.5) * jnp.exp(h) * w**2 - w)  # noqa: E731
+    problem = hg.BilevelProblem(inner, lambda w, h, b, k: jnp.sum(w))
+    at = hg.BilevelParams(jnp.exp(-jnp.array([0.0, 2.0])), jnp.array([0.0, 2.0]))
+    strict = (
+        SETTINGS[setting]() if setting != "transfer_guard" else contextlib.nullcontext()
+    )  # a check reads numbers back
+    with strict:
+        assert hg.diagnostics.check_hypergrad(hg.implicit(problem, hg.solvers.cg(5)), at, (), (), key=None).passed
+
+
+def test_the_functional_form_with_nan_checks():
+    """Its unknown inner loss is NaN on purpose, which the setting must not find."""
+    problem = hg.BilevelProblem(lambda w, h, b, k: jnp.sum((w - h) ** 2), lambda w, h, b, k: jnp.sum(w**2))
+    with jax.debug_nans(True):
+        (_, grad), info = hg.value_and_hypergrad(hg.implicit(problem, hg.solvers.cg(5)))(
+            jnp.ones(2), jnp.ones(2), (), (), key=None
+        )
+    np.testing.assert_allclose(grad, 2.0 * np.ones(2), rtol=1e-5)
+    assert np.isnan(info.inner_loss)
