@@ -82,19 +82,18 @@ def hypergradients(network: Network, step_size: float, everything: bool) -> dict
 
     if not everything:
         return found
-    estimator = hg.implicit(problem, hg.solvers.neumann(10, unroll=unroll))
+    warm_fn = hg.value_and_hypergrad(hg.implicit(problem, hg.solvers.neumann(10, unroll=unroll)))
 
-    def warm(solver_state: Tree, params: Tree, log_decays: Tree, inner_batch: Tree, outer_batch: Tree) -> Any:
-        variables = hg.BilevelParams(params, log_decays)
-        result = estimator.estimate(variables, (), solver_state, inner_batch, outer_batch, key=None)
-        return result.estimator_state, result.value, result.hypergrad, result.info
+    def warm(state: Tree, *rest: Any) -> Any:
+        (value, gradient), info = warm_fn(*rest, key=None, state=state)
+        return info.state, value, gradient
 
     def warm_by_hand(direction: Tree, *rest: Any) -> Any:
         value, gradient, direction = by_hand(rest[0], rest[1], direction, *rest[2:])
         return direction, value, gradient
 
     by_hand = handwritten.neumann_warm(network, 10, unroll)
-    start = estimator.init(hg.BilevelParams(*at[:2]))
+    start = warm_fn(*at, key=None)[1].state
     direction = jax.grad(loss)(*at[:3])
     found["neumann 10 own step library"] = compile_candidate(warm, start, *at, carried=1)
     found["neumann 10 own step hand"] = compile_candidate(warm_by_hand, direction, *at, carried=1)

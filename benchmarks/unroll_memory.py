@@ -34,7 +34,6 @@ from candidates import Candidate, compile_candidate, library_problem
 from networks import Network, Tree
 
 import hypergrad as hg
-from hypergrad.training import checkpoint_interval
 
 GROUPS = {
     "mlp256": [("sgd", 10), ("sgd", 50), ("sgd", 200), ("adam", 10), ("adam", 50)],
@@ -90,7 +89,7 @@ def reverse_candidates(
         found[f"{name}, hand"] = compile_candidate(handwritten_unroll.reverse(network, optimizer, **how), *at)
         given: dict[str, Any] = {"checkpoint_every": every or math.inf, "unroll": unroll}
         found[f"{name}, library, not mixed"] = library(hg.reverse(**given, mixed=False))
-        if every == checkpoint_interval(length):
+        if every == hg.reverse().interval(length):
             default, given = f"{name}, library", {"unroll": unroll}
         if every:
             found[f"{name}, library"] = library(hg.reverse(**given))

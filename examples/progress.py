@@ -64,9 +64,9 @@ def progress(total: float | None, *, unit: str = "step", log: Path | None = None
         yield Progress(bar, look)
 
 
-def figures_of(info: hg.HypergradInfo | hg.EvaluationInfo | None) -> dict[str, float]:
+def figures_of(info: hg.HypergradInfo | None) -> dict[str, float]:
     """Return an estimate's figures by name: none before the first outer step, no residual without a solve."""
-    if info is None or (isinstance(info, hg.HypergradInfo) and int(info.step) < 0):
+    if info is None or (int(info.step) < 0 and not info.hypergrad_norm):  # functional calls have no step either
         return {}
     found = {"outer_loss": info.outer_loss, "hypergrad_norm": info.hypergrad_norm, "skipped": info.skipped}
     if isinstance(info.solver, hg.SolveInfo):

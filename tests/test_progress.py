@@ -25,12 +25,13 @@ def progress(monkeypatch):
     del sys.modules["progress"]
 
 
-def info(step=4, *, solver=(), skipped=False):
+def info(step=4, *, solver=(), skipped=False, outside=False):
     """Return what an outer step at call ``step`` tells; figures are exact in float32."""
-    return hg.HypergradInfo(jnp.array(2.5), jnp.array(0.125), solver, (), jnp.array(skipped), jnp.array(step))
+    size, reason = jnp.array(0.125 if outside or step >= 0 else 0.0), jnp.array(int(skipped))
+    return hg.HypergradInfo(jnp.array(step), jnp.array(2.5), jnp.array(1.0), size, reason, reason, solver)
 
 
-SOLVE = hg.SolveInfo(jnp.array(3), jnp.array(0.25), jnp.array(True))
+SOLVE = hg.SolveInfo(jnp.array(3), jnp.array(0.25), jnp.array(0.25), jnp.array(0.0), jnp.array(1))
 
 
 def look_at_two_runs(progress, log):
@@ -99,7 +100,7 @@ def test_tensorboard_gets_a_folder_a_run(progress, tmp_path):
         (info(solver=SOLVE), "loss=1, outer loss=2.5, |hypergrad|=0.125, residual=0.25"),
         (info(), "loss=1, outer loss=2.5, |hypergrad|=0.125"),
         (info(skipped=True), "loss=1, outer loss=2.5, |hypergrad|=0.125, skipped=1"),
-        (hg.EvaluationInfo(*info(-1), aux=()), "loss=1, outer loss=2.5, |hypergrad|=0.125"),
+        (info(-1, outside=True), "loss=1, outer loss=2.5, |hypergrad|=0.125"),
     ],
     ids=["no info", "before the first outer step", "with a solve", "without a solve", "skipped", "outside a loop"],
 )

@@ -1,0 +1,349 @@
+"""Change the source in one place at a time, and see whether a test of that module notices.
+
+``python tests/mutants.py`` runs all, ``python tests/mutants.py guard 3`` those whose file or number is named; each in a copy of
+the package, against the test files of its module only. A mutant that survives is a test that is missing.
+``tests/mutants.md`` holds the last table.
+"""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    """One change."""
+
+    file: str  # below hypergrad/
+    old: str
+    new: str
+    tests: str  # files below tests/, and -k expressions
+    kind: str
+
+
+KEYS, FAULTS, TOYS = "test_keys.py", "test_faults.py", "test_toys.py"
+MUTANTS = [
+    # keys
+    Mutant(
+        "drivers/_bilevel.py",
+        "impl=setup.key_impl), state.step)",
+        "impl=setup.key_impl), 0)",
+        KEYS,
+        "one key for all calls",
+    ),
+    Mutant("drivers/_bilevel.py", "jax.random.fold_in(root, INIT)", "root", KEYS, "wrong key"),
+    Mutant("drivers/_functional.py", "jax.random.fold_in(key, INIT)", "key", KEYS, "wrong key"),
+    Mutant(
+        "training.py",
+        "batch, ctx.keys.solve, ctx.at.model_state",
+        "batch, ctx.keys.outer, ctx.at.model_state",
+        KEYS,
+        "wrong key",
+    ),
+    Mutant(
+        "training.py",
+        "ctx.outer_batch, ctx.keys.outer, ctx.at",
+        "ctx.outer_batch, ctx.keys.inner, ctx.at",
+        KEYS,
+        "wrong key",
+    ),
+    Mutant("training.py", "jax.random.fold_in(ctx.keys.inner, index)", "ctx.keys.inner", KEYS, "one key for all steps"),
+    Mutant(
+        "training.py",
+        "jax.random.fold_in(ctx.keys.inner, index)",
+        "jax.random.fold_in(ctx.keys.inner, index + 1)",
+        KEYS,
+        "off by one",
+    ),
+    Mutant(
+        "estimators/_implicit.py",
+        "LinearSystem(product, key=ctx.keys.estimate,",
+        "LinearSystem(product, key=ctx.keys.solve,",
+        KEYS,
+        "wrong key",
+    ),
+    Mutant(
+        "diagnostics/_retrain.py",
+        "start_key, batch_key, loss_key = jax.random.split(key, 3)",
+        "start_key, batch_key, loss_key = key, key, key",
+        KEYS,
+        "shared key",
+    ),
+    Mutant(
+        "diagnostics/_compare.py",
+        "key=validate.as_key(key)",
+        "key=None if key is None else jax.random.key(0)",
+        KEYS,
+        "key ignored",
+    ),
+    # batches, windows and states
+    Mutant(
+        "training.py",
+        "batch = data.take(ctx.inner_batches, -1)",
+        "batch = data.take(ctx.inner_batches, 0)",
+        KEYS,
+        "first batch of a window",
+    ),
+    Mutant(
+        "training.py",
+        "Trained(optax.apply_updates(at.params, updates), inner_state, model_state)",
+        "Trained(optax.apply_updates(at.params, updates), inner_state, at.model_state)",
+        KEYS,
+        "dropped model state",
+    ),
+    Mutant(
+        "training.py",
+        "Trained(optax.apply_updates(at.params, updates), inner_state, model_state)",
+        "Trained(optax.apply_updates(at.params, updates), at.inner_state, model_state)",
+        f"{FAULTS} test_bilevel.py -k hand or adopted",
+        "dropped optimizer state",
+    ),
+    Mutant(
+        "training.py", "inner_loss=values[-1]", "inner_loss=values[0]", TOYS + " " + FAULTS, "loss of the first step"
+    ),
+    Mutant(
+        "training.py",
+        "{**others, **keywords}",
+        "{**keywords, **others}",
+        "test_bilevel.py -k keywords",
+        "swapped precedence",
+    ),
+    Mutant(
+        "training.py",
+        "at.model_state, drawn)[0]  # noqa",
+        "at.model_state, drawn)[0] * 0  # noqa",
+        FAULTS,
+        "line search without a loss",
+    ),
+    Mutant(
+        "drivers/_bilevel.py",
+        "number % setup.every == 0",
+        "number % setup.every == 1",
+        "test_bilevel.py -k due",
+        "off by one in due",
+    ),
+    Mutant(
+        "drivers/_bilevel.py",
+        "_is_due(setup, state.step + 1, outer_batch)",
+        "_is_due(setup, state.step, outer_batch)",
+        "test_bilevel.py -k due",
+        "off by one in due",
+    ),
+    Mutant(
+        "drivers/_bilevel.py", "made = jax.tree.map(jnp.copy, inner_state)", "pass", FAULTS, "adopted state dropped"
+    ),
+    Mutant("drivers/_bilevel.py", 'extra.get("value", math.nan)', "math.nan", FAULTS, "given loss dropped"),
+    Mutant(
+        "drivers/_bilevel.py",
+        "state.step + 1, ctx.at.inner_state,",
+        "state.step + 1, state.inner,",
+        "test_bilevel.py -k hand",
+        "stale optimizer state",
+    ),
+    Mutant(
+        "drivers/_bilevel.py",
+        "tree.promote(new) - tree.promote(old), ctx.at.params",
+        "new - old, ctx.at.params",
+        "test_unrolled.py test_faults.py -k low_precision or bfloat16",
+        "low-precision difference",
+    ),
+    Mutant(
+        "drivers/_phases.py",
+        "ctx = ctx._replace(at=at, tape=tape)",
+        "ctx = ctx._replace(tape=tape)",
+        "test_toys.py test_bilevel.py",
+        "weights before the steps",
+    ),
+    Mutant(
+        "drivers/_functional.py",
+        "info = info._replace(inner_loss=jnp.full((), jnp.nan))",
+        "pass",
+        "test_strict.py -k functional",
+        "silent zero",
+    ),
+    # the guard
+    Mutant(
+        "drivers/_guard.py",
+        "(~jnp.isfinite(estimate.value), SkipReason.OUTER_LOSS)",
+        "(jnp.isnan(estimate.value), SkipReason.OUTER_LOSS)",
+        TOYS,
+        "inf passes",
+    ),
+    Mutant(
+        "drivers/_guard.py",
+        "solve.status == Status.DIVERGED) |",
+        "solve.status == Status.CONVERGED) |",
+        FAULTS,
+        "wrong status",
+    ),
+    Mutant(
+        "drivers/_guard.py",
+        "solve.residual > guard.max_residual",
+        "solve.residual < guard.max_residual",
+        FAULTS,
+        "wrong sign",
+    ),
+    Mutant(
+        "drivers/_guard.py",
+        "for bad, reason in reversed(reasons):",
+        "for bad, reason in reasons:",
+        FAULTS,
+        "last reason counts",
+    ),
+    Mutant(
+        "drivers/_guard.py",
+        "((reason == SkipReason.SOLVE) & ~tree.newly_bad(new, advanced))",
+        "(reason == -1)",
+        "test_guard.py",
+        "cold after a skipped solve",
+    ),
+    Mutant(
+        "drivers/_bilevel.py",
+        "(tree.newly_bad(state, before.state), SkipReason.OUTER_STATE),",
+        "",
+        FAULTS,
+        "outer state unguarded",
+    ),
+    Mutant(
+        "drivers/_bilevel.py",
+        "(lost | tree.newly_bad(result.state, before.estimator), SkipReason.ESTIMATOR_STATE)",
+        "(lost, SkipReason.ESTIMATOR_STATE)",
+        "test_guard.py",
+        "estimator state unguarded",
+    ),
+    Mutant(
+        "drivers/_bilevel.py",
+        "(updates, state), (before.updates, before.state))",
+        "(updates, before.state), (before.updates, state))",
+        FAULTS,
+        "swapped arguments",
+    ),
+    Mutant(
+        "drivers/_phases.py",
+        "new = optax.tree.where(lost, state, new)",
+        "pass",
+        "test_guard.py test_toys.py",
+        "no rollback",
+    ),
+    Mutant("tree.py", "jnp.where(jnp.isfinite(b), a, jnp.zeros_like(a))", "a", FAULTS, "inf by design counts"),
+    Mutant(
+        "tree.py",
+        "divisor = jnp.where(usable, top, jnp.ones_like(top))",
+        "divisor = jnp.ones_like(top)",
+        FAULTS,
+        "unscaled norm",
+    ),
+    # estimators
+    Mutant(
+        "estimators/_implicit.py",
+        "jnp.where(finite, d - i, jnp.nan)",
+        "jnp.where(finite, d + i, jnp.nan)",
+        KEYS,
+        "wrong sign",
+    ),
+    Mutant(
+        "estimators/_implicit.py",
+        "ctx.start._replace(params=params)))",
+        "ctx.start))",
+        "test_stages.py test_keys.py -k response",
+        "derivative through the start",
+    ),
+    Mutant(
+        "estimators/_implicit.py", "lambda never: not never", "lambda never: True", FAULTS, "frozen weights solved for"
+    ),
+    Mutant(
+        "estimators/_unrolled.py",
+        "slice(length - mode.truncate), slice(length - mode.truncate, None)",
+        "slice(mode.truncate), slice(mode.truncate, None)",
+        "test_keys.py test_unrolled.py -k truncat or unrolled",
+        "wrong part of the window",
+    ),
+    Mutant(
+        "estimators/_unrolled.py",
+        "fixed, start = jax.lax.stop_gradient((hyperparams, start))",
+        "fixed = hyperparams",
+        KEYS,
+        "head differentiated",
+    ),
+    Mutant(
+        "estimators/_direct.py",
+        "response.losses_at is not None:",
+        "response.losses_at is None:",
+        FAULTS,
+        "untrained response passes",
+    ),
+    Mutant(
+        "estimators/_paths.py",
+        "if len(independent) == len(jax.tree.leaves(params)):",
+        "if False:",
+        FAULTS,
+        "blind outer loss passes",
+    ),
+    Mutant(
+        "estimators/_modes.py",
+        "length < _TWO_LEVELS_FROM",
+        "length <= _TWO_LEVELS_FROM",
+        "test_unrolled.py -k interval",
+        "off by one",
+    ),
+    Mutant(
+        "estimators/_protocol.py",
+        "at=lax.stop_gradient(train(ctx, start=start, hyperparams=hyperparams))",
+        "at=train(ctx, start=ctx.start, hyperparams=ctx.hyperparams)",
+        "test_keys.py test_stages.py -k response",
+        "differentiated training",
+    ),
+]
+
+
+def run(mutant: Mutant) -> tuple[str, float]:
+    """Return what became of a mutant, and the seconds that it took."""
+    source = (ROOT / "hypergrad" / mutant.file).read_text()
+    if source.count(mutant.old) != 1:
+        return f"no such place ({source.count(mutant.old)})", 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for name in ("hypergrad", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "CHANGELOG.md"):
+            shutil.copy(ROOT / name, copy / name)
+        (copy / "hypergrad" / mutant.file).write_text(source.replace(mutant.old, mutant.new))
+        files, _, expression = mutant.tests.partition(" -k ")
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            *(f"tests/{f}" for f in files.split()),
+        ]
+        begin = time.monotonic()
+        done = subprocess.run(
+            command + (["-k", expression] if expression else []), cwd=copy, capture_output=True, check=False
+        )
+    verdict = {0: "SURVIVED", 1: "killed"}.get(done.returncode, f"pytest exit {done.returncode}")
+    return verdict, time.monotonic() - begin
+
+
+def main(chosen: list[str]) -> int:
+    """Run the mutants chosen and print a table; return the number that survived."""
+    survived = 0
+    print("| # | file | change | tests | result | s |\n|---|---|---|---|---|---|")
+    for number, mutant in enumerate(MUTANTS):
+        if chosen and not any(c == str(number) or c in mutant.file for c in chosen):
+            continue
+        verdict, seconds = run(mutant)
+        survived += verdict != "killed"
+        print(f"| {number} | {mutant.file} | {mutant.kind} | {mutant.tests} | {verdict} | {seconds:.0f} |", flush=True)
+    return survived
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
