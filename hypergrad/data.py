@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hypergrad import tree, validate
 from hypergrad.types import Array, Batch, PyTree
@@ -17,17 +18,18 @@ from hypergrad.types import Array, Batch, PyTree
 class IndexedBatch(NamedTuple):
     """A batch given by where it lies in data on the device: ``leaf[indices]`` for every leaf of ``data``.
 
-    Stands for a batch, or for any subtree of one, wherever the library takes one (inner or outer); the loss sees the
-    gathered examples. A window of K steps then holds K·B indices instead of K·B examples, which are gathered in each
-    step, and again where a checkpointed step is computed again.
+        Stands for a batch, or for any subtree of one, wherever the library takes one (inner or outer); the loss sees the
+        gathered examples. A window of K steps then holds K·B indices instead of K·B examples, which are gathered in each
+        step, and again where a checkpointed step is computed again.
 
     Attributes:
-      data: a pytree of arrays with a common leading axis of N examples; no window axis.
-      indices: integers in 0 … N−1: shape (B,) for one batch, (K, B) for a window; () and (K,) where an entry of
-        ``data`` is itself a batch. One out of range is clamped, as JAX does.
+          data: a pytree of arrays with a common leading axis of N examples; no window axis.
+          indices: integers in 0 … N−1: shape (B,) for one batch, (K, B) for a window; () and (K,) where an entry of
+            ``data`` is itself a batch. One out of range is clamped, as JAX does.
 
-    >>> import jax.numpy as jnp
-    >>> batches = IndexedBatch((jnp.zeros((60, 4)), jnp.zeros(60)), jnp.arange(30).reshape(3, 10))  # K = 3, B = 10
+        >>> import jax.numpy as jnp
+    import numpy as np
+        >>> batches = IndexedBatch((jnp.zeros((60, 4)), jnp.zeros(60)), jnp.arange(30).reshape(3, 10))  # K = 3, B = 10
     """
 
     data: PyTree
@@ -45,15 +47,21 @@ def gathered(batch: Batch) -> Batch:
 
 
 def windowed(batches: Batch) -> PyTree:
-    """Return what of the batches carries the window axis: an ``IndexedBatch``'s indices in its place."""
-    return jax.tree.map(lambda part: part.indices if _is_indexed(part) else part, batches, is_leaf=_is_indexed)
+    """Return what of the batches has the window axis: indices for an ``IndexedBatch``, None for what is no array."""
+
+    def axis(part: Any) -> Any:
+        return part.indices if _is_indexed(part) else (part if _is_array(part) else None)
+
+    return jax.tree.map(axis, batches, is_leaf=_is_indexed)
 
 
 def with_windowed(batches: Batch, parts: PyTree) -> Batch:
     """Return the batches with ``parts``, shaped like ``windowed(batches)``, in place of what it returns."""
-    return jax.tree.map(
-        lambda old, new: IndexedBatch(old.data, new) if _is_indexed(old) else new, batches, parts, is_leaf=_is_indexed
-    )
+
+    def put(old: Any, new: Any) -> Any:
+        return IndexedBatch(old.data, new) if _is_indexed(old) else (new if _is_array(old) else old)
+
+    return jax.tree.map(put, batches, parts, is_leaf=_is_indexed)
 
 
 def take(batches: Batch, chosen: Any) -> Batch:
@@ -99,12 +107,17 @@ def _gather(part: IndexedBatch) -> PyTree:
     if any(map(_is_indexed, jax.tree.leaves(part.data, is_leaf=_is_indexed))):
         fix = "Index the data once: data[first][second] is data[first[second]]."
         raise TypeError(validate.message("IndexedBatch data of arrays", "an IndexedBatch inside it", fix))
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(part.data)}
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(part.data) if _is_array(leaf)}
     if len(lengths) > 1 or () in lengths:
         fix = "Pass all examples: images and labels of the same N."
         got = f"leading axes {sorted(lengths)}"
         raise ValueError(validate.message("IndexedBatch data whose leaves have a common leading axis N", got, fix))
-    return jax.tree.map(lambda x: jnp.asarray(x)[indices], part.data)
+    return jax.tree.map(lambda x: jnp.asarray(x)[indices] if _is_array(x) else x, part.data)
+
+
+def _is_array(x: Any) -> bool:
+    """Return whether a leaf is data: a loss may be handed a string or a function, too, the same in each step."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic | int | float | complex)
 
 
 def _is_indexed(x: Any) -> bool:

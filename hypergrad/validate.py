@@ -102,8 +102,10 @@ def same_structure(
     want, got = (dict(zip(tree.labels(what, x), jax.tree.leaves(x), strict=True)) for x in (like, value))
     for label in [*want, *got]:
         sides = [_form(side[label], dtypes=dtypes) if label in side else "no such leaf" for side in (want, got)]
+        if label not in want or label not in got:
+            raise ValueError(message(f"{what} with the structure of {like_what}, {label}: {sides[0]}", sides[1], fix))
         if sides[0] != sides[1]:
-            raise ValueError(message(f"{label} as in {like_what}: {sides[0]}", sides[1], fix))
+            raise ValueError(message(f"{label} of {sides[0]}", sides[1], fix))
     structures = [str(jax.tree.structure(x)) for x in (like, value)]
     if structures[0] != structures[1]:
         texts = [text if len(text) <= 300 else f"{text[:300]}…" for text in structures]
@@ -137,8 +139,7 @@ def by_prefix(
         shape, own = jnp.shape(weight), jnp.shape(coefficient)
         if len(own) > len(shape) or any(a not in (1, b) for a, b in zip(own[::-1], shape[::-1], strict=False)):
             fix = "Pass one number, or an array of that shape. One value per example cannot act on weights."
-            where = f" for {path}" if path else ""
-            wanted = f"{what}{where} that broadcast to the shape {shape} of {of}"
+            wanted = f"{what} for {path or of} that broadcast to its shape {shape}"
             raise ValueError(f"{name}: " + message(wanted, f"shape {own}", fix))
     return found
 

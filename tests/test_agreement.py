@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.drivers import one_estimate
 from tests.problems import autodiff_steps, finite_differences, logistic, network, relative_error, ridge, window_of
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -123,16 +124,14 @@ def test_a_window_estimates_at_the_weights_it_reaches():
     optimizer = optax.sgd(0.2, momentum=0.9)
     batches = jax.tree.map(lambda x: x[:24].reshape(4, 6, *x.shape[1:]), case.inner_batch)
     params, state = start.params, optimizer.init(start.params)
-    result = estimator.estimate(
-        start, state, estimator.init(start), batches, case.outer_batch, key=None, inner_optimizer=optimizer
-    )
+    result, at = one_estimate(estimator, optimizer)(start, batches, case.outer_batch, None)
     for i in range(4):
         batch = jax.tree.map(lambda x, i=i: x[i], batches)
         grads = jax.grad(case.problem.inner_loss)(params, start.hyperparams, batch, None)
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    assert relative_error(result.params, params) < 1e-12
-    assert relative_error(result.inner_state, state) < 1e-12
+    assert relative_error(at.params, params) < 1e-12
+    assert relative_error(at.inner_state, state) < 1e-12
     (value, grad), _ = hg.value_and_hypergrad(estimator)(params, start.hyperparams, batch, case.outer_batch, key=None)
     assert relative_error(result.hypergrad, grad) < 1e-10
     assert float(result.value) == pytest.approx(float(value), rel=1e-12)

@@ -373,6 +373,7 @@ def test_an_inner_optimizer_may_depend_on_the_hyperparameters(x64):
         estimator=hg.unrolled(problem),
         inner_optimizer=lambda h: optax.sgd(h["rate"]),
         outer_optimizer=optax.sgd(1.0),
+        window=1,
     )
     after, state = runner(tx)(None, variables, tx.init(variables), double.inner_batch, double.outer_batch)
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypergrad.estimators._base import Estimate, HypergradEstimator, describe_estimate
 
 import hypergrad as hg
 from hypergrad.diagnostics._optimum import minimize
-from hypergrad.estimators._base import Estimate, HypergradEstimator, describe_estimate
 from hypergrad.training import split_keys
 from tests import problems
 

@@ -12,7 +12,7 @@ scaling A and b together changes nothing.
 
 import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -105,10 +105,9 @@ class WarmStart(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """What a solver's own file returns to ``assemble``.
+    """What a solver's own file returns to ``assemble``: x may hold anything, the state is finite.
 
-    ``x`` and ``remainder`` may hold anything, ``state`` is finite, ``status`` says why the solver stopped. ``remainder`` is
-    the vector b − A x, ``residual`` its norm over ‖b‖; None and NaN where they are not measured.
+    ``remainder`` is the vector b − A x and ``residual`` its norm over ‖b‖; None and NaN where they are not measured.
     """
 
     x: PyTree
@@ -120,7 +119,7 @@ class Solution(NamedTuple):
 
 
 ScaledSolve: TypeAlias = Callable[[LinearSystem, PyTree, Array, PyTree, Array | None], Solution]
-"""``(system, b, ‖b‖, state, limit) -> Solution``; ``limit`` is a relative residual, None where no tolerance is given."""
+"""``(system, b, ‖b‖, state, limit) -> Solution``; ``limit`` is the given tolerance over ‖b‖, or None."""
 
 
 def assemble(
@@ -163,9 +162,8 @@ def assemble(
         residual = undamped = jnp.where(size > 0, residual, 0.0).astype(size.dtype)
         if remainder is not None and not _is_zero(damping):
             undamped = quotient(tree.norm(tree.add_scaled(remainder, damping, x)), size)
-        sound = finite & jnp.isfinite(tree.max_abs(x) * power) & (status != Status.NOT_FINITE)
-        if remainder is not None:
-            sound &= jnp.isfinite(residual)
+        sound = finite & jnp.isfinite(tree.max_abs(x) * power) & (jnp.isfinite(residual) | (remainder is None))
+        sound &= status != Status.NOT_FINITE
         x = jax.tree.map(lambda leaf: jnp.where(sound, leaf * power.astype(leaf.dtype), 0.0), x)
         residual, undamped = jnp.where(sound, residual, jnp.inf), jnp.where(sound, undamped, jnp.inf)
         status = jnp.where(residual <= (rtol if limit is None else limit), Status.CONVERGED, status)
@@ -198,21 +196,8 @@ def measure(matvec: MatVec, b: PyTree, size: Array, x: PyTree) -> tuple[PyTree, 
     return remainder, quotient(tree.norm(remainder), size)
 
 
-class Progress(Protocol):
-    """The part of a solver's loop variables that ``iterate`` reads."""
-
-    @property
-    def num_products(self) -> Array:
-        """Products taken so far, one per step."""
-        ...
-
-    @property
-    def done(self) -> Array:
-        """Whether to stop."""
-        ...
-
-
-LoopVars = TypeVar("LoopVars", bound=Progress)
+LoopVars = TypeVar("LoopVars", bound=Any)
+"""A NamedTuple with ``num_products``, the steps taken so far, and ``done``."""
 
 
 def iterate(step: Callable[[LoopVars], LoopVars], start: LoopVars, *, length: int, unroll: int | bool) -> LoopVars:

@@ -88,7 +88,7 @@ def cg(
         stop = rtol if limit is None else limit
         guess = tree.scale(state.solution, size) if warm_start else None
         start = _start(b, size, guess, stop)
-        step = lambda c: _step(system.matvec, c, size, stop, warm=warm_start)  # noqa: E731
+        step = lambda c: _step(system.matvec, c, size, stop)  # noqa: E731
         final = iterate(step, start, length=max_products, unroll=unroll)
         remainder, residual, num_products = _verified(system.matvec, b, size, final, stop, unroll=unroll)
         kept = WarmStart(normalized(final.x, size)) if warm_start else ()
@@ -122,7 +122,7 @@ def _start(b: PyTree, size: Array, guess: PyTree | None, stop: Any) -> _Krylov:
     return _Krylov(x, b, direction, square, direction_sq, stiffest, zero, status, trial, done)
 
 
-def _step(matvec: MatVec, c: _Krylov, size: Array, stop: Any, *, warm: bool) -> _Krylov:
+def _step(matvec: MatVec, c: _Krylov, size: Array, stop: Any) -> _Krylov:
     image = matvec(c.direction)
     curvature = tree.vdot(c.direction, image)
     rayleigh = quotient(curvature, c.direction_sq)
@@ -130,21 +130,19 @@ def _step(matvec: MatVec, c: _Krylov, size: Array, stop: Any, *, warm: bool) -> 
     length = quotient(c.remainder_sq, curvature)
     finite = jnp.isfinite(curvature) & jnp.isfinite(length * jnp.sqrt(c.direction_sq))
     epsilon = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(c.direction))
-    accepted = finite & (rayleigh > 10 * epsilon * stiffest)
-    length = jnp.where(accepted, length, 0.0)  # x and r stay where the step is not accepted
-    if warm:  # a warm start is tried as a step from 0 to it, after which the iteration begins anew
-        left = tree.add_scaled(c.remainder, -1.0, image)
-        better = tree.vdot(left, left) < c.remainder_sq
-        length = jnp.where(c.trial, better.astype(length.dtype), length)
-        accepted = jnp.where(c.trial, finite, accepted)
-    x = tree.add_scaled(c.x, length, c.direction)
+    accepted = finite & (c.trial | (rayleigh > 10 * epsilon * stiffest))
+    # A warm start is tried as a step of length 1 from 0, after which the iteration begins anew.
+    length = jnp.where(accepted, jnp.where(c.trial, 1.0, length), 0.0)
+    left = tree.add_scaled(c.remainder, -length, image)
+    square = tree.vdot(left, left)
+    dropped = c.trial & ~(square < c.remainder_sq)
+    length, square = jnp.where(dropped, 0.0, length), jnp.where(dropped, c.remainder_sq, square)
     remainder = tree.add_scaled(c.remainder, -length, image)
-    square = tree.vdot(remainder, remainder)
     ratio = jnp.where(c.trial, 0.0, quotient(square, c.remainder_sq))
     # A square that underflows would make the next quotients meaningless.
     small = (quotient(jnp.sqrt(square), size) <= stop) | (square <= jnp.finfo(square.dtype).tiny / epsilon)
     return _Krylov(
-        x,
+        tree.add_scaled(c.x, length, c.direction),
         remainder,
         tree.add_scaled(remainder, ratio, c.direction),
         square,

@@ -90,17 +90,15 @@ def neumann(
         return () if step_size is not None else NeumannState(tree.promoted_zeros_like(b_like))
 
     def solve_scaled(system: LinearSystem, b: PyTree, size: Array, state: PyTree, limit: Array | None) -> Solution:
-        stop = -1.0 if limit is None else limit  # −1: take all terms
-        alpha, num_set_up, direction = step_size, 0, None
-        if step_size is None:
-            power = _power(system.matvec, normalized(b, size), state.direction, unroll)
-            alpha, num_set_up, direction = quotient(1.0, power.top), power.num_products, power.direction
-        total = _series(system.matvec, b, size, alpha, stop, num_terms, unroll)
-        if step_size is None:
-            missed = total.overshot & jnp.isfinite(total.residual) & (total.residual > 1.0)
-            state = NeumannState(optax.tree.where(missed, normalized(total.term, total.residual * size), direction))
-        status = jnp.where(total.residual > _DIVERGED, Status.DIVERGED, Status.TRUNCATED)
-        return Solution(total.x, state, num_set_up + total.num_products, total.term, total.residual, status)
+        if step_size is not None:
+            total = _series(system.matvec, b, size, step_size, limit, num_terms, unroll)
+            return Solution(total.x, state, total.num_products, total.term, total.residual, _status(total))
+        power = _power(system.matvec, normalized(b, size), state.direction, unroll)
+        total = _series(system.matvec, b, size, quotient(1.0, power.top), limit, num_terms, unroll)
+        missed = total.overshot & jnp.isfinite(total.residual) & (total.residual > 1.0)
+        top = optax.tree.where(missed, normalized(total.term, total.residual * size), power.direction)
+        num_products = power.num_products + total.num_products
+        return Solution(total.x, NeumannState(top), num_products, total.term, total.residual, _status(total))
 
     return assemble(init, solve_scaled, damping=damping)
 
@@ -114,19 +112,28 @@ class _Sum(NamedTuple):
     done: Array
 
 
-def _series(matvec: MatVec, b: PyTree, size: Array, alpha: Any, stop: Any, num_terms: int, unroll: int | bool) -> _Sum:
+def _series(
+    matvec: MatVec, b: PyTree, size: Array, alpha: Any, limit: Array | None, num_terms: int, unroll: int | bool
+) -> _Sum:
+    stop = -1.0 if limit is None else limit  # −1: take all terms
+
     def step(c: _Sum) -> _Sum:
         x = tree.add_scaled(c.x, alpha, c.term)
         term = tree.add_scaled(c.term, -alpha, matvec(c.term))
         residual = quotient(tree.norm(term), size)
         # Past α λ = 2 a term turns round at each step; along negative curvature it grows without turning.
         overshot = tree.vdot(term, c.term) < 0
-        return _Sum(term, x, c.num_products + 1, residual, overshot, ~(residual <= _DIVERGED) | (residual <= stop))
+        done = ~(residual <= _DIVERGED) | (residual <= stop)
+        return _Sum(term, x, c.num_products + 1, residual, overshot, done)
 
     residual = quotient(size, size)
     done = (size == 0) | (residual <= stop)
     start = _Sum(b, tree.promoted_zeros_like(b), jnp.zeros((), jnp.int32), residual, jnp.array(False), done)
     return iterate(step, start, length=num_terms, unroll=unroll)
+
+
+def _status(total: _Sum) -> Array:
+    return jnp.where(total.residual > _DIVERGED, Status.DIVERGED, Status.TRUNCATED)
 
 
 class _Power(NamedTuple):
