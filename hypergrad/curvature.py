@@ -26,6 +26,8 @@ from jax.extend import core as jex_core
 from hypergrad import dataflow, tree
 from hypergrad.types import Array, Hyperparams, MatVec, ModelState, Params, PyTree
 
+__all__ = ["hvp", "mixed_mode_gradient", "mixed_vjp"]
+
 
 def hvp(fn: Callable[[Params], Array], params: Params) -> MatVec:
     """Return v ↦ ∇²fn(params) v, on trees shaped like ``params`` in the promoted dtypes.

@@ -14,22 +14,23 @@ import numpy as np
 from hypergrad import tree, validate
 from hypergrad.types import Array, Batch, PyTree
 
+__all__ = ["IndexedBatch", "gathered", "of_length", "one_step", "take", "window_length", "windowed", "with_windowed"]
+
 
 class IndexedBatch(NamedTuple):
     """A batch given by where it lies in data on the device: ``leaf[indices]`` for every leaf of ``data``.
 
-        Stands for a batch, or for any subtree of one, wherever the library takes one (inner or outer); the loss sees the
-        gathered examples. A window of K steps then holds K·B indices instead of K·B examples, which are gathered in each
-        step, and again where a checkpointed step is computed again.
+    Stands for a batch, or for any subtree of one, wherever the library takes one (inner or outer); the loss sees the
+    gathered examples. A window of K steps then holds K·B indices instead of K·B examples, which are gathered in each
+    step, and again where a checkpointed step is computed again.
 
     Attributes:
-          data: a pytree of arrays with a common leading axis of N examples; no window axis.
-          indices: integers in 0 … N−1: shape (B,) for one batch, (K, B) for a window; () and (K,) where an entry of
-            ``data`` is itself a batch. One out of range is clamped, as JAX does.
+      data: a pytree of arrays with a common leading axis of N examples; no window axis.
+      indices: integers in 0 … N−1: shape (B,) for one batch, (K, B) for a window; () and (K,) where an entry of
+        ``data`` is itself a batch. One out of range is clamped, as JAX does.
 
-        >>> import jax.numpy as jnp
-    import numpy as np
-        >>> batches = IndexedBatch((jnp.zeros((60, 4)), jnp.zeros(60)), jnp.arange(30).reshape(3, 10))  # K = 3, B = 10
+    >>> import jax.numpy as jnp
+    >>> batches = IndexedBatch((jnp.zeros((60, 4)), jnp.zeros(60)), jnp.arange(30).reshape(3, 10))  # K = 3, B = 10
     """
 
     data: PyTree

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from hypergrad import tree, validate
 from hypergrad.types import Array, Params, PyTree
 
+__all__ = ["l1", "l2"]
+
 
 def l2(params: Params, coefficients: PyTree) -> Array:
     """Return the ridge penalty ½ Σ cᵢ wᵢ².
