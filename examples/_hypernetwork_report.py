@@ -62,7 +62,8 @@ def measure(runs: dict[str, Any], splits: datasets.Splits, settings: Settings) -
     global_params = runs[GLOBAL].variables.params
     at = [hg.BilevelParams(global_params, jnp.asarray(math.log(u / (1 - u)))) for u in share]
     curve = [
-        (math.exp(low + u * (high - low)), valid(hg.responses.weights_at(v))) for u, v in zip(share, at, strict=True)
+        (math.exp(low + u * (high - low)), valid(hg.responses.deployable_params(v)))
+        for u, v in zip(share, at, strict=True)
     ]
     history = {name: [(step, valid(params), decay) for step, params, decay in runs[name].history] for name in EACH}
     return Outcome(rows, grid, np.asarray(curve), history)

@@ -107,7 +107,7 @@ def with_learned_decay(
     for look in range(settings.looks):
         start, stop = (settings.steps * at // settings.looks for at in (look, look + 1))
         variables, state = jax.block_until_ready(advance(variables, state, splits, start, stop))
-        history.append((stop, hg.responses.weights_at(variables), problem.constrain(variables.hyperparams)))
+        history.append((stop, hg.responses.deployable_params(variables), problem.constrain(variables.hyperparams)))
         loss = problem.outer_loss(*variables, splits.valid, None)
         shown.look(run, stop, state.info, advance=(stop - start) * settings.samples, loss=loss)
     return Run(*history[-1][1:], settings.steps * settings.samples, history, variables)

@@ -109,7 +109,7 @@ def tuning_itself(
         return variables, tx.init(variables)._replace(key=jax.random.key_data(key))
 
     def read(at: Any) -> tuple[Any, Any, Any]:
-        return hg.responses.weights_at(at[0]), problem.constrain(at[0].hyperparams), at[1].info
+        return hg.responses.deployable_params(at[0]), problem.constrain(at[0].hyperparams), at[1].info
 
     return start, Trainer(_loop(step, *sizes), jax.jit(read), _judge(model))
 

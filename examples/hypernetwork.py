@@ -85,7 +85,7 @@ def compare(settings: Settings, splits: datasets.Splits, seed: int, shown: progr
         inner = {name: run.falling_adam(rate, settings.steps) for name, rate in rates.items()}
         tx = hg.bilevel(
             hg.direct(problem),
-            inner_optimizer=optax.partition(inner, hg.responses.labels),
+            inner_optimizer=optax.partition(inner, hg.responses.optimizer_labels),
             outer_optimizer=run.falling_adam(settings.outer_rate, settings.steps // settings.every),
             every=lambda n: (n > settings.steps // 5) & (n % settings.every == 0),
             key=seed,

@@ -58,17 +58,19 @@ def inner_optimizer(rate: float) -> optax.GradientTransformation:
 
 def self_tuned(plain: hg.BilevelProblem, params: Any, text: lm.Text, settings: Settings) -> run.Method:
     """Return the method that learns weights, response, hyperparameters and perturbation scales together."""
-    problem = hg.responses.self_tuning(plain, form=hg.responses.delta_stn(), per_example=lm.PER_EXAMPLE)
+    problem = hg.responses.self_tuning(plain, variant=hg.responses.delta_stn(), per_example=lm.PER_EXAMPLE)
     problem = hg.responses.perturbed(problem, scale=hg.responses.learned_scale(settings.entropy, low=0.5))
     rates = {"weights": settings.inner_rate, "response": settings.response_rate}
     tx = hg.bilevel(
         hg.direct(problem),
-        inner_optimizer=optax.partition({n: inner_optimizer(r) for n, r in rates.items()}, hg.responses.labels),
+        inner_optimizer=optax.partition(
+            {n: inner_optimizer(r) for n, r in rates.items()}, hg.responses.optimizer_labels
+        ),
         outer_optimizer=optax.adam(settings.outer_rate),
         every=lambda n: (n > settings.steps // 4) & (n % settings.every == 0),
     )
     hyperparams = hg.unconstrain(lm.BIJECTORS, lm.START)
-    perturbed = hg.responses.Perturbed(hyperparams, jax.tree.map(jnp.zeros_like, hyperparams))  # σ = 1
+    perturbed = hg.responses.HyperparamsWithScale(hyperparams, jax.tree.map(jnp.zeros_like, hyperparams))  # σ = 1
     first = hg.responses.init(problem, settings.seed, params, perturbed, lm.windows(text.train, settings.batch)[0])
     variables = hg.BilevelParams(first, perturbed)
 
@@ -80,7 +82,7 @@ def self_tuned(plain: hg.BilevelProblem, params: Any, text: lm.Text, settings: S
         return optax.apply_updates(variables, updates), state
 
     def read(at: Any) -> tuple[Any, Any, Any]:
-        return hg.responses.weights_at(at[0]), problem.constrain(at[0].hyperparams), at[1].info
+        return hg.responses.deployable_params(at[0]), problem.constrain(at[0].hyperparams), at[1].info
 
     return run.Method((variables, tx.init(variables)), advance, read, settings.steps, settings.cost)
 

@@ -89,15 +89,15 @@ def make_problem(model: MLP) -> hg.BilevelProblem:
     return hg.BilevelProblem(train_loss, valid_loss)
 
 
-def self_tune(problem: hg.BilevelProblem, settings: Settings, form: Any = None) -> tuple[hg.BilevelProblem, Any]:
+def self_tune(problem: hg.BilevelProblem, settings: Settings, variant: Any = None) -> tuple[hg.BilevelProblem, Any]:
     """Return the problem with layers that respond to the hyperparameters, and the optimizer of everything."""
     problem = hg.reparameterize(problem, BOUNDS)
-    problem = hg.responses.self_tuning(problem, form=form or hg.responses.delta_stn(), per_example=True)
+    problem = hg.responses.self_tuning(problem, variant=variant or hg.responses.delta_stn(), per_example=True)
     problem = hg.responses.perturbed(problem, scale=settings.scale)
     inner = {"weights": optax.adam(settings.rate), "response": optax.adam(settings.response_rate)}
     tx = hg.bilevel(
         hg.direct(problem),
-        inner_optimizer=optax.partition(inner, hg.responses.labels),
+        inner_optimizer=optax.partition(inner, hg.responses.optimizer_labels),
         outer_optimizer=optax.adam(settings.outer_rate),
         every=lambda n: (n > settings.warmup) & (n % settings.every == 0),
     )

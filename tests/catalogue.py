@@ -54,8 +54,8 @@ def _learned(problem: hg.BilevelProblem, response: hg.responses.Response) -> hg.
     return hg.direct(hg.responses.perturbed(hg.responses.with_response(problem, response), scale=0.1))
 
 
-def _self_tuned(problem: hg.BilevelProblem, form: hg.responses.SelfTuningForm) -> hg.Estimator:
-    tuned = hg.responses.self_tuning(problem, form=form, per_example=False)  # decays act on weights: one a batch
+def _self_tuned(problem: hg.BilevelProblem, variant: hg.responses.SelfTuningVariant) -> hg.Estimator:
+    tuned = hg.responses.self_tuning(problem, variant=variant, per_example=False)  # decays act on weights: one a batch
     return hg.direct(hg.responses.perturbed(tuned, scale=0.1))
 
 

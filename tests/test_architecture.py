@@ -49,7 +49,16 @@ LAYERS = {
 COMPUTES = {
     *("cg", "dense", "neumann", "l1", "l2", "implicit", "unrolled", "reverse", "forward", "best_response", "bilevel"),
     *("add_decayed_weights", "scale_by_learning_rate", "schedule", "direct", "with_response", "perturbed", "sampled"),
-    *("self_tuning", "self_tunable", "linear", "gated", "hypernetwork", "magnitude_invariant", "init", "weights_at"),
+    *(
+        "self_tuning",
+        "self_tunable",
+        "linear",
+        "gated",
+        "hypernetwork",
+        "magnitude_invariant",
+        "init",
+        "deployable_params",
+    ),
     *("check_hypergrad", "compare", "extreme_eigenvalues", "horizon_bias", "retrain"),
 }
 PLOTS = PACKAGE / "diagnostics" / "_plots.py"  # an extra: imported where a picture is asked for, not with the library

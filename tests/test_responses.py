@@ -84,7 +84,7 @@ def test_a_response_begins_at_the_given_weights_and_shares_no_buffer(name):
 @each
 def test_weights_at_are_those_that_the_response_applies(name):
     learned, h = trained(name), case().variables.hyperparams
-    plain = responses.weights_at(hg.BilevelParams(learned, h))
+    plain = responses.deployable_params(hg.BilevelParams(learned, h))
     assert relative_error(RESPONSES[name].apply(learned, h), plain) < 1e-12
     problem = responses.perturbed(responses.with_response(case().problem, RESPONSES[name]), scale=0.1)
     by_response = hg.best_response(hg.direct(problem))(learned, h, (), key=None)
@@ -223,7 +223,7 @@ def test_a_learned_scale_is_tuned_by_the_outer_loss_and_kept_up_by_its_entropy()
     problem = responses.perturbed(
         plain, scale=responses.learned_scale(entropy=tau, low=1e-3, high=10.0), num_samples=20_000
     )
-    h = responses.Perturbed(jnp.array([0.7]), jnp.array(np.log(0.3)))
+    h = responses.HyperparamsWithScale(jnp.array([0.7]), jnp.array(np.log(0.3)))
     value, grad = jax.jit(jax.value_and_grad(problem.outer_loss, argnums=1))(jnp.zeros(1), h, (), jax.random.key(0))
     entropy = np.log(0.3 * np.sqrt(2 * np.pi * np.e))
     # The standard error of ½ c (h + σε)² over 20,000 samples is about c·h·σ/√20000 = 0.0045.
@@ -239,7 +239,7 @@ def test_a_learned_scale_stays_inside_its_bounds_and_can_come_back():
     plain = hg.BilevelProblem(lambda w, h, b, k: 0.0, lambda w, h, b, k: b * jnp.mean(h**2))
     problem = responses.perturbed(plain, scale=responses.learned_scale(entropy=0.1, low=0.5, high=1.0))
     slope = jax.jit(jax.grad(problem.outer_loss, argnums=1))
-    at = lambda s: responses.Perturbed(jnp.zeros(50), jnp.array(s))  # noqa: E731
+    at = lambda s: responses.HyperparamsWithScale(jnp.zeros(50), jnp.array(s))  # noqa: E731
     wide, key = np.log(2.0), jax.random.key(0)
     assert float(slope(jnp.zeros(1), at(wide), 100.0, key).log_scale) > 0  # descent brings it back
     assert float(slope(jnp.zeros(1), at(wide), 0.0, key).log_scale) == 0.0  # the entropy does not push it further
@@ -247,7 +247,7 @@ def test_a_learned_scale_stays_inside_its_bounds_and_can_come_back():
     assert float(slope(jnp.zeros(1), at(np.log(0.1)), 0.0, key).log_scale) < 0
     seen = hg.BilevelProblem(lambda w, h, b, k: jnp.std(h), plain.outer_loss)
     clipped = responses.perturbed(seen, scale=responses.learned_scale(low=0.5, high=1.0)).inner_loss
-    assert float(clipped(0.0, responses.Perturbed(jnp.zeros(4000), jnp.array(wide)), (), key)) < 1.1
+    assert float(clipped(0.0, responses.HyperparamsWithScale(jnp.zeros(4000), jnp.array(wide)), (), key)) < 1.1
 
 
 def test_a_global_hypernetwork_holds_the_response_over_a_range():
@@ -294,11 +294,15 @@ def test_a_global_hypernetwork_holds_the_response_over_a_range():
         (lambda p: responses.learned_scale(low=1.0, high=0.5), ValueError, "high"),
         (lambda p: responses.magnitude_invariant(1.0, 1.0), ValueError, "low < high"),
         (lambda p: responses.sampled(p, 3), TypeError, "draw"),
-        (lambda p: responses.weights_at(hg.BilevelParams(jnp.ones(1), jnp.ones(1))), TypeError, "own call its apply"),
-        (lambda p: responses.labels(jnp.ones(1)), TypeError, "made by hg.responses"),
+        (
+            lambda p: responses.deployable_params(hg.BilevelParams(jnp.ones(1), jnp.ones(1))),
+            TypeError,
+            "own call its apply",
+        ),
+        (lambda p: responses.optimizer_labels(jnp.ones(1)), TypeError, "made by hg.responses"),
         (lambda p: _noisy(p).inner_loss(jnp.ones(1), jnp.ones(1), (), None), TypeError, "key"),
         (lambda p: _gated().apply(jnp.ones(1), jnp.ones(1)), TypeError, "gated response parameters"),
-        (lambda p: _learned_scale(p).inner_loss(0.0, jnp.ones(1), (), jax.random.key(0)), TypeError, "Perturbed"),
+        (lambda p: _learned_scale(p).inner_loss(0.0, jnp.ones(1), (), jax.random.key(0)), TypeError, "HyperparamsWithScale"),
         (lambda p: hg.best_response(hg.direct(p))(jnp.ones(1), jnp.ones(1), (), key=None), ValueError, "response"),
         (lambda p: hg.direct(lambda: 0), TypeError, "BilevelProblem"),
     ],
@@ -362,7 +366,9 @@ def test_weights_and_response_have_optimizers_of_their_own():
     problem = responses.perturbed(responses.with_response(case().problem, responses.gated()), scale=0.1)
     tx = hg.bilevel(
         hg.direct(problem),
-        inner_optimizer=optax.partition({"weights": optax.sgd(0.0), "response": optax.sgd(0.1)}, responses.labels),
+        inner_optimizer=optax.partition(
+            {"weights": optax.sgd(0.0), "response": optax.sgd(0.1)}, responses.optimizer_labels
+        ),
         outer_optimizer=optax.sgd(0.1),
         window=3,
         every=lambda n: n > 1,

@@ -92,7 +92,7 @@ def test_the_linearized_loss_trains_weights_plainly_and_the_response_on_one_jvp(
     shift = jax.tree.map(lambda h: 0.3 * jax.random.normal(jax.random.key(h.size), (size, *h.shape)), center)
     noisy = jax.tree.map(lambda h, s: h + s, center, shift)
     displacement = jnp.concatenate([shift["a"][:, None], shift["b"]], 1)
-    inner = problem.response.around(center)[0]
+    inner = problem.response.losses_at(center)[0]
     value, grad = jax.jit(jax.value_and_grad(inner))(start, noisy, x, None)
 
     spread = jax.tree.map(lambda h: jnp.broadcast_to(h, (size, *h.shape)), center)
@@ -113,28 +113,28 @@ def test_hypergradients_by_two_other_routes(form):
     """``direct`` = chain rule with the response's Jacobian = finite differences about a fixed centre."""
     apply, params, x = linen("mlp")
     plain = squares(apply)
-    problem = responses.self_tuning(plain, form=FORMS[form])
+    problem = responses.self_tuning(plain, variant=FORMS[form])
     start, h = moved(responses.init(problem, 0, params, hyper(), x)), hyper()
     got = jax.jit(functools.partial(hg.hypergrad(hg.direct(problem)), key=None))(start, h, x, x)
 
     @jax.jit
     def outer(h):
-        center = hyper() if problem.response.around and FORMS[form].centered else jax.tree.map(jnp.zeros_like, h)
+        center = hyper() if problem.response.losses_at and FORMS[form].centered else jax.tree.map(jnp.zeros_like, h)
         displacement = jnp.concatenate([jnp.ravel(v) for v in jax.tree.leaves(optax.tree.sub(h, center))])
         return plain.outer_loss(displaced_weights(start.params, start.layers, displacement), h, x, None)
 
     assert relative_error(got, finite_differences(outer, h)) < 1e-7
     rows = jax.tree.map(lambda v: jnp.broadcast_to(v, (len(x), *v.shape)), h)
-    by_gates = jax.jit(jax.grad(problem.response.around(h)[1], argnums=1))(start, rows, x, None)
+    by_gates = jax.jit(jax.grad(problem.response.losses_at(h)[1], argnums=1))(start, rows, x, None)
     assert relative_error(got, jax.tree.map(lambda g: g.sum(0), by_gates)) < 1e-10
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_exported_weights_are_those_of_the_unmodified_model(form):
     apply, params, x = linen("transformer")
-    problem = responses.perturbed(responses.self_tuning(squares(apply), form=FORMS[form]), scale=0.5)
+    problem = responses.perturbed(responses.self_tuning(squares(apply), variant=FORMS[form]), scale=0.5)
     start = moved(responses.init(problem, 0, params, hyper(), x))
-    weights = responses.weights_at(hg.BilevelParams(start, hyper()))
+    weights = responses.deployable_params(hg.BilevelParams(start, hyper()))
     assert jax.tree.structure(weights) == jax.tree.structure(params)
     outer = lambda w, h, x, k: jnp.mean((apply(w, x) + 1.0) ** 2)  # noqa: E731
     tuned = jax.jit(problem.outer_loss)(start, hyper(), x, None)
@@ -153,7 +153,7 @@ def test_linen_and_nnx_agree_with_the_definition():
     x = inputs("images")
     np.testing.assert_array_equal(apply(params, x), plain(params, x))
 
-    problem = responses.self_tuning(squares(apply), form=responses.stn())
+    problem = responses.self_tuning(squares(apply), variant=responses.stn())
     start = moved(responses.init(problem, 0, params, hyper(), x))
     layers = {"attention/key", "attention/out", "attention/query", "attention/value"}
     assert set(start.layers) == layers | {"conv", "embed", "layers/0", "layers/1"}
@@ -165,7 +165,7 @@ def test_linen_and_nnx_agree_with_the_definition():
 
     exact = jax.jit(lambda s: outputs_by_definition(plain, s.params, s.layers, displacement, x))(start)
     assert relative_error(jax.jit(gated)(start), exact) < 1e-12
-    weights = responses.weights_at(hg.BilevelParams(start, hyper()))
+    weights = responses.deployable_params(hg.BilevelParams(start, hyper()))
     assert jax.tree.structure(weights) == jax.tree.structure(params)
     tuned = jax.jit(problem.outer_loss)(start, hyper(), x, None)
     assert float(tuned) == pytest.approx(float(jax.jit(squares(plain).outer_loss)(weights, None, x, None)), rel=1e-12)
@@ -212,7 +212,7 @@ def test_nnx_is_linearized_too():
         output, slope = jax.jvp(run, (0.0,), (1.0,))
         return squares(lambda w, x: output + slope).inner_loss(None, noisy, x, None)
 
-    got = jax.jit(jax.grad(problem.response.around(center)[0]))(start, noisy, x, None)
+    got = jax.jit(jax.grad(problem.response.losses_at(center)[0]))(start, noisy, x, None)
     assert relative_error(got.layers, jax.jit(jax.grad(response_loss))(start.layers)) < 1e-10
 
 
@@ -228,11 +228,11 @@ def test_what_acts_on_weights_is_perturbed_once_a_batch_and_seen_by_penalties():
     plain = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.mean(apply(w, batch) ** 2))
     h = {"decay": jnp.array(0.2), "rate": jnp.array(0.1)}
     marks = {"decay": False, "rate": True}
-    problem = responses.self_tuning(plain, form=responses.delta_stn(linearized=False), per_example=marks)
+    problem = responses.self_tuning(plain, variant=responses.delta_stn(linearized=False), per_example=marks)
     start = moved(responses.init(problem, 0, params, h, x))
     rates = 0.1 + 0.2 * jax.random.normal(jax.random.key(1), (len(x),))
     noisy = {"decay": jnp.array(0.5), "rate": rates}
-    got = problem.response.around(h)[0](start, noisy, x, None)
+    got = problem.response.losses_at(h)[0](start, noisy, x, None)
     assert seen == {"rate": (len(x),), "decay": ()}
     displacement = jnp.stack([jnp.full(len(x), 0.3), rates - 0.1], 1)
     outputs = outputs_by_definition(apply, start.params, start.layers, displacement, x)
@@ -259,14 +259,15 @@ def test_a_linear_network_learns_its_exact_response(form):
 
     outer = lambda w, h, batch, key: jnp.mean((apply(w, batch[0]) - batch[1]) ** 2)  # noqa: E731
     problem = hg.reparameterize(hg.BilevelProblem(inner, outer), hg.bijectors.exp())
-    tuned = responses.self_tuning(problem, form=FORMS[form] if form == "delta" else responses.stn())
+    tuned = responses.self_tuning(problem, variant=FORMS[form] if form == "delta" else responses.stn())
     noisy = responses.perturbed(tuned, scale=0.2)
     h, many = jnp.array([-1.0, 0.0, -2.0]), (jnp.tile(x, (16, 1)), jnp.tile(y, 16))  # 1,600 perturbations a step
     start = responses.init(noisy, 1, net.init(jax.random.key(0), x)["params"], h, many)
     steps = 6000
     rates = {"weights": 3e-3, "response": 3e-2}
     optimizer = optax.partition(
-        {part: optax.adam(optax.cosine_decay_schedule(rate, steps)) for part, rate in rates.items()}, responses.labels
+        {part: optax.adam(optax.cosine_decay_schedule(rate, steps)) for part, rate in rates.items()},
+        responses.optimizer_labels,
     )
 
     @jax.jit
@@ -303,7 +304,7 @@ def test_batch_norm_keeps_its_statistics(form):
     def outer(w, h, x, key, stats):
         return jnp.mean((model.apply({"params": w, "batch_stats": stats}, x, train=False) - 1.0) ** 2), stats
 
-    problem = responses.self_tuning(hg.BilevelProblem(inner, outer, stateful=True), form=FORMS[form])
+    problem = responses.self_tuning(hg.BilevelProblem(inner, outer, stateful=True), variant=FORMS[form])
     problem = responses.perturbed(problem, scale=0.5)
     stats, h = first["batch_stats"], jnp.array(0.0)
     start = responses.init(problem, 0, first["params"], h, x, model_state=stats)
@@ -372,7 +373,10 @@ def test_a_rate_through_which_nothing_differentiates_gets_the_exact_hypergradien
 def test_response_parameters_are_saved_and_restored(through, tmp_path):
     apply, params, x = linen("transformer")
     problem = responses.self_tuning(squares(apply))
-    tree = (moved(responses.init(problem, 0, params, hyper(), x)), responses.Perturbed(hyper(), jnp.array(0.1)))
+    tree = (
+        moved(responses.init(problem, 0, params, hyper(), x)),
+        responses.HyperparamsWithScale(hyper(), jnp.array(0.1)),
+    )
     blank = jax.tree.map(jnp.zeros_like, tree)
     if through == "msgpack":
         restored = flax.serialization.from_bytes(blank, flax.serialization.to_bytes(tree))
@@ -433,7 +437,7 @@ def test_refusals_of_models():
     plain = responses.self_tuning(squares(lambda w, x: x @ w))
     with pytest.raises(ValueError, match="runs layers that can be tuned; got none"):
         responses.init(plain, 0, jnp.ones((4, 2)), h, x)
-    with pytest.raises(ValueError, match="a batch, to look for layers"):
+    with pytest.raises(ValueError, match="a batch, to trace the inner loss"):
         responses.init(problem_of(Mlp()), 0, params_of(Mlp()), h)
     start = responses.init(problem_of(Mlp()), 0, params_of(Mlp()), h, x)
     two = lambda w, h, b, k: jnp.mean(Mlp().apply({"params": w}, b[0])) * jnp.mean(h["a"])  # noqa: E731
@@ -445,13 +449,13 @@ def test_refusals_of_models():
         responses.init(short, 0, params_of(Mlp()), h, x)
     fixed = responses.perturbed(problem_of(Mlp()), scale=0.1)
     with pytest.raises(TypeError, match="without a scale"):
-        fixed.inner_loss(start, responses.Perturbed(h, jnp.array(0.0)), x, jax.random.key(0))
-    with pytest.raises(ValueError, match="as many hyperparameters as the response was made for, 3"):
+        fixed.inner_loss(start, responses.HyperparamsWithScale(h, jnp.array(0.0)), x, jax.random.key(0))
+    with pytest.raises(ValueError, match="the 3 hyperparameters that the self-tuning response was made for; got 5"):
         fixed.inner_loss(start, {**h, "c": jnp.zeros(2)}, x, jax.random.key(0))
     for wrong in ({"form": "stn"}, {"per_example": "yes"}, {"per_example": None}):
         with pytest.raises(TypeError, match="expected"):
             responses.self_tuning(squares(lambda w, x: x), **wrong)
-    with pytest.raises(TypeError, match="self-tuning params"):
+    with pytest.raises(TypeError, match=r"self-tuning response parameters \(CenteredParams\); got dict"):
         problem_of(Mlp()).inner_loss(params_of(Mlp()), h, x, None)
     with pytest.raises(TypeError, match=r"flax.nnx.Module"):
         responses.self_tunable(Mlp())
@@ -487,7 +491,7 @@ def test_a_trace_that_the_loss_keeps_has_the_gates_of_its_run(wrap):
     wrapped = wrap(apply)
     wrapped(params, x)
     for form in ("stn", "delta, nonlinear"):
-        plain, kept = (responses.self_tuning(squares(f), form=FORMS[form]) for f in (apply, wrapped))
+        plain, kept = (responses.self_tuning(squares(f), variant=FORMS[form]) for f in (apply, wrapped))
         start = moved(responses.init(kept, 0, params, hyper(), x))
         want, got = (
             jax.grad(responses.perturbed(p, scale=0.3).inner_loss)(start, hyper(), x, jax.random.key(0))
@@ -503,7 +507,7 @@ def test_a_model_under_vmap_over_examples_is_refused():
     """Each example has a leading axis of 1 there, which is not that of the gates."""
     apply, params, x = linen("mlp")
     one_by_one = lambda w, x: jax.vmap(lambda e: apply(w, e[None])[0])(x)  # noqa: E731
-    problem = responses.self_tuning(squares(one_by_one), form=responses.stn())
+    problem = responses.self_tuning(squares(one_by_one), variant=responses.stn())
     start = responses.init(problem, 0, params, hyper(), x)
     with pytest.raises(ValueError, match=r"one row for each of 5 examples; got shape \(1, 7\)"):
         responses.perturbed(problem, scale=0.3).inner_loss(start, hyper(), x, jax.random.key(0))
@@ -514,7 +518,7 @@ def test_an_average_of_the_weights_is_refused_unless_it_is_marked():
 
     def inner(mark):
         def loss(w, h, x, key, mean):
-            with responses.untuned() if mark else contextlib.nullcontext():
+            with responses.disable_self_tuning() if mark else contextlib.nullcontext():
                 target = apply(mean, x)
             return jnp.mean(jnp.exp(h["a"]) * jnp.mean((apply(w, x) - target) ** 2, (1, 2))), mean
 
@@ -522,15 +526,15 @@ def test_an_average_of_the_weights_is_refused_unless_it_is_marked():
 
     def value(mark):
         problem = hg.BilevelProblem(inner(mark), inner(mark), stateful=True)
-        problem = responses.self_tuning(problem, form=responses.stn())
+        problem = responses.self_tuning(problem, variant=responses.stn())
         start = moved(responses.init(problem, 0, params, hyper(), x, model_state=params))
         noisy = responses.perturbed(problem, scale=0.0)
         mean = jax.tree.map(lambda w: 0.9 * w, params)
         run = lambda s, mean: noisy.inner_loss(s, hyper(), x, jax.random.key(0), mean)[0]  # noqa: E731
-        student = apply(responses.weights_at(hg.BilevelParams(start, hyper())), x)
+        student = apply(responses.deployable_params(hg.BilevelParams(start, hyper())), x)
         return jax.jit(run)(start, mean), jnp.exp(hyper()["a"]) * jnp.mean((student - apply(mean, x)) ** 2)
 
-    with pytest.raises(ValueError, match=r"two models .*untuned"):
+    with pytest.raises(ValueError, match=r"two models .*disable_self_tuning"):
         value(mark=False)
     got, want = value(mark=True)
     assert float(got) == pytest.approx(float(want), rel=1e-12)

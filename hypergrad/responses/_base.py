@@ -2,32 +2,46 @@
 
     w(λ) = apply(φ, λ; c),    φ ← SGD on E_ε L_in(w(λ + σε), λ + σε),    dL_out/dλ by autodiff through w(λ)
 
-A response is two pure functions; what it learns, φ, takes the place of the weights as the inner variable. φ is plain
-data with a field ``params`` (the weights at the centre c, or those that an offset is added to) and others that hold
-what the response learns beside.
+A response is two pure functions. Its parameters φ replace the weights as the inner variable: a pytree with a field
+``params`` (the weights at the centre c, or those that an offset is added to) and fields for the learned response.
 
 Reference: MacKay et al., Self-tuning networks, arXiv 1903.03088; Lorraine & Duvenaud, arXiv 1802.09419.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from hypergrad import data, tree, validate
 from hypergrad.problem import BilevelProblem, check_model_state, check_problem, check_variables
+from hypergrad.responses._learned_scale import HyperparamsWithScale
 from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
+
+__all__ = [
+    "Encoding",
+    "Response",
+    "ResponseParams",
+    "as_encoding",
+    "broadcast_per_example",
+    "check_response_params",
+    "check_size",
+    "deployable_params",
+    "flat",
+    "init",
+    "optimizer_labels",
+    "refuse_plain_problem",
+]
 
 
 class Response(NamedTuple):
     """A parametric best response, as pure functions.
 
     Attributes:
-      init: ``init(key, params, hyperparams) -> response_params``: starts from given weights, aliases nothing.
-      apply: ``apply(response_params, hyperparams, center=None) -> params``: the weights that the response gives for
-        ``hyperparams``. A centred response is zero at ``center``, by default ``stop_gradient(hyperparams)``.
+      init: ``init(key, params, hyperparams) -> response_params``: starts from given weights and copies them.
+      apply: ``apply(response_params, hyperparams, center=None) -> params``: the weights at ``hyperparams``. A centred
+        response adds nothing at ``center``, by default ``stop_gradient(hyperparams)``.
     """
 
     init: Callable[[Key, Params, Hyperparams], PyTree]
@@ -35,34 +49,22 @@ class Response(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """A map of the flat hyperparameters to the input of a response.
+    """A map from the flat hyperparameters to the input of a response.
 
     Attributes:
       encode: ``encode(vector) -> vector``: shape (n,) to (m,).
-      check: raises where concrete hyperparameters, flat, are outside what the encoding is for.
+      check: ``check(vector)`` raises if concrete flat hyperparameters are outside the domain of the encoding.
     """
 
     encode: Callable[[Array], Array]
     check: Callable[[Array], None]
 
 
-class Perturbed(NamedTuple):
-    """Hyperparameters with learned perturbation scales: what a problem with ``learned_scale`` takes as λ.
-
-    Attributes:
-      hyperparams: unconstrained hyperparameters.
-      log_scale: tree prefix of ``hyperparams``: log σ, one number a subtree, a leaf or an entry.
-    """
-
-    hyperparams: Hyperparams
-    log_scale: PyTree
-
-
 @runtime_checkable
 class ResponseParams(Protocol):
-    """What a response learns, of a kind that knows its weights without further arguments."""
+    """The parameters of a response that can compute the weights without further arguments."""
 
-    def weights_at(self, hyperparams: Hyperparams, /) -> Params:
+    def deployable_params(self, hyperparams: Hyperparams, /) -> Params:
         """Return the plain weights at ``hyperparams``, the centre."""
         ...
 
@@ -76,7 +78,7 @@ def init(
     *,
     model_state: ModelState = None,
 ) -> PyTree:
-    """Return the first response parameters of a problem over a response: its inner variable.
+    """Return the initial response parameters of a problem over a response: its inner variable.
 
     At the centre they give the weights ``params``, for centred responses exactly.
 
@@ -84,10 +86,10 @@ def init(
       problem: made by ``with_response`` or ``self_tuning``, perturbed or not.
       key: an int or a ``jax.random.key``.
       params: the weights to start from, e.g. a model's own initialisation.
-      hyperparams: the first unconstrained hyperparameters, a ``Perturbed`` where the scale is learned.
-      batch: a training batch; ``self_tuning`` looks with it for the layers that the inner loss runs (nothing is
-        computed). Others need none.
-      model_state: of a stateful problem.
+      hyperparams: the initial unconstrained hyperparameters; a ``HyperparamsWithScale`` if the scale is learned.
+      batch: a training batch. ``self_tuning`` traces the inner loss with it to find the layers (nothing is computed);
+        other responses need none.
+      model_state: for a stateful problem.
 
     Returns:
       Response parameters. They share no buffer with ``params``.
@@ -107,8 +109,7 @@ def init(
     """
     check_problem(problem)
     if problem.response is None:
-        fix = "Apply hg.responses.with_response or hg.responses.self_tuning first."
-        raise ValueError(validate.message("a problem over a response", "one over plain weights", fix))
+        refuse_plain_problem()
     validate.floating_leaves("params", params)
     validate.floating_leaves("hyperparams", hyperparams)
     state = check_model_state(problem, model_state)
@@ -116,10 +117,10 @@ def init(
     return tree.unalias(tree.strip_weak_types(first), params, hyperparams)
 
 
-def weights_at(variables: Any) -> Params:
+def deployable_params(variables: Any) -> Params:
     """Return plain weights of the original model at the current hyperparameters, for serving.
 
-    w(λ) at λ = the centre: for centred responses the field ``params``, for others θ with the response applied.
+    w(λ) with λ as the centre: for centred responses the field ``params``, for others θ plus the response's offset.
 
     Args:
       variables: ``BilevelParams(response_params, hyperparams)``.
@@ -128,11 +129,11 @@ def weights_at(variables: Any) -> Params:
       A tree like the original ``params``.
 
     Raises:
-      TypeError: ``variables`` is not a ``BilevelParams``, or its params are no response parameters of this library.
+      TypeError: ``variables`` is not a ``BilevelParams``, or its params are not those of a response of this library.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> first = hg.responses.linear().init(0, jnp.ones(2), jnp.zeros(1))
-    >>> hg.responses.weights_at(hg.BilevelParams(first, jnp.zeros(1))).tolist()
+    >>> hg.responses.deployable_params(hg.BilevelParams(first, jnp.zeros(1))).tolist()
     [1.0, 1.0]
 
     Reference: MacKay et al., arXiv 1903.03088; Bae & Grosse, arXiv 2010.13514.
@@ -141,86 +142,84 @@ def weights_at(variables: Any) -> Params:
     if not isinstance(params, ResponseParams):
         fix = "For a response of your own call its apply(response_params, hyperparams)."
         raise TypeError(validate.message("params made by hg.responses", validate.describe(params), fix))
-    hyperparams = hyperparams.hyperparams if isinstance(hyperparams, Perturbed) else hyperparams
-    return params.weights_at(hyperparams)
+    hyperparams = hyperparams.hyperparams if isinstance(hyperparams, HyperparamsWithScale) else hyperparams
+    return params.deployable_params(hyperparams)
 
 
-def labels(response_params: PyTree) -> PyTree:
-    """Return ``"weights"`` for the field ``params`` and ``"response"`` for the others: for ``optax.partition``.
+def optimizer_labels(response_params: PyTree) -> PyTree:
+    """Return ``"weights"`` for leaves of the field ``params``, ``"response"`` for others: for ``optax.partition``.
 
-    A response wants an optimizer of its own: its rate is far from the weights', and it should be clipped.
+    A response needs its own optimizer: its learning rate differs from that of the weights by orders of magnitude, and
+    its gradient should be clipped.
 
     Args:
       response_params: of any response of this library.
 
     Returns:
-      A tree prefix of ``response_params`` with strings as leaves.
+      A tree like ``response_params`` with strings as leaves.
 
     Raises:
-      TypeError: the tree is no response's.
+      TypeError: the tree does not hold the parameters of a response.
 
     >>> import hypergrad as hg, jax.numpy as jnp, optax
-    >>> tx = optax.partition({"weights": optax.adam(1e-3), "response": optax.adam(1e-2)}, hg.responses.labels)
-    >>> state = tx.init(hg.responses.linear().init(0, jnp.ones(2), jnp.zeros(1)))
+    >>> own = {"weights": optax.adam(1e-3), "response": optax.adam(1e-2)}
+    >>> optimizer = optax.partition(own, hg.responses.optimizer_labels)
+    >>> state = optimizer.init(hg.responses.linear().init(0, jnp.ones(2), jnp.zeros(1)))
 
     Reference: Bae & Grosse, arXiv 2010.13514.
     """
     if not isinstance(response_params, ResponseParams):
-        fix = "Pass hg.responses.labels itself to optax.partition, over response parameters."
+        fix = "Pass hg.responses.optimizer_labels itself to optax.partition, over response parameters."
         raise TypeError(validate.message("params made by hg.responses", validate.describe(response_params), fix))
-    marks = {name: "weights" if name == "params" else "response" for name in _fields(response_params)}
-    if isinstance(response_params, tuple):
-        return type(response_params)(**marks)
-    return dataclasses.replace(response_params, **marks)  # type: ignore[type-var]
+    label = lambda path, _: "weights" if jax.tree_util.keystr(path[:1]) == ".params" else "response"  # noqa: E731
+    return jax.tree.map_with_path(label, response_params)
 
 
 def flat(hyperparams: Hyperparams) -> Array:
-    """Return all hyperparameters as one vector (n,), in at least float32, leaf after leaf."""
-    leaves = [jnp.ravel(leaf) for leaf in jax.tree.leaves(tree.promote(hyperparams))]
-    return jnp.concatenate(leaves)
+    """Return all hyperparameters as one vector (n,) in the widest of their dtypes, at least float32."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(hyperparams)]
+    dtype = tree.wider(*(leaf.dtype for leaf in leaves))
+    return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in leaves])
 
 
 def as_encoding(encoding: Encoding | None) -> Encoding:
     """Return ``encoding``, checked; None is the identity."""
     if encoding is None:
-        return _IDENTITY
+        return Encoding(encode=lambda vector: vector, check=lambda _: None)
     if not isinstance(encoding, Encoding):
         fix = "Pass e.g. hg.responses.magnitude_invariant(low, high), or None."
         raise TypeError(validate.message("encoding to be an Encoding", validate.describe(encoding), fix))
     return encoding
 
 
-_IDENTITY = Encoding(encode=lambda vector: vector, check=lambda _: None)
-
-
-def marks_of(per_example: PyTree, hyperparams: Hyperparams) -> PyTree:
-    """Return a bool for every hyperparameter leaf: does it take one value an example."""
+def broadcast_per_example(per_example: PyTree, hyperparams: Hyperparams) -> PyTree:
+    """Return a bool for each hyperparameter leaf: whether it takes one value per example."""
     try:
-        return jax.tree.map(lambda mark, sub: jax.tree.map(lambda _: mark, sub), per_example, hyperparams)
-    except (ValueError, TypeError) as error:
+        return jax.tree.broadcast(per_example, hyperparams)
+    except ValueError as error:
         got = f"{jax.tree.structure(per_example)} for {jax.tree.structure(hyperparams)}"
         fix = "Pass True, False, or the hyperparameters' structure with bools in place of subtrees."
         raise ValueError(validate.message("per_example to be a tree prefix of hyperparams", got, fix)) from error
 
 
-def same_size(name: str, got: int, want: int) -> None:
-    """Refuse hyperparameters of another number than a response was made for."""
-    if got != want:
-        fix = "Make response parameters anew (hg.responses.init) for other hyperparameters."
-        raise ValueError(validate.message(f"{want} hyperparameters, which the {name} response has", str(got), fix))
+def check_size(name: str, hyperparams_size: int, response_size: int) -> None:
+    """Refuse hyperparameters of another number than the response was made for."""
+    if hyperparams_size != response_size:
+        fix = "Make new response parameters with hg.responses.init for these hyperparameters."
+        wanted = f"the {response_size} hyperparameters that the {name} response was made for"
+        raise ValueError(validate.message(wanted, str(hyperparams_size), fix))
 
 
-def checked(name: str, response_params: Any, kind: type) -> Any:
-    """Refuse response parameters of another response."""
+def check_response_params(name: str, response_params: Any, kind: type) -> Any:
+    """Return the response parameters if they are of the named response."""
     if not isinstance(response_params, kind):
-        fix = "Pass what this response's init returned, or hg.responses.init(problem, key, params, hyperparams)."
-        raise TypeError(
-            validate.message(f"{name} response parameters", validate.describe(type(response_params).__name__), fix)
-        )
+        wanted, got = f"{name} response parameters ({kind.__name__})", type(response_params).__name__
+        fix = "Start from hg.responses.init(problem, key, params, hyperparams, batch)."
+        raise TypeError(validate.message(wanted, got, fix))
     return response_params
 
 
-def _fields(params: Any) -> list[str]:
-    if isinstance(params, tuple):
-        return list(params._fields)  # type: ignore[attr-defined]
-    return [f.name for f in dataclasses.fields(params) if f.metadata.get("pytree_node", True)]
+def refuse_plain_problem(*_: Any) -> NoReturn:
+    """Refuse a problem over plain weights where response parameters are asked for."""
+    fix = "Apply hg.responses.with_response or hg.responses.self_tuning first."
+    raise ValueError(validate.message("a problem over a response", "one over plain weights", fix))

@@ -1,13 +1,14 @@
 """Hypernetworks: any Flax module from the hyperparameters to the weights.
 
-    w(λ) = θ + h_φ(E(λ))                 h_φ in one piece: (m,) ↦ (D,), all D weights
-    w(λ) = θ + [h_φ(E(λ), e₁), h_φ(E(λ), e₂), …]         in chunks, each with a learned embedding e_c
+    w(λ) = θ + h_φ(E(λ))                                 one output for all D weights: (m,) ↦ (D,)
+    w(λ) = θ + [h_φ(E(λ), e₁), h_φ(E(λ), e₂), …]         chunks, each with a learned embedding e_c
 
-Global where trained on λ from a distribution (``sampled``), local where trained around the current λ (``perturbed``).
-One piece costs the last hidden width times D weights: choose a bottleneck, or chunks.
+The response is global if it is trained on λ from a distribution (``sampled``), local if it is trained around the
+current λ (``perturbed``). With one output the last layer has (last hidden width) × D weights: use a bottleneck, or
+chunks.
 
 Reference: Lorraine & Duvenaud, Stochastic hyperparameter optimization through hypernetworks, arXiv 1802.09419; Ortiz et
-al., Magnitude invariant parametrizations, arXiv 2304.07645 (θ apart from h, and the encoding).
+al., Magnitude invariant parametrizations, arXiv 2304.07645 (θ separate from h, and the encoding).
 """
 
 import dataclasses
@@ -21,28 +22,31 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad import validate
-from hypergrad.responses._base import Encoding, Response, as_encoding, checked, flat
+from hypergrad.responses._base import Encoding, Response, as_encoding, check_response_params, check_size, flat
 from hypergrad.types import Array, Hyperparams, Key, Params, PyTree
+
+__all__ = ["HypernetworkParams", "hypernetwork", "magnitude_invariant"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
-    """The fixed part of a hypernetwork: how its variables become weights."""
+    """The static part of a hypernetwork: how its variables become weights."""
 
     module: nn.Module
     chunk_size: int | None
     encoding: Encoding
+    num_hyperparams: int
 
 
 @flax.struct.dataclass
 class HypernetworkParams:
-    """What a hypernetwork learns.
+    """The parameters of a hypernetwork.
 
     Attributes:
-      params: θ, which the network's output is added to.
+      params: θ, to which the network's output is added.
       variables: φ, the module's own weights.
-      embeddings: (chunks, embedding size), one row a chunk; () for one piece.
-      network: the fixed part, no leaf.
+      embeddings: (chunks, embedding size), one row per chunk; () without chunks.
+      network: the static part, not a leaf.
     """
 
     params: Params
@@ -50,7 +54,7 @@ class HypernetworkParams:
     embeddings: Any
     network: Any = flax.struct.field(pytree_node=False)
 
-    def weights_at(self, hyperparams: Hyperparams, /) -> Params:
+    def deployable_params(self, hyperparams: Hyperparams, /) -> Params:
         """Return θ + h_φ(E(λ))."""
         return _weights(self, hyperparams)
 
@@ -65,13 +69,14 @@ def hypernetwork(
     """Return the response w(λ) = θ + h_φ(E(λ)), h_φ any Flax module.
 
     The module takes the flat hyperparameters (n,), encoded to (m,), and returns all D weights, (D,). With chunks it
-    takes them beside a learned embedding, (m + embedding_size,), returns (chunk_size,), and runs once a chunk. θ is
-    at first the given weights; a last layer that starts at zero (``kernel_init=nn.initializers.zeros``) keeps them.
+    takes them concatenated with a learned embedding, (m + embedding_size,), returns (chunk_size,), and runs once per
+    chunk. Initially θ are the given weights; to keep w(λ) = θ there, initialise the last layer at zero
+    (``kernel_init=nn.initializers.zeros``).
 
     Args:
       module: a Linen module without dropout or state, or ``size -> module`` for one with ``size`` outputs.
-      chunk_size: outputs a call, for large D; None: D.
-      embedding_size: of a chunk.
+      chunk_size: outputs per call, for large D; None: D.
+      embedding_size: size of a chunk's embedding.
       encoding: E, e.g. ``magnitude_invariant(low, high)``; None for λ itself.
 
     Returns:
@@ -81,8 +86,8 @@ def hypernetwork(
       TypeError: ``module`` is not a Linen module, nor a function that returns one.
       ValueError: sizes < 1; from ``init``, a module whose output has another size.
 
-    Right where h_φ can hold w*(λ) over what it is trained on. Rectified units that are dead at λ (all are, at λ = 0
-    with zero biases) make the hypergradient zero: take another nonlinearity, or none.
+    Valid when h_φ can represent w*(λ) where it is trained. ReLU units that are inactive at λ (all are, at λ = 0 with
+    zero biases) make the hypergradient zero: use another nonlinearity, or none.
 
     >>> import flax.linen as nn, jax.numpy as jnp
     >>> response = hypernetwork(lambda size: nn.Sequential([nn.Dense(10), nn.tanh, nn.Dense(size)]))
@@ -108,9 +113,9 @@ def hypernetwork(
         if not isinstance(made, nn.Module):
             fix = "Return e.g. nn.Dense(size)."
             raise TypeError(validate.message("module(size) to be a flax.linen.Module", validate.describe(made), fix))
-        network = _Network(made, chunk_size, encoding)
         vector = flat(hyperparams)
         encoding.check(vector)
+        network = _Network(made, chunk_size, encoding, vector.size)
         inputs = encoding.encode(vector)
         embeddings: Any = ()
         if chunk_size is not None:
@@ -129,8 +134,8 @@ def hypernetwork(
     def apply(
         response_params: HypernetworkParams, hyperparams: Hyperparams, center: Hyperparams | None = None
     ) -> Params:
-        del center  # nothing is centred here
-        return _weights(checked("hypernetwork", response_params, HypernetworkParams), hyperparams)
+        del center  # a hypernetwork has no centre
+        return _weights(check_response_params("hypernetwork", response_params, HypernetworkParams), hyperparams)
 
     return Response(init, apply)
 
@@ -138,19 +143,20 @@ def hypernetwork(
 def magnitude_invariant(low: Any, high: Any) -> Encoding:
     """Return the encoding E(γ) = [cos(πγ/2), sin(πγ/2)] of γ = (λ − low)/(high − low), of constant norm √n.
 
-    A response that sees λ itself has outputs in proportion to |λ|, so that its steps are large where λ is; one that
-    sees E does not. Outside [low, high] the norm stays constant, and E unambiguous for −1 < γ < 3,
-    where training did not go.
+    A response with input λ has outputs proportional to |λ|, so its training steps are large where |λ| is; with input E
+    they are not. Outside [low, high], where the response is not trained, the norm stays constant, and E is one-to-one
+    for −1 < γ < 3.
 
     Args:
-      low: one number, or an array (n,): an entry of the flat hyperparameters each.
-      high: alike, above ``low``.
+      low: one number, or an array (n,) with one number per entry of the flat hyperparameters.
+      high: like ``low``, and above it.
 
     Returns:
       An ``Encoding`` for ``linear``, ``gated`` or ``hypernetwork``.
 
     Raises:
-      ValueError: ``low`` is not below ``high``; from a response's ``init``, hyperparameters outside of [low, high].
+      ValueError: ``low`` is not below ``high``; from a response's ``init``, hyperparameters outside [low, high], or of
+        another number than ``low`` and ``high``.
 
     >>> import jax.numpy as jnp
     >>> magnitude_invariant(-4.0, 4.0).encode(jnp.array([-4.0, 4.0])).round(3).tolist()
@@ -162,19 +168,21 @@ def magnitude_invariant(low: Any, high: Any) -> Encoding:
     if not bool(jnp.all(jnp.isfinite(low) & jnp.isfinite(high) & (low < high))):
         raise ValueError(validate.message("low < high, both finite", f"{low} and {high}", "Give the range of λ."))
 
-    def gamma(vector: Array) -> Array:
-        return (vector - low.astype(vector.dtype)) / (high - low).astype(vector.dtype)
-
     def check(vector: Array) -> None:
+        for name, bound in (("low", low), ("high", high)):
+            if bound.shape not in ((), vector.shape):
+                fix = "Pass one number, or one per entry of the flat hyperparameters."
+                raise ValueError(validate.message(f"{name} of shape () or {vector.shape}", f"shape {bound.shape}", fix))
         if isinstance(vector, jax.core.Tracer):
             return
-        if not bool(jnp.all((vector >= low) & (vector <= high))):
+        if not bool(jnp.all((vector >= low.astype(vector.dtype)) & (vector <= high.astype(vector.dtype)))):
             got = f"{float(vector.min()):g} … {float(vector.max()):g}"
-            fix = "Widen the range, or begin inside."
+            fix = "Widen the range, or start inside it."
             raise ValueError(validate.message(f"hyperparameters inside [{low}, {high}]", got, fix))
 
     def encode(vector: Array) -> Array:
-        angle = 0.5 * jnp.pi * gamma(vector)
+        gamma = (vector - low.astype(vector.dtype)) / (high - low).astype(vector.dtype)
+        angle = 0.5 * jnp.pi * gamma
         return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)])
 
     return Encoding(encode, check)
@@ -182,7 +190,9 @@ def magnitude_invariant(low: Any, high: Any) -> Encoding:
 
 def _weights(response_params: HypernetworkParams, hyperparams: Hyperparams) -> Params:
     network = response_params.network
-    inputs = network.encoding.encode(flat(hyperparams))
+    vector = flat(hyperparams)
+    check_size("hypernetwork", vector.size, network.num_hyperparams)
+    inputs = network.encoding.encode(vector)
     run = lambda x: network.module.apply({"params": response_params.variables}, x)  # noqa: E731
     if network.chunk_size is None:
         output = run(inputs)

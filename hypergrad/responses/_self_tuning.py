@@ -1,13 +1,13 @@
-"""Self-tuning networks: layers of an unmodified Flax model that learn how their outputs answer to the hyperparameters.
+"""Self-tuning networks: layers of an unmodified Flax model learn how their outputs depend on the hyperparameters.
 
-    y = W₀ x + b₀ + (V h̃) ⊙ (W₁ x) + (C h̃) ⊙ b₁        one row h̃ an example, two matrix products a layer
+    y = W₀ x + b₀ + (V h̃) ⊙ (W₁ x) + (C h̃) ⊙ b₁        one row h̃ per example, two matrix products per layer
 
     STN      h̃ = λ + σε                                   one loss trains everything
     Δ-STN    h̃ = σε, the displacement from λ              W₀, b₀ ← SGD on L(net(x; 0); λ)
                                                           W₁, b₁, V, C ← SGD on L(o + ȯ; λ + σε)
 
-with (o, ȯ) the outputs and their derivative along σε (one JVP): centred, so that ``params`` are the weights to deploy,
-and linear in the response, so that its noise does not reach the weights.
+with (o, ȯ) the model's outputs and their derivative along σε (one JVP). Δ-STN is centred, so ``params`` are the weights
+to deploy, and linear in the response, so the noise of the perturbations does not reach the weights.
 
 Reference: MacKay et al., Self-tuning networks, arXiv 1903.03088; Bae & Grosse, Delta-STN, arXiv 2010.13514.
 """
@@ -22,14 +22,30 @@ import jax.numpy as jnp
 from jax import lax
 
 from hypergrad import validate
-from hypergrad.problem import BilevelProblem, ResponseSpec, check_problem, refuse_response
-from hypergrad.responses._base import flat, marks_of
-from hypergrad.responses.layers import Found, LayerResponse, Run, displaced_weights, intercepted, weights_by_path
+from hypergrad.problem import (
+    BilevelParams,
+    BilevelProblem,
+    ResponseSpec,
+    check_problem,
+    evaluate_inner,
+    refuse_response,
+)
+from hypergrad.responses._base import broadcast_per_example, check_response_params, check_size, flat
+from hypergrad.responses.layers import LayerInfo, LayerResponse, Run, displaced_weights, intercepted, weights_by_path
 from hypergrad.types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
+
+__all__ = [
+    "CenteredParams",
+    "SelfTuningVariant",
+    "UncenteredParams",
+    "delta_stn",
+    "self_tuning",
+    "stn",
+]
 
 
 class CenteredParams(NamedTuple):
-    """What a centred self-tuning network (Δ-STN) learns.
+    """The parameters of a centred self-tuning network (Δ-STN).
 
     Attributes:
       params: W₀, b₀ and all other weights of the model: those at the current hyperparameters.
@@ -39,13 +55,13 @@ class CenteredParams(NamedTuple):
     params: Params
     layers: dict[str, LayerResponse]
 
-    def weights_at(self, _hyperparams: Hyperparams, /) -> Params:
+    def deployable_params(self, _hyperparams: Hyperparams, /) -> Params:
         """Return ``params``: the response is zero at the centre."""
         return self.params
 
 
 class UncenteredParams(NamedTuple):
-    """What an uncentred self-tuning network (STN) learns.
+    """The parameters of an uncentred self-tuning network (STN).
 
     Attributes:
       params: W₀, b₀ and all other weights of the model: those at λ = 0.
@@ -55,18 +71,18 @@ class UncenteredParams(NamedTuple):
     params: Params
     layers: dict[str, LayerResponse]
 
-    def weights_at(self, hyperparams: Hyperparams, /) -> Params:
+    def deployable_params(self, hyperparams: Hyperparams, /) -> Params:
         """Return W₀ + (V λ) ⊙ W₁, and the other weights."""
         return displaced_weights(self.params, self.layers, flat(hyperparams))
 
 
-class SelfTuningForm(NamedTuple):
-    """Which self-tuning network.
+class SelfTuningVariant(NamedTuple):
+    """A variant of self-tuning networks.
 
     Attributes:
       centered: h̃ is the displacement from the current hyperparameters.
       linearized: the response is trained on outputs that are linear in it.
-      gate_std: standard deviation of V and C at first; 0 only for a centred form.
+      gate_std: initial standard deviation of V and C; 0 only for a centred variant.
     """
 
     centered: bool
@@ -74,12 +90,12 @@ class SelfTuningForm(NamedTuple):
     gate_std: float
 
 
-def delta_stn(*, linearized: bool = True) -> SelfTuningForm:
-    """Return the form of Δ-STN: centred, V = 0 at first and, unless told otherwise, linearised.
+def delta_stn(*, linearized: bool = True) -> SelfTuningVariant:
+    """Return the variant Δ-STN: centred, initially V = 0 and, by default, linearised.
 
-    An inner step costs about 2.5 plain ones for an MLP, more where elementwise work weighs as much as products; about 2
-    without the linearisation (response and weights are then trained by one loss). Give the response its own optimizer:
-    it starts from zero, and learns slowly at the weights' rate.
+    An inner step costs about 2.5 plain ones for an MLP, more if elementwise operations take as long as products.
+    Without the linearisation it costs about 2, and one loss trains both the response and the weights. Give the response
+    its own optimizer: it starts at zero and learns slowly at the learning rate of the weights.
 
     >>> delta_stn().centered
     True
@@ -87,11 +103,11 @@ def delta_stn(*, linearized: bool = True) -> SelfTuningForm:
     Reference: Bae & Grosse, arXiv 2010.13514.
     """
     validate.flag("linearized", linearized)
-    return SelfTuningForm(centered=True, linearized=linearized, gate_std=0.0)
+    return SelfTuningVariant(centered=True, linearized=linearized, gate_std=0.0)
 
 
-def stn(*, gate_std: float = 0.01) -> SelfTuningForm:
-    """Return the form of the classical STN: uncentred, V ~ N(0, gate_std²) at first. About 2 plain steps.
+def stn(*, gate_std: float = 0.01) -> SelfTuningVariant:
+    """Return the variant STN: uncentred, initially V ~ N(0, gate_std²). An inner step costs about 2 plain ones.
 
     >>> stn().centered
     False
@@ -99,46 +115,48 @@ def stn(*, gate_std: float = 0.01) -> SelfTuningForm:
     Reference: MacKay et al., arXiv 1903.03088.
     """
     validate.number("gate_std", gate_std, low=0.0, strict=True)
-    return SelfTuningForm(centered=False, linearized=False, gate_std=gate_std)
+    return SelfTuningVariant(centered=False, linearized=False, gate_std=gate_std)
 
 
 def self_tuning(
     problem: BilevelProblem,
     *,
-    form: SelfTuningForm | None = None,
+    variant: SelfTuningVariant | None = None,
     per_example: PyTree = True,
     layers: Callable[[str], bool] | None = None,
 ) -> BilevelProblem:
     """Return the problem in which layers of the losses' own Flax model learn a response to the hyperparameters.
 
     y = W₀ x + b₀ + (V h̃) ⊙ (W₁ x) + (C h̃) ⊙ b₁ for each ``Dense``, ``DenseGeneral``, ``Conv``, ``Embed`` and cell of a
-    recurrent network; nothing in the model or the losses changes for Linen. An NNX model goes through ``self_tunable``
-    first. The inner variable is what ``hg.responses.init(problem, key, params, hyperparams, batch)`` returns.
+    recurrent network. A Linen model and the losses need no change; wrap an NNX model with ``self_tunable`` first.
+    The inner variable is what ``hg.responses.init(problem, key, params, hyperparams, batch)`` returns.
 
     Args:
-      problem: reparameterized before if at all; its losses run a model with weights ``params``, or a part of them.
-      form: ``delta_stn()`` (None) or ``stn()``.
-      per_example: tree prefix of bools over the hyperparameters. True: one perturbation an example, and both losses
-        always get that hyperparameter with a leading batch axis (a rate of shape () arrives as (B,)). False: one a
-        batch; for what acts on weights, as decays do: the loss gets weights with that part of the response in them.
-      layers: ``layers(path) -> bool``, which layers are to respond, e.g. ``lambda path: path != "head"``; None: all.
+      problem: its losses run a model with weights ``params``, or a part of them; apply ``reparameterize`` before.
+      variant: ``delta_stn()`` (None) or ``stn()``.
+      per_example: tree prefix of bools over the hyperparameters. True: one perturbation per example, and both losses
+        always receive that hyperparameter with a leading batch axis (a rate of shape () arrives as (B,)). False: one
+        perturbation per batch, for hyperparameters that act on weights, such as decays: the loss receives weights that
+        include that part of the response.
+      layers: ``layers(path) -> bool``, which layers respond, e.g. ``lambda path: path != "head"``; None: all.
 
     Returns:
-      A ``BilevelProblem`` for ``hg.direct``; without ``perturbed`` around it nothing trains the response.
+      A ``BilevelProblem`` for ``hg.direct``. Apply ``perturbed`` to it: otherwise nothing trains the response.
 
     Raises:
       TypeError: an argument of the wrong kind.
-      ValueError: a problem that has a response; from ``init`` and the losses: no layer found, a layer whose outputs do
-        not have the examples along their leading axis, weights of a layer that differ from what it runs with (as under
-        ``nn.scan`` over layers), a batch whose arrays differ in their leading axis.
+      ValueError: a problem that has a response or is perturbed. From ``init`` and the losses: no layer to tune, a layer
+        whose outputs do not have the examples along their leading axis, weights of a layer that differ from those it
+        runs with (as under ``nn.scan`` over layers), a batch whose arrays differ in their leading axis.
 
-    Right where the best response is close to a gate an output unit near λ, and where each example's loss depends on its
-    own hyperparameters alone (batch statistics mix examples: of second order in σ). A penalty on weights sees those at
-    the centre: mark its hyperparameters False in ``per_example``. Call the model on the batch, not under ``jax.vmap``
-    over examples. The linearised form further needs that call outside of all transformations, and is trained on what
-    the model returns: not on what it sows (return activations to penalise them). The value is the weights' loss; of the
-    response only the gradient is added. Models are found by the very arrays of ``params``, changed ones (cast, dropped)
-    by their structure: run a second model of equal structure under ``untuned()``.
+    Valid when the best response is close to one gate per output unit near λ, and the loss of each example depends on
+    its own hyperparameters alone (batch statistics mix examples, an error of second order in σ). A penalty on weights
+    sees the weights at the centre: mark its hyperparameters False in ``per_example``. Call the model on the batch, not
+    under ``jax.vmap`` over examples. The linearised variant also needs that call outside of all transformations, and
+    its response is trained on what the model returns, not on what it sows (to penalise activations, return them). The
+    value of its inner loss is the loss of the weights; the response contributes a gradient only. Models are located by
+    the array objects of ``params``, or by their structure if the loss changes the arrays (a cast, weight drop): run a
+    second model of the same structure under ``disable_self_tuning()``.
 
     >>> import flax.linen as nn, hypergrad as hg, jax, jax.numpy as jnp
     >>> model, x = nn.Dense(2), jnp.ones((4, 3))
@@ -152,60 +170,73 @@ def self_tuning(
     """
     check_problem(problem)
     refuse_response("self_tuning", problem)
-    form = delta_stn() if form is None else form
-    if not isinstance(form, SelfTuningForm):
+    variant = delta_stn() if variant is None else variant
+    if not isinstance(variant, SelfTuningVariant):
         fix = "Pass hg.responses.delta_stn() or hg.responses.stn()."
-        raise TypeError(validate.message("form to be a SelfTuningForm", validate.describe(form), fix))
+        raise TypeError(validate.message("variant to be a SelfTuningVariant", validate.describe(variant), fix))
     for mark in jax.tree.leaves(per_example, is_leaf=lambda x: x is None):
         validate.flag("per_example", mark)
-    kind = CenteredParams if form.centered else UncenteredParams
-    extended = bool(problem.has_aux or problem.stateful)
+    if layers is not None and not callable(layers):
+        fix = 'Pass layers(path) -> bool, e.g. lambda path: path != "head", or None for all layers.'
+        raise TypeError(validate.message("layers to be callable", validate.describe(layers), fix))
+    kind = CenteredParams if variant.centered else UncenteredParams
+    base = dataclasses.replace(
+        problem,
+        inner_loss=_with_rows(problem.inner_loss, per_example),
+        outer_loss=_with_rows(problem.outer_loss, per_example),
+    )
 
-    def widened(loss: Loss) -> Loss:
-        """Hand hyperparameters with a leading batch axis to ``loss``, where the user asked for that."""
-
-        def plain(params: Params, hyperparams: Hyperparams, batch: Batch, key: Any, *state: ModelState) -> Any:
-            return loss(params, _per_example(per_example, hyperparams, batch), batch, key, *state)
-
-        return plain
-
-    def gated(loss: Loss, center: Hyperparams) -> Loss:
-        """Run ``loss`` at hyperparameters that have their leading axes."""
-
-        def of_response(response_params: PyTree, hyperparams: Hyperparams, *rest: Any) -> Any:
-            params, own = _checked(response_params, kind)
-            rows, shared = _displacement(form, per_example, hyperparams, center)
-            at = params if shared is None else displaced_weights(params, own, shared)
-            return _run(loss, Run(at, own, rows), hyperparams, *rest)
-
-        return of_response
+    def unpack(response_params: Any, hyperparams: Hyperparams) -> tuple[Params, dict[str, LayerResponse]]:
+        params, own = check_response_params("self-tuning", response_params, kind)
+        size = flat(hyperparams).size
+        for layer in own.values():
+            check_size("self-tuning", size, layer.gate.shape[0])
+        return params, own
 
     def weights(response_params: PyTree, hyperparams: Hyperparams) -> Params:
-        params, own = _checked(response_params, kind)
-        moved = flat(hyperparams) - (flat(lax.stop_gradient(hyperparams)) if form.centered else 0.0)
+        params, own = unpack(response_params, hyperparams)
+        moved = flat(hyperparams) - (flat(lax.stop_gradient(hyperparams)) if variant.centered else 0.0)
         return displaced_weights(params, own, moved)
 
     def unperturbed(loss: Loss) -> Loss:
-        """Run ``loss`` at the weights of the current hyperparameters: no layer need run twice."""
+        """Evaluate ``loss`` at the weights of the current hyperparameters: no layer needs to run twice."""
 
         def of_response(response_params: PyTree, hyperparams: Hyperparams, *rest: Any) -> Any:
-            return widened(loss)(weights(response_params, hyperparams), hyperparams, *rest)
+            return loss(weights(response_params, hyperparams), hyperparams, *rest)
 
         return of_response
 
-    def linearized(center: Hyperparams) -> Loss:
-        loss = problem.inner_loss
+    def gated(loss: Loss, center: Hyperparams) -> Loss:
+        """Evaluate ``loss`` with gates at hyperparameters that have their leading axes."""
 
         def of_response(response_params: PyTree, hyperparams: Hyperparams, *rest: Any) -> Any:
-            params, own = _checked(response_params, kind)
-            result = widened(loss)(params, center, *rest)
+            params, own = unpack(response_params, center)
+            rows, shared = _displacement(variant, per_example, hyperparams, center)
+            params = params if shared is None else displaced_weights(params, own, shared)
+            return _run(loss, Run(params, own, rows), hyperparams, *rest)
+
+        return of_response
+
+    def linearized(loss: Loss, center: Hyperparams) -> Loss:
+        """Train the weights on the loss at the centre, the response on the loss at linearised outputs."""
+
+        def of_response(
+            response_params: PyTree, hyperparams: Hyperparams, batch: Batch, key: Any, *state: ModelState
+        ) -> Any:
+            params, own = unpack(response_params, center)
+            result = _with_rows(loss, per_example)(params, center, batch, key, *state)
             held = lax.stop_gradient(params)
-            rows, shared = _displacement(form, per_example, hyperparams, center)
+            rows, shared = _displacement(variant, per_example, hyperparams, center)
+
+            def run_again(run: Run) -> Any:
+                # All evaluations draw the same random numbers on purpose.
+                same_key = None if key is None else jax.random.clone(key)
+                return _run(loss, run, hyperparams, batch, same_key, *state)
 
             def outputs(t: Array) -> list[Any]:
                 here = held if shared is None else displaced_weights(held, own, t * shared)
                 run = Run(here, own, rows, linear=t)
-                _run(loss, run, hyperparams, *rest)
+                run_again(run)
                 return run.outputs
 
             start = jnp.zeros((), flat(center).dtype)
@@ -215,45 +246,37 @@ def self_tuning(
                 raise ValueError(validate.message("an inner loss that runs a Flax model", "no call of one", fix))
             replay = [jax.tree.map(_moved, o, do) for o, do in zip(at, slope, strict=True)]
             there = held if shared is None else displaced_weights(held, own, shared)
-            second = _run(loss, Run(there, own, replay=replay), hyperparams, *rest)
+            second = run_again(Run(there, own, replay=replay))
+            extended = problem.has_aux or problem.stateful
             response_loss = second[0] if extended else second
-            # Its gradient alone: the value stays the loss that trains the weights.
+            # Adds the response's gradient and zero: the value is the loss that trains the weights.
             change = response_loss - lax.stop_gradient(response_loss)
             return (result[0] + change, *result[1:]) if extended else result + change
 
         return of_response
 
     def start(key: Array | None, params: Params, hyperparams: Hyperparams, batch: Batch, state: ModelState) -> Any:
-        found = _find(problem, widened(problem.inner_loss), params, hyperparams, batch, state)
+        found = _find_layers(base, params, hyperparams, batch, state)
         chosen = {path: layer for path, layer in found.items() if layers is None or layers(path)}
         if not chosen:
             fix = "Layers are nn.Dense, DenseGeneral, Conv, Embed and recurrent cells; NNX models need self_tunable."
-            got = f"{', '.join(found) or 'none'}, of which layers() chose none" if found else "none"
+            got = f"{', '.join(found)}, of which layers() selected none" if found else "none"
             raise ValueError(validate.message("an inner loss that runs layers that can be tuned", got, fix))
-        dtypes = _check_weights(params, chosen)
-        size = int(flat(hyperparams).size)
+        dtypes, size = _check_weights(params, chosen), flat(hyperparams).size
         keys = jax.random.split(validate.required_key(key), len(chosen))
         own = {
-            path: _start(k, layer, dtypes[path], size, form.gate_std)
+            path: _start(k, layer, dtypes[path], size, variant.gate_std)
             for k, (path, layer) in zip(keys, chosen.items(), strict=True)
         }
         return kind(jax.tree.map(jnp.copy, params), own)
 
     def losses_at(center: Hyperparams) -> tuple[Loss, Loss]:
-        inner = linearized(center) if form.linearized else gated(problem.inner_loss, center)
+        inner = (linearized if variant.linearized else gated)(problem.inner_loss, center)
         return inner, gated(problem.outer_loss, center)
 
-    view = ResponseSpec(
-        init=start,
-        weights=weights,
-        losses_at=losses_at,
-        base_problem=dataclasses.replace(
-            problem, inner_loss=widened(problem.inner_loss), outer_loss=widened(problem.outer_loss)
-        ),
-        per_example=per_example,
-    )
-    losses = {"inner_loss": unperturbed(problem.inner_loss), "outer_loss": unperturbed(problem.outer_loss)}
-    return dataclasses.replace(problem, **losses, response=view)  # type: ignore[arg-type]
+    spec = ResponseSpec(init=start, weights=weights, losses_at=losses_at, base_problem=base, per_example=per_example)
+    inner, outer = unperturbed(base.inner_loss), unperturbed(base.outer_loss)
+    return dataclasses.replace(problem, inner_loss=inner, outer_loss=outer, response=spec)
 
 
 def _run(loss: Loss, run: Run, hyperparams: Hyperparams, *rest: Any) -> Any:
@@ -265,66 +288,57 @@ def _moved(output: Any, slope: Any) -> Any:
     return output + slope if jnp.issubdtype(jnp.asarray(output).dtype, jnp.inexact) else output
 
 
-def _checked(response_params: Any, kind: type) -> Any:
-    if not isinstance(response_params, kind):
-        fix = "Start from hg.responses.init(problem, key, params, hyperparams, batch)."
-        raise TypeError(validate.message(f"self-tuning params ({kind.__name__})", type(response_params).__name__, fix))
-    return response_params
+def _with_rows(loss: Loss, per_example: PyTree) -> Loss:
+    """Return the loss with a leading batch axis added to the hyperparameters that are marked in ``per_example``."""
 
+    def of_rows(params: Params, hyperparams: Hyperparams, batch: Batch, key: Any, *state: ModelState) -> Any:
+        marks = broadcast_per_example(per_example, hyperparams)
+        size = validate.batch_size(batch) if any(jax.tree.leaves(marks)) else 0
+        rows = lambda mark, h: jnp.broadcast_to(h, (size, *jnp.shape(h))) if mark else h  # noqa: E731
+        return loss(params, jax.tree.map(rows, marks, hyperparams), batch, key, *state)
 
-def _per_example(per_example: PyTree, hyperparams: Hyperparams, batch: Batch) -> Hyperparams:
-    """Give the marked hyperparameters a leading batch axis."""
-    if not any(jax.tree.leaves(per_example)):
-        return hyperparams
-    size = validate.batch_size(batch)
-
-    def spread(mark: bool, h: Array) -> Array:
-        return jnp.broadcast_to(h, (size, *jnp.shape(h))) if mark else h
-
-    return jax.tree.map(spread, marks_of(per_example, hyperparams), hyperparams)
+    return of_rows
 
 
 def _displacement(
-    form: SelfTuningForm, per_example: PyTree, hyperparams: Hyperparams, center: Hyperparams
+    variant: SelfTuningVariant, per_example: PyTree, hyperparams: Hyperparams, center: Hyperparams
 ) -> tuple[Array | None, Array | None]:
-    """Return h̃ in two parts: a row an example (B, n) or None, and what all examples share (n,) or None."""
-    marks = jax.tree.leaves(marks_of(per_example, center))
-    rows: list[Array] = []
-    shared: list[Array] = []
-    sizes = {jnp.shape(h)[0] for h, mark in zip(jax.tree.leaves(hyperparams), marks, strict=True) if mark}
-    count = sizes.pop() if sizes else 1
+    """Return h̃ in two parts: one row per example (B, n) or None, and what all examples share (n,) or None."""
+    marks = jax.tree.leaves(broadcast_per_example(per_example, center))
+    dtype, count = flat(center).dtype, 1
+    parts: list[Array] = []
     for h, c, mark in zip(jax.tree.leaves(hyperparams), jax.tree.leaves(center), marks, strict=True):
-        moved = jnp.asarray(h, flat(center).dtype) - (c if form.centered else 0.0)
-        size = jnp.size(c)
-        rows.append(moved.reshape(count, size) if mark else jnp.zeros((count, size), moved.dtype))
-        shared.append(jnp.zeros(size, moved.dtype) if mark else moved.reshape(size))
-    return (
-        jnp.concatenate(rows, 1) if any(marks) else None,
-        None if all(marks) else jnp.concatenate(shared),
-    )
+        origin = jnp.asarray(c if variant.centered else jnp.zeros_like(c), dtype)
+        moved = jnp.asarray(h, dtype) - jnp.broadcast_to(origin, jnp.shape(h))
+        count = jnp.shape(h)[0] if mark else count
+        parts.append(moved.reshape(jnp.shape(h)[0] if mark else 1, jnp.size(c)))
+    own = [part if mark else jnp.zeros((count, part.shape[1]), dtype) for part, mark in zip(parts, marks, strict=True)]
+    shared = [jnp.zeros(part.shape[1], dtype) if mark else part[0] for part, mark in zip(parts, marks, strict=True)]
+    return jnp.concatenate(own, 1) if any(marks) else None, None if all(marks) else jnp.concatenate(shared)
 
 
-def _find(
-    problem: BilevelProblem, loss: Loss, params: Params, hyperparams: Hyperparams, batch: Batch, state: ModelState
-) -> dict[str, Found]:
+def _find_layers(
+    problem: BilevelProblem, params: Params, hyperparams: Hyperparams, batch: Batch, state: ModelState
+) -> dict[str, LayerInfo]:
     """Return the layers that the inner loss runs, by path, without computing anything."""
     if batch is None:
         fix = "Pass a training batch: hg.responses.init(problem, key, params, hyperparams, batch)."
-        raise ValueError(validate.message("a batch, to look for layers with", "None", fix))
-    found: dict[str, Found] = {}
+        raise ValueError(validate.message("a batch, to trace the inner loss and find its layers", "None", fix))
+    found: dict[str, LayerInfo] = {}
 
-    def look(params: Params, hyperparams: Hyperparams, batch: Batch, state: ModelState, key: Array) -> Any:
-        run = Run(params, None)
-        result = _run(loss, run, hyperparams, batch, key, *([state] if problem.stateful else []))
+    def trace(at: BilevelParams, batch: Batch, state: ModelState) -> Any:
+        run = Run(at.params, None)
+        with intercepted(run):
+            result = evaluate_inner(problem, at, batch, jax.random.key(0), state)
         found.update(run.found)
         return result
 
-    jax.eval_shape(look, params, hyperparams, batch, state, jax.random.key(0))
+    jax.eval_shape(trace, BilevelParams(params, hyperparams), batch, state)
     return found
 
 
-def _check_weights(params: Params, layers: dict[str, Found]) -> dict[str, Any]:
-    """Return the dtype of each layer's weights in ``params``, which need be those that it runs with."""
+def _check_weights(params: Params, layers: dict[str, LayerInfo]) -> dict[str, Any]:
+    """Return the dtype in ``params`` of each layer's weights; refuse layers that run with weights of other shapes."""
     leaves, places, dtypes = jax.tree.leaves(params), weights_by_path(params), {}
     for path, layer in layers.items():
         shape = jnp.shape(leaves[places[path][0]]) if path in places else None
@@ -336,7 +350,7 @@ def _check_weights(params: Params, layers: dict[str, Found]) -> dict[str, Any]:
     return dtypes
 
 
-def _start(key: Array, layer: Found, dtype: Any, size: int, gate_std: float) -> LayerResponse:
+def _start(key: Array, layer: LayerInfo, dtype: Any, size: int, gate_std: float) -> LayerResponse:
     weight_key, bias_key, *gate_keys = jax.random.split(key, 4)
     std = 1.0 / math.sqrt(max(layer.fan_in, 1))
     gates = [gate_std * jax.random.normal(k, (size, *layer.features), dtype) for k in gate_keys]

@@ -1,4 +1,4 @@
-"""A problem whose inner variable is a response: the losses at the weights that it gives.
+"""A problem whose inner variable is a response: the losses at the weights that the response gives.
 
     L'(φ, λ) = L(apply(φ, λ), λ)
 
@@ -16,26 +16,29 @@ from hypergrad.problem import BilevelProblem, ResponseSpec, check_problem, refus
 from hypergrad.responses._base import Response
 from hypergrad.types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
 
+__all__ = ["with_response"]
+
 
 def with_response(problem: BilevelProblem, response: Response) -> BilevelProblem:
     """Return the problem over a response's parameters: both losses at the weights that it gives.
 
-    L'(φ, λ) = L(apply(φ, λ, center), λ), centre ``stop_gradient(λ)``: a centred response has the value of its
-    ``params`` and the derivative of the response in λ.
+    L'(φ, λ) = L(apply(φ, λ, center), λ) with the centre ``stop_gradient(λ)``: for a centred response the value is the
+    loss at its ``params``, and the derivative in λ includes that of the response.
 
     Args:
-      problem: over plain weights, reparameterized before if at all.
+      problem: over plain weights; apply ``reparameterize`` before.
       response: e.g. ``hg.responses.linear()``.
 
     Returns:
-      A ``BilevelProblem`` for ``hg.direct``. Without ``perturbed`` around it a response learns nothing: perturb it.
+      A ``BilevelProblem`` for ``hg.direct``. Apply ``perturbed`` or ``sampled`` to it: otherwise nothing trains the
+      response.
 
     Raises:
       TypeError: wrong ``problem`` or ``response``.
       ValueError: a problem that has a response or is perturbed.
 
-    Right where the response is flexible enough to hold the best response near λ, and trained: the hypergradient's
-    error is that of its Jacobian.
+    Valid when the response is flexible enough to represent the best response near λ, and trained: the error of the
+    hypergradient is that of the response's Jacobian.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp
     >>> loss = lambda w, h, batch, key: ((w - h) ** 2).sum()
@@ -53,6 +56,9 @@ def with_response(problem: BilevelProblem, response: Response) -> BilevelProblem
         raise TypeError(validate.message("response to be a Response", validate.describe(response), fix))
     refuse_response("with_response", problem)
 
+    def weights(response_params: PyTree, hyperparams: Hyperparams) -> Params:
+        return response.apply(response_params, hyperparams, lax.stop_gradient(hyperparams))
+
     def at_response(loss: Loss, center: Hyperparams | None = None) -> Loss:
         @functools.wraps(loss)
         def of_response(response_params: PyTree, hyperparams: Hyperparams, *args: Any, **kwargs: Any) -> Any:
@@ -61,16 +67,12 @@ def with_response(problem: BilevelProblem, response: Response) -> BilevelProblem
 
         return of_response
 
+    def losses_at(center: Hyperparams | None) -> tuple[Loss, Loss]:
+        return at_response(problem.inner_loss, center), at_response(problem.outer_loss, center)
+
     def start(key: Array, params: Params, hyperparams: Hyperparams, _batch: Batch, _state: ModelState) -> PyTree:
         return response.init(key, params, hyperparams)
 
-    view = ResponseSpec(
-        init=start,
-        weights=lambda response_params, hyperparams: response.apply(
-            response_params, hyperparams, lax.stop_gradient(hyperparams)
-        ),
-        losses_at=lambda center: (at_response(problem.inner_loss, center), at_response(problem.outer_loss, center)),
-        base_problem=problem,
-    )
-    inner, outer = at_response(problem.inner_loss), at_response(problem.outer_loss)
-    return dataclasses.replace(problem, inner_loss=inner, outer_loss=outer, response=view)
+    spec = ResponseSpec(init=start, weights=weights, losses_at=losses_at, base_problem=problem)
+    inner, outer = losses_at(None)
+    return dataclasses.replace(problem, inner_loss=inner, outer_loss=outer, response=spec)

@@ -1,8 +1,8 @@
 """Self-tuning layers in an unmodified Flax Linen model, by intercepting its methods.
 
-Every ``Dense``, ``DenseGeneral``, ``Conv`` and ``Embed`` (so attention, and recurrent cells made of them) runs a second
-time as an unbound clone with the response's weights; ``OptimizedLSTMCell``, which multiplies by its weights itself, is
-computed here. Layers are found by their path in the weights that the loss was given.
+Every ``Dense``, ``DenseGeneral``, ``Conv`` and ``Embed`` (also those inside attention and recurrent cells) runs a
+second time as an unbound clone with the response's weights. ``OptimizedLSTMCell`` multiplies by its weights itself and
+is computed here. Layers are located by their path in the weights that the loss receives.
 """
 
 import contextlib
@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from hypergrad import validate
-from hypergrad.responses.layers._base import Gates, Run, active, current, found_in
+from hypergrad.responses.layers._base import Gates, Run, active, current, describe_layer, pop_inputs
 from hypergrad.types import Array, PyTree
 
+__all__ = ["intercepted"]
+
 _KINDS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.Embed)
-_OWN_WEIGHTS = (nn.WeightNorm, nn.SpectralNorm)  # they hand their layer other weights than those in params
+_OWN_WEIGHTS = (nn.WeightNorm, nn.SpectralNorm)  # their layer receives other weights than those in params
 
 
 @contextlib.contextmanager
@@ -41,7 +43,7 @@ def _intercept(run: Run, next_fun: Callable[..., Any], args: Any, kwargs: Any, c
         run.prefix = _locate(run, module)
     with run.inside():
         output = next_fun(*args, **kwargs) if run.prefix is None else _layer(run, next_fun, args, kwargs, context)
-    return run.returned(output) if outermost and run.prefix is not None else output
+    return run.record_output(output) if outermost and run.prefix is not None else output
 
 
 def _layer(run: Run, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -55,34 +57,34 @@ def _layer(run: Run, next_fun: Callable[..., Any], args: Any, kwargs: Any, conte
     if not isinstance(module, _KINDS) or all(type(module).__call__ is not kind.__call__ for kind in _KINDS):
         return next_fun(*args, **kwargs)
     weights = nn.unbox(module.variables).get("params", {})
-    name = "embedding" if isinstance(module, nn.Embed) else "kernel"
+    embedding = isinstance(module, nn.Embed)
+    name = "embedding" if embedding else "kernel"
     if method not in ("__call__", "attend") or name not in weights:
         return next_fun(*args, **kwargs)
-    inputs, *rest = args or [kwargs.pop(key) for key in ("inputs", "query") if key in kwargs]
-    embedding = isinstance(module, nn.Embed)
-    gates = run.gates_of(path, found_in(weights[name], weights.get("bias"), module.features, embedding=embedding))
+    inputs, *rest = pop_inputs(args, kwargs)
+    layer = describe_layer(weights[name], weights.get("bias"), module.features, embedding=embedding)
+    gates = run.record_layer(path, layer)
     output = next_fun(inputs, *rest, **kwargs)
     if gates is None:
         return output
-    changes = {} if embedding else {"use_bias": False}
-    clone = module.clone(parent=None, name=None, **changes)
+    clone = module.clone(parent=None, name=None, **({} if embedding else {"use_bias": False}))
 
-    def again(weight: Array, inputs: Array) -> Any:
+    def product(weight: Array, inputs: Array) -> Any:
         with active(None):
             own = {name: weight.astype(weights[name].dtype)}
             return clone.apply({"params": own}, inputs, *rest, method=method, **kwargs)
 
     add = run.add_transposed if method == "attend" else run.add
-    return add(path, output, inputs, gates, again)
+    return add(path, output, inputs, gates, product)
 
 
 def _lstm(run: Run, path: str, module: Any, next_fun: Any, carry: Any, inputs: Array) -> Any:
-    """Compute an ``OptimizedLSTMCell`` whose eight matrices have gates, with one product for each four."""
+    """Compute an ``OptimizedLSTMCell`` whose eight matrices have gates, with one product per four matrices."""
     weights = nn.unbox(module.variables)["params"]
     gates = {}
     for name in ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho"):
-        found = found_in(weights[name]["kernel"], weights[name].get("bias"), module.features, embedding=False)
-        gates[name] = run.gates_of(f"{path}/{name}" if path else name, found)
+        layer = describe_layer(weights[name]["kernel"], weights[name].get("bias"), module.features, embedding=False)
+        gates[name] = run.record_layer(f"{path}/{name}" if path else name, layer)
     if all(gate is None for gate in gates.values()):
         return next_fun(carry, inputs)
     cell, hidden = carry
@@ -93,15 +95,15 @@ def _lstm(run: Run, path: str, module: Any, next_fun: Any, carry: Any, inputs: A
         kernel = jnp.concatenate([layer["kernel"] for layer in layers], -1)
         bias = jnp.concatenate([layer["bias"] for layer in layers], -1) if kind == "h" else None
         x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=module.dtype)
-        output = x @ kernel if bias is None else x @ kernel + bias
+        output = x @ kernel
+        output = output if bias is None else output + jnp.broadcast_to(bias, output.shape)
         own = [found for name in names if (found := gates[name]) is not None]
         if not own:
             return output
         if len(own) < len(names):
-            fix = "Select all of a cell's matrices, or none."
-            raise ValueError(validate.message(f"layers to hold all or none of {path}", "a part", fix))
-        again = lambda weight, x: x @ weight.astype(x.dtype)  # noqa: E731
-        return run.add(f"{path}/{kind}", output, x, _joined(own), again)
+            fix = "Select all matrices of a cell with layers=..., or none."
+            raise ValueError(validate.message(f"layers to select all or none of {path}", "a part", fix))
+        return run.add(f"{path}/{kind}", output, x, _joined(own), lambda weight, x: x @ weight.astype(x.dtype))
 
     split = jnp.split(product("i", inputs) + product("h", hidden), 4, axis=-1)
     i, f, o = (module.gate_fn(split[k]) for k in (0, 1, 3))
@@ -118,20 +120,18 @@ def _joined(gates: list[Gates]) -> Gates:
 
 
 def _locate(run: Run, module: nn.Module) -> str | None:
-    """Return where the weights of an outermost module's root stand in ``run.params``; None: nowhere.
+    """Return the path in ``run.params`` of the weights of an outermost module's root; None: they are not in it.
 
-    The place is where the very arrays are; for weights that the loss has changed on the way, where a tree of the same
-    structure and shapes is, if there is one only.
+    This is where the same array objects are. If the loss has changed the weights (a cast, weight drop), it is where a
+    tree of the same structure and shapes is, provided that there is only one.
     """
     own = module.variables.get("params", {})
     if not jax.tree.leaves(own):
         return None
-    form = (jax.tree.structure(_plain(own)), [jnp.shape(x) for x in jax.tree.leaves(own)])
+    shapes = jax.tree.map(jnp.shape, _plain(own))
     alike, ids = [], {id(x) for x in jax.tree.leaves(own)}
     for path, node in _nodes(run.params):
-        if (jax.tree.structure(node), [jnp.shape(x) for x in jax.tree.leaves(node)]) != form:
-            continue
-        if path[len(path) - len(module.path) :] != module.path:
+        if path[len(path) - len(module.path) :] != module.path or jax.tree.map(jnp.shape, node) != shapes:
             continue
         root = "/".join(path[: len(path) - len(module.path)])
         if ids & {id(x) for x in jax.tree.leaves(node)}:
@@ -139,11 +139,11 @@ def _locate(run: Run, module: nn.Module) -> str | None:
             return root
         alike.append(root)
     traced = lambda tree: any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))  # noqa: E731
-    if traced(run.params) and not traced(own):  # constants: a model that is not being trained
+    if traced(run.params) and not traced(own):  # constants: a model that is not trained
         return None
     if len(alike) > 1:
-        fix = "Hand each model its part of params unchanged, or give the models parts of different structure."
-        got = f"equal ones at {', '.join(repr(root) for root in alike)}"
+        fix = "Pass each model its part of params unchanged, or give the models parts of different structure."
+        got = f"equal structures at {', '.join(map(repr, alike))}"
         raise ValueError(validate.message("one place in params for the weights of a model", got, fix))
     if not alike:
         return None

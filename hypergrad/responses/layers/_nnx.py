@@ -1,27 +1,31 @@
-"""Self-tuning layers in a Flax NNX model, by module surgery: classes are swapped, the state stays what it was.
+"""Self-tuning layers in a Flax NNX model: the classes of its layers are replaced, its state keeps its structure.
 
-NNX has no interceptor, so layers that are linear in their weights become subclasses that look for a run under way, and
-behave as before without one. Graph definitions differ, states do not: what is learned goes back into the model.
+NNX has no interceptor, so layers that are linear in their weights become subclasses that look up the active run;
+without one they compute what the layer computes. Graph definitions differ, states do not: learned weights fit the given
+model.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from hypergrad import validate
-from hypergrad.responses.layers._base import Run, active, current, found_in
+from hypergrad.responses.layers._base import Run, active, current, describe_layer, pop_inputs
 from hypergrad.types import Array
+
+__all__ = ["self_tunable"]
 
 
 def self_tunable(model: Any) -> Any:
     """Return a copy of an NNX model whose layers can be self-tuned: ``Linear``, ``LinearGeneral``, ``Conv``, ``Embed``.
 
-    Recurrent cells and attention are made of these. The copy computes what the model does, and its state has the same
-    structure; split it where the model would be split: ``graphdef, params, rest = nnx.split(copy, nnx.Param, ...)``.
-    Subclasses of these layers stay as they are. For the linearised Delta-STN call the model itself in the losses: of
-    another of its methods each layer is linearised apart.
+    Recurrent cells and attention consist of these. The copy computes what the model computes, and its state has the
+    same structure; split it like the model: ``graphdef, params, rest = nnx.split(copy, nnx.Param, ...)``. Layers of a
+    subclass of these four are not changed. For the linearised Delta-STN, call the model itself in the losses: if the
+    losses call another method of the model, each layer is linearised separately.
 
     Args:
       model: a ``flax.nnx.Module``.
@@ -43,14 +47,14 @@ def self_tunable(model: Any) -> Any:
     if not isinstance(model, nnx.Module):
         fix = "Pass e.g. MLP(rngs=nnx.Rngs(0)). A Linen model needs no change."
         raise TypeError(validate.message("a flax.nnx.Module", validate.describe(type(model).__name__), fix))
-    copy, layers = nnx.clone(model), 0
-    modules: list[tuple[Any, Any]] = list(nnx.iter_modules(copy))
+    copy = nnx.clone(model)
+    modules: list[tuple[Any, Any]] = [
+        (path, module) for path, module in nnx.iter_modules(copy) if type(module) in _KINDS
+    ]
     for path, module in modules:
-        if type(module) in _KINDS:
-            module.__class__ = _KINDS[type(module)]
-            module.self_tuning_path = "/".join(map(str, path))
-            layers += 1
-    if not layers:
+        module.__class__ = _KINDS[type(module)]
+        module.self_tuning_path = "/".join(map(str, path))
+    if not modules:
         fix = f"Layers that can be tuned are {', '.join(kind.__name__ for kind in _KINDS)}, not subclasses of them."
         raise ValueError(validate.message("a model with a layer that is linear in its weights", "none", fix))
     if type(copy) not in _KINDS.values():
@@ -58,85 +62,57 @@ def self_tunable(model: Any) -> Any:
     return copy
 
 
-def _respond(layer: Any, plain: Any, way: str, inputs: Array, *args: Any) -> Array:
+def _respond(layer: Any, plain: Callable[..., Any], add: Callable[..., Array], args: Any, kwargs: Any) -> Any:
+    """Run ``plain(layer, *args, **kwargs)``, with its response by ``add`` if a run is active."""
     run = current()
     if run is None:
-        return plain(layer, inputs, *args)
-    outermost = run.depth == 0
-    with run.inside():
-        output = _output(run, layer, plain, way, inputs, *args)
-    return run.returned(output) if outermost else output
+        return plain(layer, *args, **kwargs)
+    name = "embedding" if isinstance(layer, nnx.Embed) else "kernel"
+    features = layer.features if name == "embedding" else layer.out_features
+    weight, bias = getattr(layer, name)[...], getattr(layer, "bias", None)
+    bias = None if bias is None else bias[...]
+    path, outermost = layer.self_tuning_path, run.depth == 0
+    inputs, *rest = pop_inputs(args, kwargs)
+    gates = run.record_layer(path, describe_layer(weight, bias, features, embedding=name == "embedding"))
 
-
-def _output(run: Run, layer: Any, plain: Any, way: str, inputs: Array, *args: Any) -> Array:
-    embedding = isinstance(layer, nnx.Embed)
-    name = "embedding" if embedding else "kernel"
-    bias = getattr(layer, "bias", None)
-    bias = None if bias is None or bias[...] is None else bias[...]
-    path = layer.self_tuning_path
-    features = layer.features if embedding else layer.out_features
-    gates = run.gates_of(path, found_in(getattr(layer, name)[...], bias, features, embedding=embedding))
-    output = plain(layer, inputs, *args)
-    if gates is None:
-        return output
-
-    def again(weight: Array, inputs: Array) -> Array:
+    def product(other: Array, inputs: Array) -> Array:
         clone = nnx.clone(layer)  # split and merge would share the layer's own variables
-        getattr(clone, name)[...] = weight.astype(getattr(layer, name)[...].dtype)
+        getattr(clone, name)[...] = other.astype(weight.dtype)
         if bias is not None:
             clone.bias[...] = jnp.zeros_like(bias)
         with active(None):
-            return plain(clone, inputs, *args)
+            return plain(clone, inputs, *rest, **kwargs)
 
-    return getattr(run, way)(path, output, inputs, gates, again)
-
-
-class SelfTuningLinear(nnx.Linear):
-    """``nnx.Linear`` with a response. (One base: an object can change to a class of the same layout only.)"""
-
-    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
-        """Apply the layer, with its response where a run is under way."""
-        return _respond(self, functools.partial(nnx.Linear.__call__, **kwargs), "add", inputs, *args)
+    with run.inside():
+        output = plain(layer, inputs, *rest, **kwargs)
+        output = output if gates is None else add(run, path, output, inputs, gates, product)
+    return run.record_output(output) if outermost else output
 
 
-class SelfTuningLinearGeneral(nnx.LinearGeneral):
-    """``nnx.LinearGeneral`` with a response."""
+def _tunable(kind: type[Any]) -> type[Any]:
+    """Return a subclass of a layer whose products have a response. (One base: ``__class__`` needs the same layout.)"""
 
-    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
-        """Apply the layer, with its response where a run is under way."""
-        return _respond(self, functools.partial(nnx.LinearGeneral.__call__, **kwargs), "add", inputs, *args)
+    def method(name: str, add: Callable[..., Array]) -> Callable[..., Array]:
+        plain = getattr(kind, name)
 
+        @functools.wraps(plain)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _respond(self, plain, add, args, kwargs)
 
-class SelfTuningConv(nnx.Conv):
-    """``nnx.Conv`` with a response."""
+        return call
 
-    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
-        """Apply the layer, with its response where a run is under way."""
-        return _respond(self, functools.partial(nnx.Conv.__call__, **kwargs), "add", inputs, *args)
-
-
-class SelfTuningEmbed(nnx.Embed):
-    """``nnx.Embed`` with a response."""
-
-    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
-        """Look up the embedding, with its response where a run is under way."""
-        return _respond(self, functools.partial(nnx.Embed.__call__, **kwargs), "add", inputs, *args)
-
-    def attend(self, query: Array, *args: Any, **kwargs: Any) -> Array:
-        """Multiply by the embedding, with its response where a run is under way."""
-        return _respond(self, functools.partial(nnx.Embed.attend, **kwargs), "add_transposed", query, *args)
+    methods = {"__call__": method("__call__", Run.add)}
+    if hasattr(kind, "attend"):
+        methods["attend"] = method("attend", Run.add_transposed)
+    doc = f"``nnx.{kind.__name__}`` with a response."
+    return type(f"SelfTuning{kind.__name__}", (kind,), {"__doc__": doc, **methods})
 
 
-_KINDS: dict[type, type] = {
-    nnx.Linear: SelfTuningLinear,
-    nnx.LinearGeneral: SelfTuningLinearGeneral,
-    nnx.Conv: SelfTuningConv,
-    nnx.Embed: SelfTuningEmbed,
-}
+_KINDS = {kind: _tunable(kind) for kind in (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.Embed)}
 
 
 @functools.cache
-def _outermost(kind: type) -> type:
+def _outermost(kind: type[Any]) -> type[Any]:
     """Return a subclass whose calls are outermost calls of a run."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -145,6 +121,6 @@ def _outermost(kind: type) -> type:
             return kind.__call__(self, *args, **kwargs)
         with run.inside():
             output = kind.__call__(self, *args, **kwargs)
-        return run.returned(output)
+        return run.record_output(output)
 
     return type(f"SelfTuning{kind.__name__}", (kind,), {"__call__": call, "__doc__": kind.__doc__})
