@@ -1,9 +1,12 @@
-"""What depends on what in a traced program: dependence of outputs on inputs, operations, working precision.
+"""Data flow in a traced program: dependence of outputs on inputs, equal values, operations, working precision.
 
-A hypergradient that is zero by construction is found by following data through a jaxpr, at trace time.
+    y = fn(x):   ∂y_j/∂x_i = 0 by construction  where no path of the jaxpr leads from x_i to y_j
+
+A jaxpr lists the primitive operations of a function. It is made from shapes, so nothing is computed and everything here
+works under ``jit``. A hypergradient that is zero by construction is found this way and refused instead of returned.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +16,8 @@ from jax.extend import core as jex_core
 from hypergrad import tree
 from hypergrad.types import PyTree
 
+__all__ = ["dependence", "independent_leaves", "merge_equal", "operations", "working_precision"]
+
 
 def independent_leaves(fn: Callable[[PyTree], PyTree], argument: PyTree) -> list[int]:
     """Return the indices of output leaves of ``fn(argument)`` that cannot depend on ``argument``."""
@@ -21,15 +26,51 @@ def independent_leaves(fn: Callable[[PyTree], PyTree], argument: PyTree) -> list
 
 
 def dependence(fn: Callable[[PyTree], PyTree], argument: PyTree) -> Callable[[Sequence[bool]], list[bool]]:
-    """Return a map from marks on the leaves of ``argument`` to marks on those leaves of ``fn(argument)`` that depend
-    on a marked one.
+    """Return a map from marks on the leaves of ``argument`` to marks on the leaves of ``fn(argument)``.
 
-    Data is followed forward through the jaxpr, into nested jaxprs whose inputs and outputs match those of
-    their equation one to one (jit, custom derivatives, remat); through any other equation each output counts
-    as dependent on each input. So an unmarked leaf is independent for certain, and a marked one may be too.
+    A leaf of the output is marked if it may depend on a marked leaf of the argument; a leaf without a mark is
+    independent for certain. Marks are followed through the jaxpr: through loops until no more marks are added, through
+    the branches of a condition (whose index marks all outputs), and into functions called with the same inputs and
+    outputs (jit, remat, custom derivatives). Any other operation marks all its outputs if one input is marked.
+
+    Args:
+      fn: a function of one pytree.
+      argument: the pytree, or ``jax.ShapeDtypeStruct`` leaves in its place.
     """
     jaxpr = jax.make_jaxpr(fn)(argument).jaxpr
     return lambda marked: _follow(jaxpr, marked)
+
+
+def merge_equal(
+    closed: jex_core.ClosedJaxpr, inputs: Sequence[Hashable]
+) -> tuple[jex_core.ClosedJaxpr, list[Hashable]]:
+    """Return the jaxpr with each value computed once, where inputs with equal labels have equal values.
+
+    Two operations compute the same if their primitives, parameters and inputs are the same. Those with side effects
+    are all kept.
+
+    Args:
+      closed: the jaxpr.
+      inputs: one label per input.
+
+    Returns:
+      The jaxpr, and one label per output: outputs with equal labels have equal values.
+    """
+    jaxpr, firsts, same = closed.jaxpr, dict[Hashable, list[Any]](), dict[Any, Any]()
+    for var, label in zip(jaxpr.invars, inputs, strict=True):
+        same[var] = firsts.setdefault(("input", label), [var])[0]
+    kept = []
+    for eqn in jaxpr.eqns:
+        eqn = eqn.replace(invars=[v if isinstance(v, jex_core.Literal) else same.get(v, v) for v in eqn.invars])
+        parameters = tuple((name, _identity(value)) for name, value in sorted(eqn.params.items()))
+        key = eqn.primitive, parameters, tuple(map(_identity, eqn.invars)), id(eqn) if eqn.effects else None
+        outputs = firsts.setdefault(key, eqn.outvars)
+        if outputs is eqn.outvars:
+            kept.append(eqn)
+        same.update(zip(eqn.outvars, outputs, strict=True))
+    outvars = [v if isinstance(v, jex_core.Literal) else same.get(v, v) for v in jaxpr.outvars]
+    merged = jex_core.ClosedJaxpr(jaxpr.replace(eqns=kept, outvars=outvars), closed.consts)
+    return merged, [_identity(v) for v in outvars]
 
 
 def operations(jaxpr: Any) -> set[str]:
@@ -38,10 +79,10 @@ def operations(jaxpr: Any) -> set[str]:
 
 
 def working_precision(fn: Callable[[PyTree], PyTree], argument: PyTree) -> Any:
-    """Return the dtype of lowest precision that ``fn`` casts a wider floating-point value down to, on its way.
+    """Return the dtype of lowest precision that ``fn`` casts a wider floating-point value down to.
 
-    The widest dtype of the argument where it casts none: what rounds the result of ``fn``. Equations of the outermost
-    jaxpr that the result does not depend on are left out.
+    This dtype limits the precision of the result. It is the widest dtype of the argument if there is no such cast.
+    Equations of the outermost jaxpr that the result does not depend on are left out.
     """
     found = tree.wider(*(jnp.result_type(leaf) for leaf in jax.tree.leaves(argument)))
     jaxpr: Any = jax.make_jaxpr(fn)(argument).jaxpr
@@ -63,11 +104,15 @@ def _equations(equations: Iterable[Any]) -> Iterator[Any]:
     """Yield equations, and those of the jaxprs inside them."""
     for eqn in equations:
         yield eqn
-        for parameter in eqn.params.values():
-            for item in parameter if isinstance(parameter, list | tuple) else [parameter]:
-                inner: Any = getattr(item, "jaxpr", item)
-                if hasattr(inner, "eqns"):
-                    yield from _equations(inner.eqns)
+        for inner in _jaxprs(eqn):
+            yield from _equations(inner.eqns)
+
+
+def _jaxprs(eqn: Any) -> list[Any]:
+    """Return the jaxprs among the parameters of an equation, and in lists among them (the branches of a cond)."""
+    lists = [p if isinstance(p, list | tuple) else [p] for p in eqn.params.values()]
+    inner = [getattr(item, "jaxpr", item) for items in lists for item in items]
+    return [jaxpr for jaxpr in inner if hasattr(jaxpr, "eqns")]
 
 
 def _follow(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
@@ -78,20 +123,53 @@ def _follow(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
 
     for eqn in jaxpr.eqns:
         inputs = [is_marked(v) for v in eqn.invars]
-        if not any(inputs):
-            continue
-        inner = _one_to_one(eqn)
-        outputs = [True] * len(eqn.outvars) if inner is None else _follow(inner, inputs)
-        known.update(v for v, m in zip(eqn.outvars, outputs, strict=True) if m)
+        if any(inputs):
+            references = [v for v in eqn.invars if hasattr(v.aval, "inner_aval")]  # of mutable arrays: may be written
+            outputs = [True] * len(eqn.outvars) if references else _outputs(eqn, inputs)
+            known.update(references, (v for v, m in zip(eqn.outvars, outputs, strict=True) if m))
     return [is_marked(v) for v in jaxpr.outvars]
 
 
-def _one_to_one(eqn: Any) -> Any:
-    """Return the equation's only sub-jaxpr if its arity is that of the equation, else None."""
-    if eqn.primitive.name in {"scan", "while", "cond"}:
-        return None
-    inner = [getattr(p, "jaxpr", p) for p in eqn.params.values() if hasattr(getattr(p, "jaxpr", p), "eqns")]
-    if len(inner) != 1:
-        return None
-    matches = len(inner[0].invars) == len(eqn.invars) and len(inner[0].outvars) == len(eqn.outvars)
-    return inner[0] if matches else None
+def _outputs(eqn: Any, inputs: list[bool]) -> list[bool]:
+    """Return the marks of an equation's outputs, given those of its inputs."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        constants, start = params["num_consts"], params["num_consts"] + params["num_carry"]
+        return _loop(params["jaxpr"].jaxpr, inputs[:constants], inputs[constants:start], inputs[start:])
+    if name == "while":
+        of_test, constants = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        carry = _loop(params["body_jaxpr"].jaxpr, inputs[of_test:constants], inputs[constants:], [])
+        (goes_on,) = _follow(params["cond_jaxpr"].jaxpr, inputs[:of_test] + carry)
+        return [goes_on or mark for mark in carry]
+    if name == "cond":
+        branches = [_follow(branch.jaxpr, inputs[1:]) for branch in params["branches"]]
+        return [inputs[0] or any(marks) for marks in zip(*branches, strict=True)]
+    inner = _jaxprs(eqn)
+    if [(len(jaxpr.invars), len(jaxpr.outvars)) for jaxpr in inner] == [(len(eqn.invars), len(eqn.outvars))]:
+        return _follow(inner[0], inputs)
+    return [True] * len(eqn.outvars)
+
+
+def _loop(body: Any, constants: list[bool], carry: list[bool], slices: list[bool]) -> list[bool]:
+    """Return the marks of a loop's carry and of what it stacks, with those that any number of rounds adds."""
+    while True:
+        outputs = _follow(body, [*constants, *carry, *slices])
+        grown = [a or b for a, b in zip(carry, outputs, strict=False)]
+        if grown == carry:
+            return grown + outputs[len(carry) :]
+        carry = grown
+
+
+def _identity(value: Any) -> Hashable:
+    """Return what is equal for two parameters or inputs of equations if, and only if, they are known to be the same."""
+    if isinstance(value, jex_core.Literal):
+        return str(value.val), str(value.aval)
+    if isinstance(value, list | tuple):
+        return tuple(map(_identity, value))
+    if hasattr(getattr(value, "jaxpr", value), "eqns"):
+        return str(value), tuple(map(id, getattr(value, "consts", ())))
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value

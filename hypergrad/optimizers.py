@@ -1,9 +1,11 @@
-"""Pieces of optax optimizers whose numbers may be hyperparameters: one a weight, one a layer, one a step.
+"""Pieces of optax optimizers for ``hg.unrolled``: numbers per weight, layer or step, and norms with a derivative at 0.
 
     scale_by_learning_rate(α):  uᵢ ← −αᵢ uᵢ            add_decayed_weights(c):  uᵢ ← uᵢ + cᵢ wᵢ
+    clip_by_global_norm(m):  u ← u min(1, m / ‖u‖)     with the derivative of u ↦ u at u = 0
 
-optax takes traced scalars (learning rate, momentum, Adam's betas) as they are; it takes no tree of rates or decays.
-Use these inside an ``inner_optimizer`` that is a function of the constrained hyperparameters, with ``hg.unrolled``:
+optax takes traced scalars (learning rate, momentum, Adam's betas) as they are, but no trees of rates or decays. Its
+transformations by a norm have the derivative NaN where the norm is zero, since ∂√s/∂s is infinite at s = 0. Use these
+inside an ``inner_optimizer`` that is a function of the constrained hyperparameters:
 
     inner_optimizer=lambda h: optax.chain(
         optax.scale_by_adam(eps_root=1e-8),
@@ -22,9 +24,18 @@ import optax
 from hypergrad import tree, validate
 from hypergrad.types import Array, Params, PyTree
 
+__all__ = [
+    "add_decayed_weights",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "normalize_by_update_norm",
+    "scale_by_learning_rate",
+    "schedule",
+]
+
 
 def scale_by_learning_rate(rates: PyTree | Callable[[Array], PyTree]) -> optax.GradientTransformation:
-    """Multiply updates by minus a learning rate: one number, one a layer, or one a weight.
+    """Multiply updates by minus a learning rate: one number, or one per layer or per weight.
 
     uᵢ ← −αᵢ uᵢ.
 
@@ -66,7 +77,7 @@ def scale_by_learning_rate(rates: PyTree | Callable[[Array], PyTree]) -> optax.G
 
 
 def add_decayed_weights(decays: PyTree) -> optax.GradientTransformation:
-    """Add a decoupled weight decay to the updates: one number, one a layer, or one a weight.
+    """Add a decoupled weight decay to the updates: one number, or one per layer or per weight.
 
     uᵢ ← uᵢ + cᵢ wᵢ. Between ``optax.scale_by_adam`` and the learning rate it makes ``optax.adamw``.
 
@@ -106,8 +117,98 @@ def add_decayed_weights(decays: PyTree) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
+    """Scale updates down to a global norm: ``optax.clip_by_global_norm`` with a derivative at zero.
+
+    u ← u if ‖u‖ < m, else m u / ‖u‖, where ‖u‖ is the Euclidean norm over all leaves. The derivative at u = 0 is the
+    identity, while that of ``optax.clip_by_global_norm`` is NaN in reverse mode.
+
+    Args:
+      max_norm: m > 0, may be a hyperparameter.
+
+    Returns:
+      An ``optax.GradientTransformation`` without state and with the values of optax's.
+
+    >>> import jax, jax.numpy as jnp
+    >>> clip = lambda u: clip_by_global_norm(5.0).update(u, ())[0]
+    >>> clip(jnp.array([6.0, 8.0])).tolist()
+    [3.0, 4.0]
+    >>> jax.jacrev(clip)(jnp.zeros(2)).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+
+    Reference: Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural networks, arXiv 1211.5063.
+    """
+
+    def clip(updates: PyTree) -> PyTree:
+        norm = _root(optax.tree.norm(updates, squared=True))
+        divisor, is_small = jnp.where(norm > 0, norm, 1), norm < max_norm
+        limited = lambda u: _in_dtype_of(u, lambda u, m: u / divisor.astype(u.dtype) * m, u, max_norm)  # noqa: E731
+        return jax.tree.map(lambda u: jnp.where(is_small, u, limited(u)), updates)
+
+    return optax.stateless(lambda updates, _: clip(updates))
+
+
+def clip_by_block_rms(threshold: Any) -> optax.GradientTransformation:
+    """Scale each leaf of the updates down to a root mean square: ``optax.clip_by_block_rms`` with a derivative at zero.
+
+    uᵢ ← uᵢ / max(1, rms(uᵢ) / t), leaf by leaf, where rms(u) = √mean(u²). The derivative at uᵢ = 0 is the identity,
+    while that of ``optax.clip_by_block_rms`` is NaN.
+
+    Args:
+      threshold: t > 0, may be a hyperparameter.
+
+    Returns:
+      An ``optax.GradientTransformation`` without state and with the values of optax's.
+
+    >>> import jax, jax.numpy as jnp
+    >>> clip = lambda u: clip_by_block_rms(1.0).update(u, ())[0]
+    >>> clip(jnp.array([2.0, -2.0])).tolist()
+    [1.0, -1.0]
+    >>> jax.jacrev(clip)(jnp.zeros(2)).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+
+    Reference: Shazeer & Stern, Adafactor: adaptive learning rates with sublinear memory cost, arXiv 1804.04235 §6.
+    """
+
+    def clip(u: Array) -> Array:
+        rms = _root(jnp.mean(jnp.square(u)))
+        return _in_dtype_of(u, lambda u, rms, t: u / jnp.maximum(1, rms / t), u, rms, threshold)
+
+    return optax.stateless(lambda updates, _: jax.tree.map(clip, updates))
+
+
+def normalize_by_update_norm(scale_factor: Any = 1.0, eps: Any = 1e-6) -> optax.GradientTransformation:
+    """Divide updates by their global norm: ``optax.normalize_by_update_norm`` with a derivative at zero.
+
+    u ← s u / (‖u‖ + ε), where ‖u‖ is the Euclidean norm over all leaves. The derivative at u = 0 is s/ε times the
+    identity, while that of ``optax.normalize_by_update_norm`` is NaN.
+
+    Args:
+      scale_factor: s, may be a hyperparameter.
+      eps: ε > 0. A small one makes the derivative near zero large.
+
+    Returns:
+      An ``optax.GradientTransformation`` without state and with the values of optax's.
+
+    >>> import jax, jax.numpy as jnp
+    >>> normalize = lambda u: normalize_by_update_norm(eps=0.5).update(u, ())[0]
+    >>> normalize(jnp.array([1.5])).tolist()
+    [0.75]
+    >>> jax.jacrev(normalize)(jnp.zeros(1)).tolist()
+    [[2.0]]
+
+    Reference: Hazan, Levy & Shalev-Shwartz, Beyond convexity: stochastic quasi-convex optimization, arXiv 1507.02030.
+    """
+
+    def normalize(updates: PyTree) -> PyTree:
+        divisor = (_root(optax.tree.norm(updates, squared=True)) + eps) / scale_factor
+        return jax.tree.map(lambda u: _in_dtype_of(u, jnp.divide, u, divisor), updates)
+
+    return optax.stateless(lambda updates, _: normalize(updates))
+
+
 def schedule(values: PyTree) -> Callable[[Array], PyTree]:
-    """Return the schedule that reads off K values, one a step, and begins anew after K steps.
+    """Return a schedule of K values, one per step, which starts again after K steps.
 
     count ↦ values[count mod K]: with a window of K steps, step i of every window gets value i.
 
@@ -130,11 +231,17 @@ def schedule(values: PyTree) -> Callable[[Array], PyTree]:
     """
     shapes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(values)}
     if len(shapes) != 1 or shapes & {(), (0,)}:
-        fix = "Pass one value a step, e.g. jnp.full(K, 0.1)."
+        fix = "Pass one value per step, e.g. jnp.full(K, 0.1)."
         wanted = "optimizers.schedule: values whose leaves have a common leading axis K"
         raise ValueError(validate.message(wanted, f"leading axes {sorted(shapes)}", fix))
     (length,) = shapes.pop()
     return lambda count: jax.tree.map(lambda leaf: jnp.asarray(leaf)[count % length], values)
+
+
+def _root(square: Array) -> Array:
+    """Return √square, with derivative 0 instead of infinity at 0."""
+    is_zero = square == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
 def _in_dtype_of(like: Array, fn: Callable[..., Array], *values: Any) -> Array:

@@ -1,32 +1,81 @@
-"""Is an optimizer's update differentiable where a gradient is exactly zero?
+"""What an inner optimizer does, found by tracing or trying it on a few numbers.
 
     u = −α m̂ / (√v̂ + ε):   ∂√v̂/∂g = g/√v̂  →  0/0  at g = 0
 
-A dead unit has gradients that are exactly zero, and one NaN there spreads to the whole hypergradient. Adam-like
-optimizers have ``eps_root`` for it: √(v̂ + ε_root) is smooth. The window's first steps are tried while tracing, on
-weights shrunk to two entries an axis of which half have a zero gradient, some of them zero themselves; what is finite
-there, with a derivative that is not, is refused.
+``check_differentiable``: a dead unit has gradients that are exactly zero, and one NaN there spreads to the whole
+hypergradient. Adam-like optimizers have ``eps_root`` for it: √(v̂ + ε_root) is smooth. ``untrained_leaves`` and
+``decays_weights`` tell ``hg.implicit`` which weights the optimizer trains, and whether the inner loss is all that moves
+them. ``check_interface`` refuses optimizers that do not run on trees of arrays.
+
+What is tried is small. Axes shrink to two entries, and weights that the optimizer treats alike (same shape, dtype and
+operations) are tried once: a transformer has about three kinds of weights, so its optimizer compiles in seconds.
+Results are kept while the optimizer lives. The user's debugging and transfer settings do not apply here.
 """
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.extend import core as jex_core
 
 from hypergrad import dataflow, tree, validate
-from hypergrad.types import Hyperparams, Params, PyTree
+from hypergrad.types import Array, Hyperparams, Params, PyTree
+
+__all__ = ["check_differentiable", "check_interface", "decays_weights", "untrained_leaves"]
 
 MakeOptimizer = Callable[[Hyperparams], optax.GradientTransformationExtraArgs]
 
 _MOST_STEPS = 16  # radam begins to rectify at the sixth; gathered gradients are applied every few
-_ANYWHERE = 0.37  # a value that rates, momenta and decays may have; the true ones may be traced
+_DECAY_STEPS = 64  # yogi starts with a momentum of 1e-6, which has to fade
+_ANYWHERE = 0.37  # a value that weights, rates, momenta and decays may have; the true ones may be traced
+_TWINS = "clip_by_global_norm", "clip_by_block_rms", "normalize_by_update_norm"  # of optax, safe in hg.optimizers
+
+
+class _Refusal(NamedTuple):
+    kind: type[Exception]
+    message: str
+    cause: Exception | None = None
+
+
+_CANNOT_RUN, _UNKNOWN = object(), object()  # results besides a refusal and None: it raises; it closes over tracers
+_MOST_RESULTS = 128
+_results: dict[Hashable, tuple[list[Any], Any]] = {}
+
+
+class _Trial(NamedTuple):
+    """An optimizer on a few weights: one for all that it treats alike.
+
+    Attributes:
+      hyperparams: shape and dtype of each kind of hyperparameter.
+      weights: likewise.
+      num_leaves: of the weights that they stand for.
+      steps: ``steps(hyperparams, weights, grads) -> (weights, updates)`` with an axis of steps in grads and updates.
+      operations: the names of all primitives.
+      is_known: whether the optimizer closes over concrete values only.
+    """
+
+    hyperparams: list[jax.ShapeDtypeStruct]
+    weights: list[jax.ShapeDtypeStruct]
+    num_leaves: int
+    steps: Callable[..., tuple[list[Array], list[Array]]]
+    operations: set[str]
+    is_known: bool
 
 
 def check_differentiable(
-    make: MakeOptimizer, params: Params, hyperparams: Hyperparams, *, steps: int, reverse: bool
+    make: MakeOptimizer,
+    params: Params,
+    hyperparams: Hyperparams,
+    *,
+    steps: int,
+    reverse: bool,
+    cache_key: Any = None,
 ) -> None:
     """Refuse an optimizer whose update has no finite derivative at a zero gradient, or none in reverse mode.
 
@@ -36,110 +85,279 @@ def check_differentiable(
       hyperparams: likewise.
       steps: of the window; the first 16 are tried.
       reverse: the mode that will differentiate the update.
+      cache_key: the objects that ``make`` is made from (functions, transformations, tuples of them): the result is kept
+        for these very objects while they live. None: the optimizer is tried on each call.
 
     Raises:
       ValueError: says what to set. An optimizer that cannot be tried (it closes over traced values) passes.
       TypeError: an optimizer that wants keywords which a window does not have.
     """
-    for axis in (2, None):  # all of it where it does not fit what is shrunk, say a mask of full size
-        with jax.ensure_compile_time_eval():  # not even constants may be staged out
-            weights, anywhere = (
-                jax.tree.map(lambda x, axis=axis: jnp.full(_shrunk(x, axis), _ANYWHERE, jnp.result_type(x)), part)
-                for part in (params, hyperparams)
-            )
-            if not _can_be_tried(make, anywhere, weights):
-                continue
-            dead, alive = (_gradients(weights, min(steps, _MOST_STEPS), dead=dead) for dead in (True, False))
-            verdict = _verdict(make, anywhere, _with_zeros(weights), dead, reverse=reverse)
-            at_zero_alone = verdict is False and _verdict(make, anywhere, weights, alive, reverse=reverse) is True
-        if isinstance(verdict, Exception):
-            fix = "Choose another optimizer, or differentiate forward: mode=hg.forward()."
-            wanted = "an inner optimizer that reverse-mode differentiation passes"
-            raise ValueError(validate.message(wanted, f"one that raises: {str(verdict)[:200]}", fix)) from verdict
-        if verdict is False and at_zero_alone:
-            wanted = "an inner optimizer whose update has a finite derivative where a gradient is exactly zero"
-            fix = (
-                "One dead unit would make the hypergradient NaN. Set eps_root, e.g. optax.adam(rate, eps_root=1e-8), "
-                "where the optimizer has it; else choose another, e.g. optax.sgd, rmsprop, adabelief or yogi."
-            )
-            raise ValueError(validate.message(wanted, "NaN or infinity: a square root at zero", fix))
-        if verdict is False:
-            wanted = "an inner optimizer whose first updates have a finite derivative"
-            other = "forward" if reverse else "reverse"
-            fix = (
-                f"Set eps_root=1e-8 where it has it and try mode=hg.{other}(), or choose e.g. optax.sgd, rmsprop, yogi."
-            )
-            raise ValueError(validate.message(wanted, "NaN or infinity, whatever the gradients", fix))
-        return
+    steps = min(steps, _MOST_STEPS)
+    for axis in (2, None):  # whole weights where small ones do not fit, for example a mask of full size
+        small = _small(hyperparams, axis), _small(params, axis)
+        judge = functools.partial(_judge, make, *small, steps, reverse)
+        result = _cached(("differentiable", steps, reverse), cache_key, small, judge)
+        if isinstance(result, _Refusal):
+            raise result.kind(result.message) from result.cause
+        if result is not _CANNOT_RUN:
+            return
 
 
-def _shrunk(leaf: Any, axis: int | None) -> tuple[int, ...]:
-    shape = jnp.shape(leaf)
-    return shape if axis is None else tuple(min(n, axis) for n in shape)
+def decays_weights(optimizer: optax.GradientTransformation | optax.MultiSteps, params: Params) -> bool:
+    """Return whether the optimizer moves weights whose gradients are zero: decoupled weight decay, or noise.
+
+    False for an optimizer that cannot be tried because it closes over traced values or wants keywords.
+    """
+
+    def moves() -> Any:
+        with jax.enable_x64(True):  # a decay of 1e-4 at a rate of 1e-3 is no more than float32's rounding
+            wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, float), small)
+            try:
+                trial = _trial(lambda _: validate.transformation("optimizer", optimizer), (), wide)
+            except Exception:  # what is wrong with the optimizer shows in the real run
+                return False
+            if not trial.is_known:
+                return _UNKNOWN
+            with jax.ensure_compile_time_eval():
+                zeros = [jnp.zeros((_DECAY_STEPS, *w.shape)) for w in trial.weights]
+                _, updates = jax.jit(trial.steps)([], list(map(_filled, trial.weights)), zeros)
+                early, late = (tree.max_abs([u[part] for u in updates]) for part in (slice(32), slice(32, None)))
+                return bool((late > 1e-12) & (late > 0.1 * early))
+
+    small = _small(params, 2)
+    return _cached("decays_weights", optimizer, small, moves) is True
 
 
-def _can_be_tried(make: MakeOptimizer, hyperparams: Hyperparams, weights: Params) -> bool:
+def untrained_leaves(optimizer: optax.GradientTransformation | optax.MultiSteps, params: Params) -> PyTree:
+    """Return a tree like ``params``, True for weights that gradients do not move: by data flow, without computation.
+
+    Their updates depend on no gradient: neither directly, nor in later steps through the optimizer's state or through
+    other weights. ``optax.set_to_zero`` inside ``optax.partition`` or ``optax.masked`` makes such weights;
+    ``optax.masked(optax.sgd(rate), mask)`` alone does not, since it passes other gradients on. All False for an
+    optimizer that cannot be traced because it wants keywords.
+    """
+    like = _small(params, None)
+    leaves, structure = jax.tree.flatten(like)
+
+    def updates(values: tuple[Params, Params]) -> Params:
+        tx = validate.transformation("optimizer", optimizer)
+        return lax.scan(lambda at, grads: _step(tx, at, grads), _begin(tx, values[0]), values[1])[1]
+
+    def find() -> list[bool]:
+        window = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), like)
+        try:
+            moved = dataflow.dependence(updates, (like, window))
+        except Exception:  # what is wrong with the optimizer shows in the real run
+            return [False] * len(leaves)
+        return [not mark for mark in moved([False] * len(leaves) + [True] * len(leaves))]
+
+    return jax.tree.unflatten(structure, _cached("untrained_leaves", optimizer, like, find))
+
+
+def check_interface(name: str, optimizer: Any, params: PyTree, keywords: Mapping[str, Any] | None = None) -> None:
+    """Refuse an optimizer whose ``init`` or ``update`` does not run on trees of arrays; nothing is computed.
+
+    Args:
+      name: of the argument, for the message.
+      optimizer: an optax transformation.
+      params: what it updates, of which structure, shapes and dtypes are used.
+      keywords: those that each ``update`` will receive.
+
+    Raises:
+      TypeError: with the text of the original error, which is its cause. An optimizer that needs concrete values
+        passes.
+    """
+    tx, like = validate.transformation(name, optimizer), _small(params, None)
+    given = dict(keywords or {})
+    doing = "init(params)"
     try:
-        grads = _gradients(weights, 1, dead=False)
-        jaxpr = jax.make_jaxpr(lambda g: _tried(make, hyperparams, weights, g))(grads).jaxpr
-    except TypeError as error:
+        state = jax.eval_shape(tx.init, like)
+        doing = f"update({', '.join(['grads', 'state', 'params', *(f'{key}=...' for key in given)])})"
+        jax.eval_shape(lambda grads, state, params: tx.update(grads, state, params, **given), like, state, like)
+    except jax.errors.JAXTypeError:
+        return
+    except Exception as error:
+        fix = "It has to run on trees of arrays, under jax.jit."
         if "required keyword" in str(error):
-            wanted = "an inner optimizer that updates weights from gradients, state and params alone"
-            fix = "Inside a window there is no line search and no loss value for it: choose one without."
-            raise TypeError(validate.message(wanted, f"one that raises: {error}", fix)) from error
-        return False
+            fix = "Choose one without these keywords, e.g. optax.lbfgs(rate, linesearch=None), optax.adam."
+        elif isinstance(error, AttributeError) and "fast" in str(error):
+            fix = "optax.lookahead updates optax.LookaheadParams: pass its fast optimizer alone, e.g. optax.adam(rate)."
+        got = f"{type(error).__name__}: {error}"
+        raise TypeError(validate.message(f"{name} that can {doing}", got, fix)) from error
+
+
+def _judge(make: MakeOptimizer, hyperparams: Hyperparams, params: Params, steps: int, reverse: bool) -> Any:
+    """Return a refusal, None, or that the optimizer cannot be run or is not known."""
+    try:
+        trial = _trial(make, hyperparams, params)
+    except TypeError as error:
+        if "required keyword" not in str(error):
+            return _CANNOT_RUN
+        wanted = "an inner optimizer that updates weights from gradients, state and params alone"
+        fix = "Inside a window there is no line search and no loss value for it: choose one without."
+        return _refusal(wanted, f"one that raises: {error}", fix, error, TypeError)
     except Exception:  # what is wrong with the optimizer itself shows in the real run
-        return False
-    if "stop_gradient" in dataflow.operations(jaxpr):
+        return _CANNOT_RUN
+    if "stop_gradient" in trial.operations:
         wanted = "an inner optimizer whose updates are differentiable as a whole"
         fix = "Its derivative would not be that of its steps. For optax.lbfgs set scale_init_precond=False."
-        raise ValueError(validate.message(wanted, "one with a stop_gradient in them", fix))
-    return True
+        return _refusal(wanted, "one with a stop_gradient in them", fix)
+    if not trial.is_known:
+        return _UNKNOWN
+
+    with jax.ensure_compile_time_eval():  # not even constants may be staged out
+        return _differentiate(make(jax.tree.map(_filled, hyperparams)), trial, steps, reverse)
 
 
-def _verdict(make: MakeOptimizer, hyperparams: Hyperparams, weights: Params, grads: PyTree, *, reverse: bool) -> Any:
-    """Return whether derivatives of a try are finite, or the error; True where the try itself is not finite."""
-    fn = lambda h, g: _tried(make, h, weights, g)  # noqa: E731
-    try:
+def _differentiate(
+    optimizer: optax.GradientTransformation, trial: _Trial, steps: int, reverse: bool
+) -> _Refusal | None:
+    """Return a refusal where a derivative of the trial is not finite."""
+
+    def total(h: list[Array], w: list[Array], grads: list[Array]) -> Array:
+        return tree.total([jnp.sum(x) for x in trial.steps(h, w, grads)[0]])
+
+    @jax.jit
+    def has_derivative(h: list[Array], w: list[Array], grads: list[Array]) -> Array:
         if reverse:
-            value, derivatives = jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))(hyperparams, grads)
+            value, slopes = jax.value_and_grad(total, argnums=(0, 2))(h, w, grads)
         else:
-            ones = jax.tree.map(jnp.ones_like, (hyperparams, grads))
-            value, derivatives = jax.jit(lambda h, g: jax.jvp(fn, (h, g), ones))(hyperparams, grads)
+            ones = jax.tree.map(jnp.ones_like, (h, grads))
+            value, slopes = jax.jvp(lambda h, grads: total(h, w, grads), (h, grads), ones)
+        return tree.all_finite(slopes) | ~jnp.isfinite(value)
+
+    h, weights = (list(map(_filled, part)) for part in (trial.hyperparams, trial.weights))
+    alive, dead = (_gradients(weights, steps, dead=dead) for dead in (False, True))
+    # Biases begin at zero: every second weight is zero, then the others are.
+    partly = [[w * ((i + shift + 1) % 2) for i, w in enumerate(weights)] for shift in range(min(2, trial.num_leaves))]
+    try:
+        at_zero = all(bool(has_derivative(h, some, dead)) for some in partly)
     except ValueError as error:
-        return error
-    sound = tree.all_finite(derivatives) | ~jnp.isfinite(value)
-    return isinstance(sound, jax.core.Tracer) or bool(sound)  # traced: the optimizer closes over what is not known yet
+        fix = "Choose another optimizer, or differentiate forward: mode=hg.forward()."
+        wanted = "an inner optimizer that reverse-mode differentiation passes"
+        return _refusal(wanted, f"one that raises: {str(error)[:200]}", fix, error)
+    if not at_zero and bool(has_derivative(h, weights, alive)):
+        wanted = "an inner optimizer whose update has a finite derivative where a gradient is exactly zero"
+        fix = (
+            "One dead unit would make the hypergradient NaN. Set eps_root, e.g. optax.adam(rate, eps_root=1e-8), "
+            "where the optimizer has it; else choose another, e.g. optax.sgd, rmsprop, adabelief or yogi."
+        )
+        return _refusal(wanted, "NaN or infinity: a square root at zero", fix)
+    if not at_zero:
+        wanted = "an inner optimizer whose first updates have a finite derivative"
+        other = "forward" if reverse else "reverse"
+        fix = f"Set eps_root=1e-8 where it has it and try mode=hg.{other}(), or choose e.g. optax.sgd, rmsprop, yogi."
+        return _refusal(wanted, "NaN or infinity, whatever the gradients", fix)
+    pieces = _pieces(optimizer)
+    found = [name for name in _TWINS if name in pieces]
+    if "scale_by_factored_rms" in pieces and "clip_by_block_rms" in found:
+        found.remove("clip_by_block_rms")  # adafactor's own
+    if found and not bool(has_derivative(h, weights, [g.at[0].set(0) for g in alive])):
+        wanted = "an inner optimizer whose update has a finite derivative where the whole gradient is zero"
+        fix = (
+            "A batch in which no example counts would make the hypergradient NaN. Use "
+            f"{' and '.join(f'hg.optimizers.{name}' for name in found)}: the same values, and this derivative."
+        )
+        return _refusal(wanted, f"NaN or infinity, with {' and '.join(f'optax.{name}' for name in found)}", fix)
+    return None
 
 
-def _tried(make: MakeOptimizer, hyperparams: Hyperparams, params: Params, grads: PyTree) -> Any:
-    """Return the sum of the weights that one step a gradient reaches."""
-    optimizer = make(hyperparams)
-
-    def step(at: tuple[Params, PyTree], grads: Params) -> tuple[tuple[Params, PyTree], None]:
-        params, state = at
-        updates, new_state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), tree.match_dtypes(new_state, state)), None
-
-    start = params, tree.strip_weak_types(optimizer.init(params))
-    (reached, _), _ = lax.scan(step, start, grads)
-    return tree.total([jnp.sum(leaf) for leaf in jax.tree.leaves(reached)])
+def _refusal(
+    expected: str, got: str, fix: str, cause: Exception | None = None, kind: type[Exception] = ValueError
+) -> _Refusal:
+    # A result is kept, and a traceback would keep the values of its frames.
+    return _Refusal(kind, validate.message(expected, got, fix), cause and cause.with_traceback(None))
 
 
-def _with_zeros(weights: Params) -> Params:
-    """Return weights with every second leaf zero, as biases begin."""
-    leaves, structure = jax.tree.flatten(weights)
-    return jax.tree.unflatten(structure, [jnp.zeros_like(x) if i % 2 else x for i, x in enumerate(leaves)])
+def _trial(make: MakeOptimizer, hyperparams: Hyperparams, params: Params) -> _Trial:
+    """Return the trial, or raise what the optimizer raises.
+
+    Weights and state fall into kinds, the coarsest partition that the steps preserve: if weights of one kind start
+    equal and get equal gradients, they stay equal.
+    """
+    (h, of_h), (w, of_w) = jax.tree.flatten(hyperparams), jax.tree.flatten(params)
+    unflatten = jax.tree.unflatten
+    begin = lambda h, w: _begin(make(unflatten(of_h, h)), unflatten(of_w, w))  # noqa: E731
+    begun, carry = jax.make_jaxpr(begin, return_shape=True)(h, w)
+    all_carry, of_carry = jax.tree.flatten(carry)
+    step = lambda h, at, g: _step(make(unflatten(of_h, h)), unflatten(of_carry, at), unflatten(of_w, g))  # noqa: E731
+    stepped = jax.make_jaxpr(step)(h, all_carry, w)
+
+    n, rates, kinds, before = len(w), _numbers(map(_form, h)), _numbers(map(_form, all_carry)), None
+    while kinds != before:
+        values = [("h", k) for k in rates], [("carry", k) for k in kinds], [("grads", k) for k in kinds[:n]]
+        small_begin, first = dataflow.merge_equal(begun, [*values[0], *values[1][:n]])
+        small_step, after = dataflow.merge_equal(stepped, [*values[0], *values[1], *values[2]])
+        before, kinds = kinds, _numbers(zip(kinds, first, after[: len(kinds)], strict=True))
+    places = [kinds.index(k) for k in range(len(set(kinds)))]
+    count = len(set(kinds[:n]))
+    begin_all, step_all = jex_core.jaxpr_as_fun(small_begin), jex_core.jaxpr_as_fun(small_step)
+
+    def steps(h: list[Array], w: list[Array], grads: list[Array]) -> tuple[list[Array], list[Array]]:
+        every_h = [h[k] for k in rates]
+
+        def body(carry: list[Array], grads: list[Array]) -> tuple[list[Array], list[Array]]:
+            outputs = step_all(*every_h, *(carry[k] for k in kinds), *(grads[k] for k in kinds[:n]))
+            return [outputs[i] for i in places], [outputs[len(kinds) + i] for i in places[:count]]
+
+        start = begin_all(*every_h, *(w[k] for k in kinds[:n]))
+        reached, updates = lax.scan(body, [start[i] for i in places], grads)
+        return reached[:count], updates
+
+    return _Trial(
+        hyperparams=[h[rates.index(k)] for k in range(len(set(rates)))],
+        weights=[w[i] for i in places[:count]],
+        num_leaves=n,
+        steps=steps,
+        operations=dataflow.operations(begun.jaxpr) | dataflow.operations(stepped.jaxpr),
+        is_known=not any(isinstance(x, jax.core.Tracer) for x in [*begun.consts, *stepped.consts]),
+    )
 
 
-def _gradients(weights: Params, steps: int, *, dead: bool) -> PyTree:
-    """Return a gradient a step, of changing size; where dead, zero in the first half of each axis, as of dead units.
+def _begin(optimizer: optax.GradientTransformation, params: Params) -> tuple[Params, PyTree]:
+    return params, tree.strip_weak_types(optimizer.init(params))
+
+
+def _step(
+    optimizer: optax.GradientTransformation, at: tuple[Params, PyTree], grads: Params
+) -> tuple[tuple[Params, PyTree], Params]:
+    params, state = at
+    updates, new_state = optimizer.update(grads, state, params)
+    return (optax.apply_updates(params, updates), tree.match_dtypes(new_state, state)), updates
+
+
+def _numbers(values: Iterable[Hashable]) -> list[int]:
+    """Number the values in the order in which they first occur."""
+    seen: dict[Hashable, int] = {}
+    return [seen.setdefault(value, len(seen)) for value in values]
+
+
+def _small(part: PyTree, axis: int | None) -> PyTree:
+    def shrunk(leaf: Any) -> jax.ShapeDtypeStruct:
+        shape = jnp.shape(leaf)
+        return jax.ShapeDtypeStruct(
+            shape if axis is None else tuple(min(n, axis) for n in shape), jnp.result_type(leaf)
+        )
+
+    return jax.tree.map(shrunk, part)
+
+
+def _form(leaf: Any) -> tuple[Hashable, ...]:
+    return leaf.shape, leaf.dtype
+
+
+def _filled(like: Any) -> Array:
+    return jnp.full(like.shape, _ANYWHERE, like.dtype)
+
+
+def _gradients(weights: list[Array], steps: int, *, dead: bool) -> list[Array]:
+    """Return a gradient per step, of changing size; where dead, zero in the first half of each axis, as of dead units.
 
     Leaves of one entry have nothing beside it that lives: they are zero only where all leaves are so.
     """
-    all_single = all(leaf.size == 1 for leaf in jax.tree.leaves(weights))
+    all_single = all(leaf.size == 1 for leaf in weights)
 
-    def gradient(leaf: Any) -> Any:
+    def gradient(leaf: Array) -> Array:
         size = jnp.cos(jnp.arange(1.0, steps + 1.0)).reshape(steps, *[1] * leaf.ndim).astype(leaf.dtype)
         full = size * jnp.ones_like(leaf)
         if not dead or (leaf.size == 1 and not all_single):
@@ -151,12 +369,73 @@ def _gradients(weights: Params, steps: int, *, dead: bool) -> PyTree:
             full = jnp.where(unit < width // 2, jnp.zeros_like(full), full)
         return full
 
-    return jax.tree.map(gradient, weights)
+    return [gradient(leaf) for leaf in weights]
 
 
-def untrained_leaves(optimizer, params):
-    return jax.tree.map(lambda _: False, params)
+def _pieces(value: Any) -> set[str]:
+    """Return the names of optax functions whose results a transformation consists of, found in its closures."""
+    found, waiting, seen = set(), [value], {}
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item
+        if isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list | tuple):
+            waiting += item
+        elif isinstance(item, optax.MultiSteps):
+            waiting += vars(item).values()
+        elif callable(item):
+            if str(getattr(item, "__module__", "")).startswith("optax."):
+                found.add(getattr(item, "__qualname__", "").split(".")[0])
+            waiting += [getattr(item, name, None) for name in ("__wrapped__", "__self__", "func")]
+            for cell in getattr(item, "__closure__", None) or ():
+                with contextlib.suppress(ValueError):  # an empty cell
+                    waiting.append(cell.cell_contents)
+    return found
 
 
-def decays_weights(optimizer, params):
-    return False
+def _cached(kind: Hashable, objects: Any, trees: PyTree, compute: Callable[[], Any]) -> Any:
+    """Return what ``compute`` returns under the settings of the library, or returned before for the same arguments.
+
+    Objects count by identity and are referred to weakly, so neither they nor what they close over are kept alive.
+    Nothing is kept for None, for an object without weak references, and of an unknown result.
+    """
+    references: list[Any] = []
+
+    def part(value: Any) -> Hashable:
+        if isinstance(value, tuple):
+            return tuple(map(part, value))
+        references.append(weakref.ref(value))
+        return id(value)
+
+    leaves, structure = jax.tree.flatten(trees)
+    try:
+        key = kind, part(objects), structure, tuple(map(_form, leaves)), jnp.result_type(float)
+        kept = _results.get(key)
+    except TypeError:  # of a weak reference or a hash
+        with _own_settings():
+            return compute()
+    if kept is not None and all(reference() is not None for reference in kept[0]):
+        return kept[1]
+    with _own_settings():
+        result = compute()
+    if result is not _UNKNOWN:
+        while len(_results) >= _MOST_RESULTS:
+            _results.pop(next(iter(_results)), None)
+        _results[key] = references, result
+    return result
+
+
+@contextlib.contextmanager
+def _own_settings() -> Iterator[None]:
+    """Turn off the checks that a user may have turned on."""
+    with contextlib.ExitStack() as stack:
+        for setting in (
+            *(jax.debug_nans(False), jax.debug_infs(False), jax.debug_key_reuse(False), jax.disable_jit(False)),
+            *(jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")),
+            jax.transfer_guard("allow"),
+        ):
+            stack.enter_context(setting)
+        yield
