@@ -32,7 +32,7 @@ __all__ = ["check_differentiable", "check_interface", "decays_weights", "untrain
 MakeOptimizer = Callable[[Hyperparams], optax.GradientTransformationExtraArgs]
 
 _MOST_STEPS = 16  # radam begins to rectify at the sixth; gathered gradients are applied every few
-_DECAY_STEPS = 64  # yogi starts with a momentum of 1e-6, which has to fade
+_DECAY_STEPS = 64  # yogi starts with a momentum of 1e-6, which fades in some 30 steps
 _ANYWHERE = 0.37  # a value that weights, rates, momenta and decays may have; the true ones may be traced
 _TWINS = "clip_by_global_norm", "clip_by_block_rms", "normalize_by_update_norm"  # of optax, safe in hg.optimizers
 
@@ -119,10 +119,12 @@ def decays_weights(optimizer: optax.GradientTransformation | optax.MultiSteps, p
             if not trial.is_known:
                 return _UNKNOWN
             with jax.ensure_compile_time_eval():
-                zeros = [jnp.zeros((_DECAY_STEPS, *w.shape)) for w in trial.weights]
-                _, updates = jax.jit(trial.steps)([], list(map(_filled, trial.weights)), zeros)
+                start = list(map(_filled, trial.weights))
+                zeros = [jnp.zeros((_DECAY_STEPS, *w.shape)) for w in start]
+                reached, updates = jax.jit(trial.steps)([], start, zeros)
                 early, late = (tree.max_abs([u[part] for u in updates]) for part in (slice(32), slice(32, None)))
-                return bool((late > 1e-12) & (late > 0.1 * early))
+                moved = tree.max_abs(optax.tree.sub(reached, start))
+                return bool((late > 1e-12) & (late > 0.1 * early) | (moved > 0.1 * _ANYWHERE))
 
     small = _small(params, 2)
     return _cached("decays_weights", optimizer, small, moves) is True
