@@ -27,7 +27,7 @@ One log decay per weight, tuned by the validation loss while the weights train:
 
 from hypergrad import _installation  # noqa: F401, I001  first: it names a foreign package of the same name
 
-from hypergrad import bijectors, noise, optimizers, penalties, responses, solvers
+from hypergrad import bijectors, diagnostics, integrations, noise, optimizers, penalties, responses, solvers
 from hypergrad.bijectors import Bijector, constrain, unconstrain
 from hypergrad.data import IndexedBatch
 from hypergrad.drivers import (
@@ -85,6 +85,7 @@ __all__ = [
     "integrations",
     "value_and_hypergrad",
     # whether to trust the result
+    "diagnostics",
     # writing an estimator or a solver
     "Context",
     "Estimate",

@@ -1,4 +1,4 @@
-"""Comparisons, horizons, ends of the spectrum, the retrain audit and Newton's method, against closed forms."""
+"""Comparisons, horizons, ends of the spectrum, the retraining test and Newton's method, against closed forms."""
 
 import flax.linen as nn
 import jax
@@ -6,9 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import hypergrad as hg
+from hypergrad import tree
+from hypergrad.diagnostics._base import readable
 from hypergrad.diagnostics._optimum import minimize
+from hypergrad.solvers import Status
 from tests import problems
 
 D = hg.diagnostics
@@ -27,8 +31,8 @@ def test_compare_gives_cosine_norm_ratio_and_error_of_a_truncated_series():
     by_gradient = D.compare(methods, example.exact, *point, key=None)
     few, right, same = by_gradient.rows
     got, want = (
-        np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-        for tree in (jax.jit(hg.hypergrad(methods["neumann"]))(*example.variables, *point[1:], key=None), example.exact)
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(each)])
+        for each in (methods["function"](*example.variables, *point[1:], key=None)[0][1], example.exact)
     )
     assert few.cosine == pytest.approx(got @ want / np.linalg.norm(got) / np.linalg.norm(want), rel=1e-9)
     assert few.norm_ratio == pytest.approx(np.linalg.norm(got) / np.linalg.norm(want), rel=1e-9)
@@ -51,10 +55,29 @@ def test_compare_refuses_what_cannot_be_compared():
         D.compare({"cg": 3}, example.exact, *point, key=None)
     with pytest.raises(TypeError, match=r"\(\(value, hypergrad\), info\)"):
         D.compare({"cg": hg.hypergrad(method["cg"])}, example.exact, *point, key=None)
-    with pytest.raises(ValueError, match="structure of the hyperparameters"):
+    with pytest.raises(ValueError, match=r"hypergradient leaf .* as in the hyperparameters"):
         D.compare(method, {"a": jnp.ones(2)}, *point, key=None)
     with pytest.raises(ValueError, match="finite hypergradient other than zero"):
         D.compare(method, optax.tree.zeros_like(example.exact), *point, key=None)
+
+
+def test_compare_hands_every_method_the_key():
+    """The loss is random: hypergradients with the same key are equal to the last bit, with another they are not."""
+    inner = lambda w, h, batch, key: jnp.sum((w - h * jax.random.uniform(key, (3,))) ** 2)  # noqa: E731
+    outer = lambda w, h, batch, key: jnp.sum((w + jax.random.uniform(key, (3,))) ** 2)  # noqa: E731
+    implicit = hg.implicit(hg.BilevelProblem(inner, outer), hg.solvers.cg(3))
+    at = hg.BilevelParams(jnp.ones(3), jnp.ones(3))
+    oracle = hg.hypergrad(implicit)(*at, (), (), key=jax.random.key(5))
+    same, other = (D.compare({"implicit": implicit}, oracle, at, (), (), key=key).rows[0].error for key in (5, 6))
+    assert same == 0.0
+    assert other > 0.1
+
+
+def test_names_of_leaves_are_readable():
+    names = ["['a']['b']", "['a'][0].c", "['conv']['kernel'].value", ".w", ""]
+    assert [readable(name) for name in names] == ["a.b", "a.0.c", "conv.kernel", "w", ""]
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    assert [readable(name) for name in tree.leaf_names(state)] == ["bias", "kernel"]
 
 
 @pytest.mark.usefixtures("x64")
@@ -78,7 +101,7 @@ def test_short_horizons_push_a_learning_rate_the_other_way():
 
     slope = float(jax.grad(after)(0.7))
     assert found.rows[0].norm_ratio == pytest.approx(abs(one / slope), rel=1e-9)
-    assert "against it, by their cosine: 1 (-1)" in str(found)
+    assert "opposed to it, with their cosine: 1 (-1)" in str(found)
     with pytest.raises(ValueError, match="differentiates steps"):
         D.horizon_bias(hg.implicit(estimator.problem, hg.solvers.cg(5)), at, noise, (), **options)
     with pytest.raises(TypeError, match="horizons as a sequence"):
@@ -139,19 +162,19 @@ def test_lanczos_tells_the_safe_step_of_a_neumann_series():
     step = float(D.extreme_eigenvalues(example.problem, example.variables, example.inner_batch, key=None).safe_step)
     for factor, sound in ((0.98, True), (1.02, False)):  # of the step from which on the series diverges
         solver = hg.solvers.neumann(2000, step_size=2 * step * factor)
-        fn = jax.jit(hg.value_and_hypergrad(hg.implicit(example.problem, solver)))
+        fn = hg.value_and_hypergrad(hg.implicit(example.problem, solver))
         _, info = fn(*example.variables, example.inner_batch, example.outer_batch, key=None)
         assert bool(info.solver.converged) == sound
 
 
 def mean_estimation():
-    """w* = λ: what is learned is where λ is, whatever the weights that were trained along."""
+    """w* = λ: what is learned is where λ is, whatever the jointly trained weights."""
     inner = lambda w, h, batch, key: jnp.sum((w["w"] - h["h"] - batch) ** 2)  # noqa: E731
     outer = lambda w, h, batch, key: jnp.sum((w["w"] - batch) ** 2)  # noqa: E731
     return hg.BilevelProblem(inner, outer)
 
 
-def test_retrain_scores_carried_and_fresh_weights_with_minibatches():
+def test_retrain_scores_jointly_trained_and_fresh_weights_with_minibatches():
     problem, target = mean_estimation(), jnp.array([1.0, 2.0])
     variables = hg.BilevelParams({"w": target}, {"h": target + 1})
     found = D.retrain(
@@ -169,7 +192,7 @@ def test_retrain_scores_carried_and_fresh_weights_with_minibatches():
     )
     assert found.baseline["distance"] == pytest.approx(4.0, abs=0.02)
     assert str(found).splitlines()[2].split()[0] == "distance"
-    assert float(found.carried["distance"]) == 0.0
+    assert float(found.jointly_trained["distance"]) == 0.0
     assert found.retrained["distance"] == pytest.approx(2.0, abs=0.02)  # λ is one off in both entries
     assert found.params["w"].shape == (2, 2)
     assert found.finite.all()
@@ -184,9 +207,33 @@ def test_retrain_scores_carried_and_fresh_weights_with_minibatches():
         num_steps=5,
         key=jax.random.key(0),
     )
-    assert float(cold.carried) == pytest.approx(2.0)
+    assert float(cold.jointly_trained) == pytest.approx(2.0)
     assert cold.baseline == ()
-    assert "carried and retrained weights are equal" in str(cold)
+    assert "jointly trained and retrained weights are equal" in str(cold)
+
+
+def test_retrain_draws_weights_batches_and_losses_from_keys_of_their_own():
+    """Linear in what is drawn, with steps of 1: weights end at the start less the sum of all draws."""
+    problem = hg.BilevelProblem(
+        lambda w, h, batch, key: w * (batch + 10 * jax.random.uniform(key)), lambda w, h, batch, key: w + h
+    )
+    found = D.retrain(
+        problem,
+        hg.BilevelParams(jnp.zeros(()), jnp.zeros(())),
+        lambda key: 100 * jax.random.uniform(key),
+        lambda step, key: step + jax.random.uniform(key),
+        (),
+        inner_optimizer=optax.sgd(1.0),
+        num_steps=3,
+        key=7,
+        num_starts=2,
+    )
+    wanted, uniform = [], lambda key, i: float(jax.random.uniform(jax.random.fold_in(key, i)))
+    for key in jax.random.split(jax.random.fold_in(jax.random.key(7), 1), 2):
+        start, batch, loss = jax.random.split(key, 3)
+        drawn = sum(i + uniform(batch, i) + 10 * uniform(loss, i) for i in range(3))
+        wanted.append(100 * float(jax.random.uniform(start)) - drawn)
+    np.testing.assert_allclose(found.retrained, wanted, rtol=1e-5)
 
 
 def test_retrain_follows_model_state_responses_and_optimizers_of_hyperparameters():
@@ -199,7 +246,7 @@ def test_retrain_follows_model_state_responses_and_optimizers_of_hyperparameters
 
     options = {"inner_optimizer": optax.sgd(0.5), "num_steps": 40, "key": 0, "num_starts": 2}
     found = D.retrain(problem, variables, init, batch, batch, model_state=model_state, **options)
-    assert (found.retrained < float(found.carried)).all()  # untrained weights were handed in as carried
+    assert (found.retrained < float(found.jointly_trained)).all()  # the weights given were not trained at all
 
     rated = hg.reparameterize(mean_estimation(), hg.bijectors.exp())
     at = hg.BilevelParams({"w": jnp.zeros(1)}, {"h": jnp.zeros(1)})
@@ -208,12 +255,11 @@ def test_retrain_follows_model_state_responses_and_optimizers_of_hyperparameters
     assert found.retrained.tolist() == [1.0, 1.0]  # a step of rate 1/2 goes all the way to exp(0)
 
     learned = hg.responses.with_response(mean_estimation(), hg.responses.linear())
-    response = hg.responses.LinearParams({"w": jnp.ones(1)}, {"w": {"h": jnp.ones((1, 1))}}, ())
     response = hg.responses.init(learned, 0, {"w": jnp.ones(1)}, {"h": jnp.ones(1)}, jnp.zeros(()))
     at = hg.BilevelParams(response, {"h": jnp.ones(1)})
     options |= {"inner_optimizer": optax.sgd(0.5)}
     found = D.retrain(learned, at, lambda key: {"w": jnp.zeros(1)}, jnp.zeros(()), jnp.zeros(()), **options)
-    assert (float(found.carried), *found.retrained.tolist()) == (1.0, 1.0, 1.0)
+    assert (float(found.jointly_trained), *found.retrained.tolist()) == (1.0, 1.0, 1.0)
 
 
 def test_retrain_says_which_starts_diverged_and_refuses_other_weights():
@@ -225,12 +271,12 @@ def test_retrain_says_which_starts_diverged_and_refuses_other_weights():
     half = found._replace(finite=np.array([True, True, False]), retrained=np.array([1.0, 1.2, np.inf]))
     assert "1 of the starts diverged" in str(half)
     assert "1.1" in str(half).splitlines()[2].split()  # the mean of those that did not
-    assert "do not tell that from chance" in str(half._replace(carried=np.array(1.3)))
+    assert "may be chance" in str(half._replace(jointly_trained=np.array(1.3)))
     with pytest.raises(ValueError, match="score to return scalars"):
         D.retrain(problem, at, lambda key: at.params, jnp.zeros(()), (), score=lambda w, _: w["w"], **options)
     with pytest.raises(ValueError, match=r"init\(key\)"):
         D.retrain(problem, at, lambda key: {"w": jnp.ones(3)}, jnp.zeros(()), jnp.zeros(()), **options)
-    with pytest.raises(ValueError, match="baseline with the structure of the hyperparameters"):
+    with pytest.raises(ValueError, match=r"baseline leaf .* as in the hyperparameters"):
         D.retrain(problem, at, lambda key: at.params, (), (), baseline={"g": jnp.zeros(2)}, **options)
     with pytest.raises(TypeError, match="init to be callable"):
         D.retrain(problem, at, at.params, jnp.zeros(()), jnp.zeros(()), **options)
@@ -286,37 +332,37 @@ def test_pictures_show_what_they_are_given(tmp_path):
     figure.savefig(tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 5_000
 
-    figure = D.plot_layers(snapshots()[0]["decay"], start=0.1, xlabel="decay")
-    assert figure.axes[0].get_xscale() == "log"
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["w\n12"]
-    assert D.plot_layers({"a": jnp.zeros(3)}).axes[0].get_xscale() == "linear"
+    for axes in figure.axes:  # drawn above the axes, no legend covers a curve
+        assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
 
-    solve = hg.SolveInfo(jnp.array(5), jnp.array(0.1), jnp.array(False))
-    info = hg.HypergradInfo(jnp.array(1.0), jnp.array(2.0), solve, (), jnp.array(True), jnp.array(7))
+    solve = hg.SolveInfo(*map(jnp.asarray, (5, 0.1, 0.1, 0.0, int(Status.INDEFINITE))))
+    info = hg.HypergradInfo(*map(jnp.asarray, (7, 1.0, 0.5, 2.0, int(hg.SkipReason.SOLVE), 1)), method=solve)
     figure = D.plot_solver([info._replace(step=jnp.array(-1)), info])
     assert [axes.get_ylabel() for axes in figure.axes] == ["outer loss", "|hypergrad|", "residual of the solve"]
     assert figure.axes[0].lines[0].get_xdata().tolist() == [7]
-    assert {t.get_text() for t in figure.axes[2].get_legend().get_texts()} == {"not converged"}
-    assert len(D.plot_solver([info._replace(solver=())]).axes) == 2
+    assert {t.get_text() for t in figure.axes[2].get_legend().get_texts()} == {"broke down"}
+    assert len(D.plot_solver([info._replace(method=())]).axes) == 2
     stacked = jax.tree.map(lambda *x: jnp.stack(x), info, info._replace(step=jnp.array(9)))
     assert D.plot_solver(stacked).axes[0].lines[0].get_xdata().tolist() == [7, 9]
+    functional = info._replace(step=jnp.array(-1))
+    assert D.plot_solver([functional, functional]).axes[0].lines[0].get_xdata().tolist() == [0, 1]
 
 
 def test_pictures_refuse_what_they_cannot_show():
-    with pytest.raises(ValueError, match="one snapshot for each step"):
+    with pytest.raises(ValueError, match="one snapshot per step"):
         D.plot_trajectories([0, 1], [{"a": 1.0}])
     with pytest.raises(ValueError, match="a later snapshot"):
         D.plot_trajectories([0, 1], [{"a": 1.0}, {"b": 1.0}])
-    with pytest.raises(ValueError, match="all of them finite"):
-        D.plot_layers({"a": jnp.array([1.0, jnp.nan])})
-    with pytest.raises(ValueError, match="infos of estimates"):
-        D.plot_solver([])
+    blank = hg.HypergradInfo(*map(jnp.asarray, (-1, 0.0, 0.0, 0.0, 0, 0)), method=())
+    for infos in ([], [blank]):
+        with pytest.raises(ValueError, match="infos of estimates"):
+            D.plot_solver(infos)
 
 
 def test_pictures_say_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"hypergrad-jax\[plot\]"):
-        D.plot_layers({"a": jnp.ones(2)})
+        D.plot_trajectories([0], [{"a": 1.0}])
 
 
 def test_networks_of_flax_are_looked_at_too():

@@ -1,9 +1,9 @@
-"""Whether to trust a hypergradient and what was learned by it: checks, comparisons, the retrain audit, pictures."""
+"""Whether to trust a hypergradient and what was learned by it: checks, comparisons, the retraining test, pictures."""
 
-from hypergrad.diagnostics._base import Direction, HypergradCheck
-from hypergrad.diagnostics._check import check_hypergrad
+from hypergrad.diagnostics._check import HypergradCheck, check_hypergrad
 from hypergrad.diagnostics._compare import Agreement, Comparison, HorizonBias, compare, horizon_bias
-from hypergrad.diagnostics._plots import plot_layers, plot_solver, plot_trajectories
+from hypergrad.diagnostics._differences import Direction
+from hypergrad.diagnostics._plots import plot_solver, plot_trajectories
 from hypergrad.diagnostics._retrain import Retrained, retrain
 from hypergrad.diagnostics._spectrum import Spectrum, extreme_eigenvalues
 
@@ -19,7 +19,6 @@ __all__ = [
     "compare",
     "extreme_eigenvalues",
     "horizon_bias",
-    "plot_layers",
     "plot_solver",
     "plot_trajectories",
     "retrain",

@@ -1,39 +1,43 @@
-"""Hypergradients of several methods beside one that is known to be right, or beside each other's long windows.
+"""Compare hypergradients of several methods with one that is known to be right, and short windows with a long one.
 
-    cosine = ⟨a, b⟩/‖a‖‖b‖ says whether a step goes the right way, norm ratio = ‖a‖/‖b‖ how far.
+    cosine = ⟨a, b⟩/‖a‖‖b‖ says whether the direction of a step is right, norm ratio = ‖a‖/‖b‖ whether its length is.
 
-A method with cosine near one and a small norm (few Neumann terms) is mended by a scale-free outer optimizer; one with a
-small or negative cosine (a short window for a learning rate) is not.
+A scale-free outer optimizer makes up for a small norm (few Neumann terms), but not for a small or negative cosine (a
+short window for a learning rate).
 
-Reference: Lorraine, Vicol & Duvenaud, arXiv 1911.02590 (inversion methods beside each other); Wu et al., Understanding
+Reference: Lorraine, Vicol & Duvenaud, arXiv 1911.02590 (a comparison of inversion methods); Wu et al., Understanding
 short-horizon bias in stochastic meta-optimization, arXiv 1803.02021.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from hypergrad import data, tree, validate
-from hypergrad.diagnostics._base import align, digits, table
-from hypergrad.drivers._functional import value_and_hypergrad
-from hypergrad.estimators import HypergradEstimator
+from hypergrad.diagnostics._base import align, digits, flat, table
+from hypergrad.drivers import value_and_hypergrad
+from hypergrad.estimators import Estimator
 from hypergrad.problem import BilevelParams, check_variables
 from hypergrad.solvers import SolveInfo
 from hypergrad.types import Batch, Hyperparams, Key, ModelState
 
+__all__ = ["Agreement", "Comparison", "HorizonBias", "compare", "horizon_bias"]
+
 
 class Agreement(NamedTuple):
-    """One method beside the oracle.
+    """One method compared with the oracle.
 
     Attributes:
       name: of the method, or the length of the window.
-      cosine: between its hypergradient and the oracle's, over all leaves; NaN where one of them is zero.
-      norm_ratio: norm of its hypergradient over that of the oracle's.
-      error: norm of the difference over that of the oracle's.
+      cosine: between its hypergradient a and the oracle's b, over all leaves; NaN where one of them is zero.
+      norm_ratio: ‖a‖/‖b‖.
+      error: ‖a − b‖/‖b‖.
       outer_loss: outer loss at the weights of the estimate.
       residual: of its linear solve, ‖b − A x‖/‖b‖; NaN for methods without one.
-      leaves: cosine for each leaf of the hyperparameters, by its path.
+      leaves: cosine per leaf of the hyperparameters, by its path.
     """
 
     name: str
@@ -46,10 +50,10 @@ class Agreement(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Several methods beside one oracle. ``str()`` of it is a table.
+    """Several methods compared with one oracle. ``str()`` of it is a table.
 
     Attributes:
-      rows: one ``Agreement`` a method, in the order given.
+      rows: one ``Agreement`` per method, in the order given.
       oracle: the oracle's hypergradient.
     """
 
@@ -62,10 +66,10 @@ class Comparison(NamedTuple):
 
 
 class HorizonBias(NamedTuple):
-    """Hypergradients of short windows beside that of the longest. ``str()`` of it is a table with a verdict.
+    """Hypergradients of short windows compared with that of the longest. ``str()`` of it is a table with a verdict.
 
     Attributes:
-      rows: one ``Agreement`` a window length, shortest first; the last is the longest with itself.
+      rows: one ``Agreement`` per window length, shortest first; the last is the longest with itself.
       horizons: the lengths.
     """
 
@@ -73,26 +77,26 @@ class HorizonBias(NamedTuple):
     horizons: tuple[int, ...]
 
     def __str__(self) -> str:
-        """Return the rows as a table, and from which length on they go the way of the longest."""
+        """Return the rows as a table, and from which length on they agree in direction with the longest."""
         return f"{_rows('steps', self.rows)}\n{self._verdict()}"
 
     def _verdict(self) -> str:
         bad = [row for row in self.rows if not row.cosine > 0.9]
         if not bad:
-            return "every window tried goes the way of the longest (cosine > 0.9)"
+            return "every window tried agrees in direction with the longest window (cosine > 0.9)"
         after = [h for h in self.horizons if h > int(bad[-1].name)]
-        against = [f"{row.name} ({digits(row.cosine)})" for row in bad if not row.cosine > 0]
+        opposed = [f"{row.name} ({digits(row.cosine)})" for row in bad if not row.cosine > 0]
         text = (
-            f"windows go the way of the longest (cosine > 0.9) from {after[0]} steps on"
+            f"windows agree in direction with the longest window (cosine > 0.9) from {after[0]} steps on"
             if after
-            else "no window but the longest goes its way"
+            else "no shorter window agrees in direction with the longest window"
         )
-        return text + (f"; against it, by their cosine: {', '.join(against)}" if against else "")
+        return text + (f"; opposed to it, with their cosine: {', '.join(opposed)}" if opposed else "")
 
 
 def compare(
-    estimators: Mapping[str, HypergradEstimator | Callable[..., Any]],
-    oracle: HypergradEstimator | Callable[..., Any] | Hyperparams,
+    estimators: Mapping[str, Estimator | Callable[..., Any]],
+    oracle: Estimator | Callable[..., Any] | Hyperparams,
     variables: BilevelParams,
     inner_batch: Batch,
     outer_batch: Batch,
@@ -101,9 +105,9 @@ def compare(
     inner_optimizer: Any = None,
     model_state: ModelState = None,
 ) -> Comparison:
-    """Compare hypergradients at one point, on one batch, with one key.
+    """Compare hypergradients a of several methods with an oracle's b, at one point, on one batch, with one key.
 
-    For each: cosine and norm ratio to the oracle's, and ‖a − b‖/‖b‖.
+    cosine = ⟨a, b⟩/‖a‖‖b‖, norm ratio = ‖a‖/‖b‖, error = ‖a − b‖/‖b‖.
 
     Args:
       estimators: by name: estimators, or functions as ``hg.value_and_hypergrad`` returns them, for those that take
@@ -111,7 +115,7 @@ def compare(
       oracle: what they are compared with: ``hg.implicit(problem, hg.solvers.dense())`` on a small problem, ``cg``
         with many steps on a larger one, a long unroll; such a function; or a known hypergradient.
       variables: where.
-      inner_batch: with an ``inner_optimizer``, leaves carry a window axis.
+      inner_batch: with an ``inner_optimizer``, leaves have a window axis.
       outer_batch: of the outer loss.
       key: the same for all, or None.
       inner_optimizer: as for ``hg.value_and_hypergrad``; handed to every estimator.
@@ -125,7 +129,7 @@ def compare(
       ValueError: a known hypergradient of another structure than the hyperparameters; an oracle's that is zero or not
         finite.
 
-    Right as far as the oracle is: check that one with ``check_hypergrad``.
+    Valid as far as the oracle is right: check it with ``check_hypergrad``.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: 0.5 * jnp.sum(jnp.exp(h) * w**2 - 2 * w)           # w* = exp(-h)
@@ -142,14 +146,14 @@ def compare(
     if not isinstance(estimators, Mapping) or not estimators:
         fix = 'Pass e.g. {"neumann": hg.implicit(problem, hg.solvers.neumann(20))}.'
         raise TypeError(validate.message("estimators as a dict by name", validate.describe(estimators), fix))
-    batches = inner_batch, outer_batch
+    key = validate.as_key(key)
 
     def run(method: Any) -> Any:
-        fn = value_and_hypergrad(method, inner_optimizer) if isinstance(method, HypergradEstimator) else method
+        fn = value_and_hypergrad(method, inner_optimizer) if isinstance(method, Estimator) else method
         if not callable(fn):
             fix = "Pass an estimator, or a function as hg.value_and_hypergrad returns it."
             raise TypeError(validate.message("an estimator or a function", validate.describe(fn), fix))
-        result = jax.jit(fn)(*variables, *batches, key=validate.as_key(key), model_state=model_state)
+        result = fn(*variables, inner_batch, outer_batch, key=key, model_state=model_state)
         if not (isinstance(result, tuple) and len(result) == 2 and hasattr(result[1], "solver")):
             fix = "Pass what hg.value_and_hypergrad returns; hg.hypergrad's result has no info."
             raise TypeError(
@@ -157,17 +161,17 @@ def compare(
             )
         return result
 
-    if isinstance(oracle, HypergradEstimator) or callable(oracle):
+    if isinstance(oracle, Estimator) or callable(oracle):
         truth = run(oracle)[0][1]
     else:
         truth = oracle
         validate.same_structure("the known hypergradient", truth, "the hyperparameters", variables.hyperparams)
-    _usable(truth)
+    _check_usable(truth)
     return Comparison(tuple(_agreement(name, run(method), truth) for name, method in estimators.items()), truth)
 
 
 def horizon_bias(
-    estimator: HypergradEstimator,
+    estimator: Estimator,
     variables: BilevelParams,
     inner_batch: Batch,
     outer_batch: Batch,
@@ -185,11 +189,11 @@ def horizon_bias(
     Args:
       estimator: one that differentiates steps, e.g. ``hg.unrolled(problem)``.
       variables: where the windows start.
-      inner_batch: leaves carry a window axis K: the longest window.
+      inner_batch: leaves have a window axis K: the longest window.
       outer_batch: of the outer loss.
       inner_optimizer: an optax transformation, or a function of the constrained hyperparameters that returns one.
       key: of the losses, or None.
-      horizons: lengths 1 ≤ k ≤ K to try; K is added. None: 1, 4, 16, …, K. Each is compiled by itself.
+      horizons: lengths 1 ≤ k ≤ K to try; K is added. None: 1, 4, 16, …, K. Each is compiled separately.
       model_state: of a stateful problem.
 
     Returns:
@@ -199,8 +203,8 @@ def horizon_bias(
       ValueError: an estimator that does not differentiate steps; a length outside 1 … K; a hypergradient of the
         longest window that is zero or not finite.
 
-    A cosine of −1 for one hyperparameter says that short windows push it the other way: learning rates, which they
-    shrink. Right for windows from this start; look at several, early and late in training.
+    A cosine of −1 for one hyperparameter says that short windows push it in the opposite direction: learning rates,
+    which they shrink. Valid for windows from this start; look at several, early and late in training.
 
     >>> import hypergrad as hg, jax.numpy as jnp, optax
     >>> curved = jnp.array([1.0, 0.02])                                        # fast and slow directions
@@ -215,8 +219,8 @@ def horizon_bias(
     Reference: Wu et al., arXiv 1803.02021.
     """
     check_variables(variables)
-    if not isinstance(estimator, HypergradEstimator) or not estimator.needs_rollout:
-        fix = "Pass hg.unrolled(problem): only what differentiates steps depends on how many there are."
+    if not isinstance(estimator, Estimator) or estimator.train is None:
+        fix = "Pass hg.unrolled(problem): the others do not depend on the number of steps."
         raise ValueError(validate.message("an estimator that differentiates steps", validate.describe(estimator), fix))
     longest = data.window_length(inner_batch)
     if horizons is not None and not isinstance(horizons, Sequence):
@@ -228,34 +232,25 @@ def horizon_bias(
             fix = "Stack more batches, or ask for shorter windows."
             raise ValueError(validate.message(f"horizons of at most {longest}, the window's length", str(length), fix))
     lengths = sorted({length for length in lengths if length < longest} | {longest})
-    fn = jax.jit(value_and_hypergrad(estimator, inner_optimizer))
-    found = {
-        length: fn(
-            *variables,
-            data.take(inner_batch, slice(length)),
-            outer_batch,
-            key=validate.as_key(key),
-            model_state=model_state,
-        )
-        for length in lengths
-    }
-    truth = found[longest][0][1]
-    _usable(truth)
-    rows = tuple(_agreement(str(length), result, truth) for length, result in found.items())
-    return HorizonBias(rows, tuple(lengths))
+    fn, key = value_and_hypergrad(estimator, inner_optimizer), validate.as_key(key)
+    windows = [data.take(inner_batch, slice(length)) for length in lengths]
+    found = [fn(*variables, window, outer_batch, key=key, model_state=model_state) for window in windows]
+    truth = found[-1][0][1]
+    _check_usable(truth)
+    rows = [_agreement(str(length), result, truth) for length, result in zip(lengths, found, strict=True)]
+    return HorizonBias(tuple(rows), tuple(lengths))
 
 
-def _usable(truth: Hyperparams) -> None:
-    size = float(tree.norm(tree.promote(truth)))
-    if not 0 < size < float("inf"):
-        fix = "Where it is zero or not finite nothing can be compared with it: look at its info, or move the point."
+def _check_usable(truth: Hyperparams) -> None:
+    size = float(np.linalg.norm(flat(truth)))
+    if not 0 < size < math.inf:
+        fix = "Nothing can be compared with it: read the oracle's info, or choose another point."
         raise ValueError(validate.message("an oracle with a finite hypergradient other than zero", digits(size), fix))
 
 
 def _agreement(name: str, result: Any, truth: Hyperparams) -> Agreement:
     (value, gradient), info = result
-    solver = info.solver
-    residual = float(solver.residual) if isinstance(solver, SolveInfo) else float("nan")
+    residual = float(info.solver.residual) if isinstance(info.solver, SolveInfo) else math.nan
     pairs = zip(tree.leaf_names(truth), jax.tree.leaves(gradient), jax.tree.leaves(truth), strict=True)
     leaves = {path: align(a, b).cosine for path, a, b in pairs}
     return Agreement(name, *align(gradient, truth), float(value), residual, leaves)

@@ -8,8 +8,9 @@
 Reference: Richardson, The approximate arithmetical solution by finite differences, 1911.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +18,35 @@ import numpy as np
 
 from hypergrad import tree
 from hypergrad.diagnostics import _optimum
-from hypergrad.problem import BilevelParams, BilevelProblem, evaluate_inner, evaluate_outer, inner_gradient
-from hypergrad.training import CallKeys, Rollout, make_window, resolve_optimizer, rollout
-from hypergrad.types import Array, Batch, Hyperparams, ModelState, Params, PyTree
+from hypergrad.diagnostics._base import flat
+from hypergrad.training import Context, inner_loss_fn, outer_loss_fn, train
+from hypergrad.types import Array, Hyperparams, Params
+
+__all__ = ["MAX_PRODUCTS", "Difference", "Direction", "Probe", "Reference"]
+__all__ += ["direction", "measure", "resolved", "rolled_out"]
 
 _SMALLEST = 1e-6  # root mean square of a leaf: below, rounding of φ would drown its differences
+_FLOOR = 1e-3  # of the whole gradient's norm: what a leaf's error is measured against at the least
+MAX_PRODUCTS = 40_000
+"""Hessian products that the solves of one check may take: for ten thousand weights some minutes."""
+_FIRST_SHARE = 0.2  # of them for the first solve, from the weights given
 
 
 class Reference(NamedTuple):
     """φ, and what it was made at.
 
     Attributes:
-      value_at: ``value_at(λ) -> (φ, sound)``.
-      optimum: the inner solution at the given λ; None for a window of steps.
+      value_at: ``value_at(λ, guess) -> (φ, w)``, w the inner solution; φ is NaN where none was found. ``guess`` is
+        None, or ``(w', t)``, the solution at a λ' with λ = λ₀ + t(λ' − λ₀): the search starts at w₀ + t(w' − w₀).
+      hyperparams: λ at which the check is made.
+      optimum: the inner solution there; None for a window of steps.
+      products_left: ``products_left() -> int``, Hessian products that are left to ``value_at``.
     """
 
-    value_at: Callable[[Hyperparams], tuple[Array, Array]]
+    value_at: Callable[[Hyperparams, tuple[Params, float] | None], tuple[float, Params]]
+    hyperparams: Hyperparams
     optimum: _optimum.Optimum | None
+    products_left: Callable[[], int]
 
 
 class Probe(NamedTuple):
@@ -52,12 +65,32 @@ class Probe(NamedTuple):
     direction: np.ndarray
 
 
+class Direction(NamedTuple):
+    """One directional derivative, by both routes.
+
+    Attributes:
+      leaf: path of the hyperparameter leaf that moves.
+      kind: "along" the estimate, or "random" signs.
+      estimated: ⟨hypergrad, d⟩.
+      measured: by finite differences.
+      uncertainty: of ``measured``, relative as ``error`` is: the change when the step is halved, or rounding.
+      error: |estimated − measured| over the size that the derivative has in such a direction.
+    """
+
+    leaf: str
+    kind: str
+    estimated: float
+    measured: float
+    uncertainty: float
+    error: float
+
+
 class Difference(NamedTuple):
     """A derivative by central differences.
 
     Attributes:
-      slope: extrapolated from h and h/2; NaN where φ is not finite or its inner problem could not be solved.
-      uncertainty: what halving h changed in the quotient, or what rounding of φ may have; NaN with ``slope``.
+      slope: extrapolated from h and h/2; NaN where φ is not available.
+      uncertainty: the change of the quotient when h is halved, or what rounding of φ may change; NaN with ``slope``.
       step: h, relative to the leaf's root mean square.
     """
 
@@ -66,66 +99,106 @@ class Difference(NamedTuple):
     step: float
 
 
-def rolled_out(
-    problem: BilevelProblem,
-    params: Params,
-    inner_batch: Batch,
-    outer_batch: Batch,
-    *,
-    keys: CallKeys,
-    inner_optimizer: Any,
-    model_state: ModelState,
-) -> Reference:
-    """Return φ(λ) after the window's steps from ``params`` and a fresh optimizer state."""
-    window = make_window(inner_batch, keys.inner)
+def rolled_out(ctx: Context) -> Reference:
+    """Return φ(λ) after the window's steps from ``ctx.start``."""
 
     @jax.jit
-    def value_at(hyperparams: Hyperparams) -> tuple[Array, Array]:
-        optimizer = resolve_optimizer(inner_optimizer, problem.constrain(hyperparams))
-        start = Rollout(params, optimizer.init(params), model_state)
-        reached = rollout(inner_gradient(problem, hyperparams), optimizer, start, window)
-        at = BilevelParams(reached.params, hyperparams)
-        value = evaluate_outer(problem, at, outer_batch, keys.outer, reached.model_state).value
-        return value, jnp.isfinite(value)
+    def value_at(hyperparams: Hyperparams) -> Array:
+        at = train(ctx, hyperparams=hyperparams)
+        return outer_loss_fn(ctx._replace(at=at))(at.params, hyperparams)[0]
 
-    return Reference(value_at, None)
+    return Reference(lambda h, _: (float(value_at(h)), ()), ctx.hyperparams, None, lambda: MAX_PRODUCTS)
 
 
-def resolved(
-    problem: BilevelProblem,
-    at: BilevelParams,
-    inner_batch: Batch,
-    outer_batch: Batch,
-    *,
-    keys: CallKeys,
-    model_state: ModelState,
-) -> Reference:
-    """Return φ(λ) at the inner optimum: sought from the weights given, and from there for other λ."""
+def resolved(ctx: Context) -> Reference:
+    """Return φ(λ) at the inner optimum: sought from the weights ``ctx.at``, and from there for other λ."""
+    inner, outer = inner_loss_fn(ctx), outer_loss_fn(ctx)
 
     @jax.jit
-    def solve(start: Params, hyperparams: Hyperparams) -> _optimum.Optimum:
-        def inner(params: Params) -> Array:
-            here = BilevelParams(params, hyperparams)
-            return evaluate_inner(problem, here, inner_batch, keys.solve, model_state).value
+    def solve(
+        base: Params, guess: Params, ratio: float, hyperparams: Hyperparams, max_products: int
+    ) -> tuple[_optimum.Optimum, Array]:
+        start = jax.tree.map(lambda w, g: w + jnp.asarray(ratio, w.dtype) * (g - w), base, guess)
+        found = _optimum.minimize(lambda w: inner(w, hyperparams), start, max_products=max_products)
+        return found, outer(found.params, hyperparams)[0]
 
-        return _optimum.minimize(inner, start)
+    limit, first = int(_FIRST_SHARE * MAX_PRODUCTS), tree.promote(ctx.at.params)
+    optimum, _ = solve(first, first, 0.0, ctx.hyperparams, limit)
+    exhausted = not optimum.converged and int(optimum.num_products) >= limit
+    left = 0 if exhausted else MAX_PRODUCTS - int(optimum.num_products)
 
-    @jax.jit
-    def outer(params: Params, hyperparams: Hyperparams) -> Array:
-        here = BilevelParams(params, hyperparams)
-        return evaluate_outer(problem, here, outer_batch, keys.outer, model_state).value
+    def value_at(hyperparams: Hyperparams, guess: tuple[Params, float] | None) -> tuple[float, Params]:
+        nonlocal left
+        if left <= 0 or not optimum.converged:
+            return math.nan, optimum.params
+        found, value = solve(optimum.params, *(guess or (optimum.params, 0.0)), hyperparams, left)
+        left -= int(found.num_products)
+        return (float(value) if found.converged else math.nan), found.params
 
-    optimum = solve(*at)
-
-    def value_at(hyperparams: Hyperparams) -> tuple[Array, Array]:
-        found = solve(optimum.params, hyperparams)
-        return outer(found.params, hyperparams), found.converged
-
-    return Reference(value_at, optimum)
+    return Reference(value_at, ctx.hyperparams, optimum, lambda: left)
 
 
-def probes(gradient: Hyperparams) -> list[Probe]:
-    """Return two directions a leaf: along ``gradient``, and random signs, which every entry enters."""
+def measure(
+    reference: Reference, estimates: Sequence[Hyperparams], steps: Sequence[float], *, rtol: float, epsilon: float
+) -> list[tuple[Probe, Difference]]:
+    """Return the derivative of φ along the directions of every leaf, each by the first of ``steps`` that will do.
+
+    A difference will do if it is certain within ``rtol`` and agrees with one of the ``estimates``. Where none does: of
+    those that are certain, or else of all, the one of least uncertainty. Of two that differ by more than both allow,
+    the wider has crossed a kink or reached another basin. Steps are relative to the root mean square of the leaf that
+    moves (1e-6 at the least), absolute where that is 0; φ rounds in a precision of ``epsilon``.
+    """
+    leaves, structure = jax.tree.flatten(reference.hyperparams)
+
+    def moved(probe: Probe, distance: float) -> Hyperparams:
+        leaf = leaves[probe.place]
+        new = jnp.asarray(np.asarray(leaf, np.float64) + distance * probe.direction, leaf.dtype)
+        return jax.tree.unflatten(structure, [*leaves[: probe.place], new, *leaves[probe.place + 1 :]])
+
+    def difference(probe: Probe, step: float) -> Difference:
+        spread = float(np.sqrt(np.mean(np.square(np.asarray(leaves[probe.place], np.float64)))))
+        length = step * (max(spread, _SMALLEST) if spread else 1.0)
+        first, found = reference.value_at(moved(probe, length), None)
+        others = [reference.value_at(moved(probe, t * length), (found, t))[0] for t in (-1.0, 0.5, -0.5)]
+        wide, narrow = (first - others[0]) / (2 * length), (others[1] - others[2]) / length
+        rounding = 2 * epsilon * max(map(abs, (first, *others))) / length
+        return Difference((4 * narrow - wide) / 3, float(np.maximum(abs(narrow - wide), rounding)), step)
+
+    def best(probe: Probe) -> Difference:
+        found = difference(probe, steps[0])
+        for step in steps[1:]:
+            rows = [direction(estimate, probe, found, rtol) for estimate in estimates]
+            if rows[0].uncertainty <= rtol and (step > found.step or any(row.error <= rtol for row in rows)):
+                break
+            new = difference(probe, step)
+            if abs(new.slope - found.slope) > 3 * (new.uncertainty + found.uncertainty):
+                better = step < found.step and direction(estimates[0], probe, new, rtol).uncertainty <= rtol
+            else:
+                better = new.uncertainty < found.uncertainty
+            if better or math.isnan(found.uncertainty):
+                found = new
+        return found
+
+    return [(probe, best(probe)) for probe in _probes(estimates[0])]
+
+
+def direction(gradient: Hyperparams, probe: Probe, measured: Difference, rtol: float) -> Direction:
+    """Compare ⟨gradient, d⟩ with the measured derivative.
+
+    Both errors are relative to the norm of the leaf's gradient, about the derivative along random signs and at least
+    that along the gradient. A leaf so small that this leaves it uncertain is judged by its share of the whole.
+    """
+    leaf = np.asarray(jax.tree.leaves(gradient)[probe.place], np.float64)
+    estimated = float((leaf * probe.direction).sum())
+    size = float(np.nan_to_num([np.linalg.norm(leaf), abs(estimated), abs(measured.slope)]).max())
+    if not measured.uncertainty <= rtol * size:
+        size = max(size, float(np.nan_to_num(_FLOOR * np.linalg.norm(flat(gradient)))))
+    uncertainty, error = (x / size if size > 0 else x for x in (measured.uncertainty, abs(estimated - measured.slope)))
+    return Direction(probe.leaf, probe.kind, estimated, measured.slope, uncertainty, error)
+
+
+def _probes(gradient: Hyperparams) -> list[Probe]:
+    """Return two directions per leaf: along ``gradient``, and random signs, which every entry enters."""
     rng = np.random.default_rng(0)
     found: list[Probe] = []
     for place, (name, leaf) in enumerate(zip(tree.leaf_names(gradient), jax.tree.leaves(gradient), strict=True)):
@@ -135,55 +208,3 @@ def probes(gradient: Hyperparams) -> list[Probe]:
         both = Probe(place, name, "along", along), Probe(place, name, "random", rng.choice([-1.0, 1.0], slope.shape))
         found += both[: min(slope.size, 2)]
     return found
-
-
-def measure(
-    value_at: Callable[[Hyperparams], tuple[Array, Array]],
-    hyperparams: Hyperparams,
-    along: Sequence[Probe],
-    steps: Sequence[float],
-    *,
-    epsilon: float,
-    enough: Callable[[Probe, Difference], bool],
-) -> list[Difference]:
-    """Return the derivative of φ along each direction, by the first of ``steps`` whose difference is good ``enough``.
-
-    Where none is, by the one of least uncertainty. Steps are relative to the root mean square of the leaf that moves
-    (1e-6 at the least), absolute where that is 0; φ rounds in a precision of ``epsilon``.
-    """
-    leaves, structure = jax.tree.flatten(hyperparams)
-
-    def quotient(probe: Probe, length: float) -> tuple[float, float]:
-        values = []
-        for signed in (length, -length):
-            moved: list[Any] = list(leaves)
-            moved[probe.place] = jnp.asarray(leaves[probe.place] + signed * probe.direction, leaves[probe.place].dtype)
-            value, sound = value_at(jax.tree.unflatten(structure, moved))
-            values.append(float(value) if sound else float("nan"))
-        return (values[0] - values[1]) / (2 * length), epsilon * max(map(abs, values)) / length
-
-    def difference(probe: Probe, step: float) -> Difference:
-        spread = float(jnp.sqrt(jnp.mean(jnp.square(leaves[probe.place]))))
-        length = step * (max(spread, _SMALLEST) if spread else 1.0)
-        (wide, _), (narrow, rounding) = quotient(probe, length), quotient(probe, length / 2)
-        return Difference((4 * narrow - wide) / 3, float(np.maximum(abs(narrow - wide), rounding)), step)
-
-    def best(probe: Probe) -> Difference:
-        found = difference(probe, steps[0])
-        for step in steps[1:]:
-            if enough(probe, found):
-                break
-            new = difference(probe, step)
-            # A wider step that disagrees by more than both allow has reached another basin, or beyond a kink.
-            elsewhere = step > found.step and abs(new.slope - found.slope) > 3 * (new.uncertainty + found.uncertainty)
-            if np.isnan(found.uncertainty) or (new.uncertainty < found.uncertainty and not elsewhere):
-                found = new
-        return found
-
-    return [best(probe) for probe in along]
-
-
-def derivative(gradient: Hyperparams, probe: Probe) -> float:
-    """Return ⟨gradient, d⟩."""
-    leaf: PyTree = jax.tree.leaves(gradient)[probe.place]
-    return float((np.asarray(leaf, np.float64) * probe.direction).sum())

@@ -1,9 +1,9 @@
 """The inner optimum to rounding: Newton's method with conjugate gradients, for small problems and for checks.
 
-    w ← w − t q,   (∇²f) q = ∇f by CG until its residual is 1e-3 or curvature ends,   t halved until f falls enough
+    w ← w − t q,   (∇²f) q = ∇f by CG until its residual is 1e-4 or curvature ends,   t halved until f falls enough
 
 Estimators never solve the inner problem; what they claim about its solution is judged at solutions found here. The
-method needs few tens of steps where first-order training needs many thousands, and reaches the rounding of the dtype.
+method needs a few tens of steps where first-order training needs many thousands, and reaches the rounding of the dtype.
 
 Reference: Nocedal & Wright, Numerical Optimization, 2nd ed. 2006, ch. 7.1.
 """
@@ -13,32 +13,37 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from hypergrad import curvature, dataflow, solvers, tree
 from hypergrad.types import Array, Params
 
+__all__ = ["Optimum", "minimize"]
+
 _ENOUGH = 1e-4  # of the decrease that the slope promises
 _HALVINGS = 40
-_STALLS = 3  # steps without progress after which a kink is what is left; where converged, rounding after one
+_STALLS = 3  # steps without progress after which a kink is what is left
 
 
 class Optimum(NamedTuple):
     """Where Newton's method ended.
 
     Attributes:
-      params: tree like the weights, at the lowest Newton decrement seen.
-      decrement: scalar, √(∇fᵀ H⁻¹ ∇f) there: the distance to the minimum in the norm of its Hessian.
-      gradient_norm: scalar, ‖∇f‖ there.
+      params: tree like the weights, at the lowest Newton decrement seen; where converged, one step further.
+      decrement: scalar, √(∇fᵀ H⁻¹ ∇f) there, before that step: the distance to the minimum in the norm of its Hessian.
+      gradient_norm: scalar, ‖∇f‖ there, before that step.
       num_steps: int32 scalar, Newton steps taken.
+      num_products: int32 scalar, Hessian products of all steps together.
       converged: bool scalar, squared, the decrement is at most ε^1.25 (1 + |f|): 1e-10 away in float64.
-        ε is that of the dtype in which ``fn`` works, whatever it returns.
+        ε is that of the dtype in which ``fn`` computes, whatever it returns.
     """
 
     params: Params
     decrement: Array
     gradient_norm: Array
     num_steps: Array
+    num_products: Array
     converged: Array
 
 
@@ -50,21 +55,24 @@ class _At(NamedTuple):
     done: Array
 
 
-def minimize(fn: Callable[[Params], Array], params: Params, *, max_steps: int = 60) -> Optimum:
+def minimize(
+    fn: Callable[[Params], Array], params: Params, *, max_steps: int = 60, max_products: int | Array = 40_000
+) -> Optimum:
     """Minimize ``fn`` from ``params`` to rounding, as far as ``max_steps`` Newton steps go.
 
-    A direction of negative curvature ends CG early, and the step goes along what CG has by then, or along −∇f. Right
-    as a local minimum near ``params`` where ``fn`` is smooth; at a kink it stalls, with ``converged=False``.
+    No step begins after ``max_products`` Hessian products; one step takes at most 500. A direction of negative
+    curvature ends CG early, and the step goes along what CG has by then, or along −∇f. Valid as a local minimum near
+    ``params`` when ``fn`` is smooth; at a kink it stalls, with ``converged=False``.
     """
     wide = tree.promote(params)
     dtype = tree.wider(*(leaf.dtype for leaf in jax.tree.leaves(wide)))
     epsilon = jnp.finfo(dataflow.working_precision(fn, wide)).eps
     size = sum(leaf.size for leaf in jax.tree.leaves(wide))
-    solver = solvers.cg(max_steps=min(2 * size, 500), rtol=1e-3)
+    solver = solvers.cg(max_products=min(2 * size, 500), rtol=1e-4)
 
     def step(at: _At) -> _At:
         slope = jax.grad(fn)(at.params)
-        solution, _, _ = solver.solve(curvature.hvp(fn, at.params), slope, ())
+        solution, _, info = solver.solve(solvers.LinearSystem(curvature.hvp(fn, at.params)), slope, ())
         usable = tree.vdot(solution, slope) > 0
         direction = jax.tree.map(lambda q, g: jnp.where(usable, q, g), solution, slope)
         square = tree.vdot(direction, slope).astype(dtype)
@@ -74,19 +82,25 @@ def minimize(fn: Callable[[Params], Array], params: Params, *, max_steps: int = 
         decrement = jnp.sqrt(square)
         better = decrement < 0.5 * at.best.decrement
         small = square <= epsilon**1.25 * (1 + jnp.abs(at.value))
-        here = Optimum(at.params, decrement, tree.norm(slope).astype(dtype), at.best.num_steps, small)
-        best = jax.tree.map(lambda new, old: jnp.where(decrement < at.best.decrement, new, old), here, at.best)
-        best = best._replace(num_steps=at.best.num_steps + 1)
+        here = at.best._replace(
+            params=optax.tree.where(small, moved, at.params),
+            decrement=decrement,
+            gradient_norm=tree.norm(slope).astype(dtype),
+            converged=small,
+        )
+        best = optax.tree.where(decrement < at.best.decrement, here, at.best)
+        spent = at.best.num_products + info.num_products
+        best = best._replace(num_steps=at.best.num_steps + 1, num_products=spent)
         # Far from a minimum the decrement may rest while the value falls: only where both rest is it over.
         rests = ~better & (at.value - value <= 10 * epsilon * (1 + jnp.abs(at.value)))
         stalled = jnp.where(rests, at.stalled + 1, 0)
-        done = (square == 0) | (length == 0) | ~jnp.isfinite(square) | (stalled >= jnp.where(small, 1, _STALLS))
-        return _At(moved, value, best, stalled, done | (best.num_steps >= max_steps))
+        done = small | (length == 0) | ~jnp.isfinite(square) | (stalled >= _STALLS)
+        return _At(moved, value, best, stalled, done | (best.num_steps >= max_steps) | (spent >= max_products))
 
-    infinite = jnp.array(jnp.inf, dtype)
-    best = Optimum(wide, infinite, infinite, jnp.zeros((), jnp.int32), jnp.array(False))
+    infinite, none = jnp.array(jnp.inf, dtype), jnp.zeros((), jnp.int32)
     value = jnp.asarray(fn(wide), dtype)
-    start = _At(wide, value, best, jnp.zeros((), jnp.int32), ~jnp.isfinite(value))
+    best = Optimum(wide, infinite, infinite, none, none, jnp.array(False))
+    start = _At(wide, value, best, none, ~jnp.isfinite(value))
     return lax.while_loop(lambda at: ~at.done, step, start).best
 
 

@@ -1,7 +1,6 @@
 """Pictures of a run, drawn with matplotlib (``pip install "hypergrad-jax[plot]"``): each returns a ``Figure``.
 
     plot_trajectories   how hyperparameters moved: a line each, a median and a band for a tensor of them
-    plot_layers         what was learned, a histogram for every layer
     plot_solver         outer loss, norm of the hypergradient and residual of its solve over training
 
 Nothing is shown or saved here: call ``figure.savefig``. Matplotlib is imported when a picture is asked for.
@@ -15,10 +14,12 @@ import numpy as np
 
 from hypergrad import tree, validate
 from hypergrad.diagnostics._base import readable
-from hypergrad.solvers import SolveInfo
+from hypergrad.solvers import SolveInfo, Status
 from hypergrad.types import PyTree
 
-_MANY = 8  # leaves of one number each that get a colour and a name of their own
+__all__ = ["plot_solver", "plot_trajectories"]
+
+_MANY = 8  # leaves of a panel that still have a legend
 
 
 def plot_trajectories(
@@ -36,9 +37,9 @@ def plot_trajectories(
     90th percentile.
 
     Args:
-      steps: where on the horizontal axis, one for each snapshot.
+      steps: places on the horizontal axis, one per snapshot.
       snapshots: trees of hyperparameters, best constrained ones: ``problem.constrain(variables.hyperparams)``.
-      losses: by name, one number for each snapshot, in a panel of their own.
+      losses: by name, one number per snapshot, in a panel of their own.
       title: of the picture.
       xlabel: what ``steps`` count.
 
@@ -47,7 +48,7 @@ def plot_trajectories(
 
     Raises:
       ImportError: matplotlib is not installed.
-      ValueError: no snapshots, or not one for each step.
+      ValueError: no snapshots, or not one per step.
 
     >>> import hypergrad as hg
     >>> figure = hg.diagnostics.plot_trajectories([0, 1], [{"rate": 0.1}, {"rate": 0.2}])
@@ -56,7 +57,7 @@ def plot_trajectories(
     """
     if not snapshots or len(snapshots) != len(steps):
         got = f"{len(snapshots)} for {len(steps)} steps"
-        raise ValueError(validate.message("one snapshot for each step, at least one", got, "Keep one at every look."))
+        raise ValueError(validate.message("one snapshot per step, at least one", got, "Keep one at every look."))
     for snapshot in snapshots[1:]:
         validate.same_structure("a later snapshot", snapshot, "the first", snapshots[0])
     tensors: dict[str, np.ndarray] = {
@@ -66,14 +67,8 @@ def plot_trajectories(
     panels: dict[str, dict[str, np.ndarray]] = {"in [0, 1]": {}, "positive": {}, "value": {}}
     for name, rows in tensors.items():
         low, high = rows.min(), rows.max()
-        kind = (
-            "positive"
-            if low > 0 and (high > 1 or high >= 10 * low)
-            else "in [0, 1]"
-            if 0 <= low <= high <= 1
-            else "value"
-        )
-        panels[kind][readable(name)] = rows
+        positive = low > 0 and (high > 1 or high >= 10 * low)
+        panels["positive" if positive else "in [0, 1]" if 0 <= low <= high <= 1 else "value"][readable(name)] = rows
     panels = {kind: rows for kind, rows in panels.items() if rows}
     figure = _figure(4.0 * (len(panels) + bool(losses)), 3.6)
     axes = figure.subplots(1, len(panels) + bool(losses), squeeze=False)[0]
@@ -84,57 +79,12 @@ def plot_trajectories(
                 panel.fill_between(steps, *np.quantile(one, (0.1, 0.9), axis=1), color=line.get_color(), alpha=0.15)
         panel.set(xlabel=xlabel, ylabel=kind, yscale="log" if kind == "positive" else "linear")
         if len(drawn) <= _MANY:
-            panel.legend(frameon=False, fontsize="small")
+            _legend(panel)
     if losses:
         for name, line_of in losses.items():
             axes[-1].plot(steps, line_of, linewidth=1.4, label=name)
         axes[-1].set(xlabel=xlabel, ylabel="loss")
-        axes[-1].legend(frameon=False, fontsize="small")
-    return _finished(figure, title)
-
-
-def plot_layers(values: PyTree, *, start: float | None = None, title: str = "", xlabel: str = "") -> Any:
-    """Draw learned tensors layer by layer: a histogram for every leaf, over one common axis.
-
-    Args:
-      values: tree of arrays, best constrained: one decay a weight, weights of examples, rates.
-      start: where all of them began, drawn as a line.
-      title: of the picture.
-      xlabel: what the numbers are.
-
-    Returns:
-      A ``matplotlib.figure.Figure``; the axis is logarithmic where all numbers are positive and span a decade.
-
-    Raises:
-      ImportError: matplotlib is not installed.
-      ValueError: a tree without numbers, or with one that is not finite.
-
-    >>> import hypergrad as hg, jax.numpy as jnp
-    >>> figure = hg.diagnostics.plot_layers({"kernel": jnp.array([[1e-4, 1.0]]), "bias": jnp.array([0.1])})
-    >>> figure.axes[0].get_xscale()
-    'log'
-    """
-    leaves = [np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(values)]
-    flat = np.concatenate(leaves) if leaves else np.zeros(0)
-    if not flat.size or not np.isfinite(flat).all():
-        got = f"{int((~np.isfinite(flat)).sum())} of {flat.size} not finite"
-        raise ValueError(validate.message("at least one number, all of them finite", got, "Look at state.info first."))
-    low, high = flat.min(), flat.max()
-    logarithmic = bool(low > 0 and high >= 10 * low)
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-    bins = np.geomspace(low, high, 61) if logarithmic else np.linspace(low, high, 61)
-    figure = _figure(6.0, 1.2 + 0.55 * len(leaves))
-    axes = figure.subplots()
-    for place, values in enumerate(leaves):
-        share = np.histogram(values, bins)[0] / max(1, len(values))
-        axes.stairs(-place + 0.8 * share / max(share.max(), 1e-12), bins, baseline=-place, fill=True, alpha=0.6)
-    names = [f"{readable(n)}\n{len(v):,}" for n, v in zip(tree.leaf_names(values), leaves, strict=True)]
-    axes.set_yticks(0.4 - np.arange(len(leaves)), names, fontsize="small")
-    axes.tick_params(axis="y", length=0)
-    axes.set(xscale="log" if logarithmic else "linear", xlabel=xlabel)
-    if start is not None:
-        axes.axvline(start, color="0.4", linestyle=":", linewidth=1)
+        _legend(axes[-1])
     return _finished(figure, title)
 
 
@@ -148,26 +98,29 @@ def plot_solver(infos: Any, *, title: str = "") -> Any:
       title: of the picture.
 
     Returns:
-      A ``matplotlib.figure.Figure``; solves that did not converge, and skipped steps, are marked.
+      A ``matplotlib.figure.Figure``; skipped steps are marked, and solves that stopped at negative curvature, diverged
+      or were not finite.
 
     Raises:
       ImportError: matplotlib is not installed.
       ValueError: no info of an estimate.
 
     >>> import hypergrad as hg, jax.numpy as jnp
-    >>> solve = hg.SolveInfo(jnp.array(5), jnp.array(0.1), jnp.array(True))
-    >>> info = hg.HypergradInfo(jnp.array(1.0), jnp.array(2.0), solve, (), jnp.array(False), jnp.array(10))
+    >>> solve = hg.SolveInfo(*map(jnp.asarray, (5, 0.1, 0.1, 0.0, 1)))
+    >>> info = hg.HypergradInfo(*map(jnp.asarray, (10, 1.0, 0.5, 2.0, 0, 0)), method=solve)
     >>> len(hg.diagnostics.plot_solver([info, info]).axes)
     3
     """
     if hasattr(infos, "hypergrad_norm"):  # stacked along a leading axis
         stacked = jax.tree.map(np.asarray, infos)
         infos = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(len(stacked.step))]
-    counted = [info for info in infos if hasattr(info, "aux") or int(info.step) >= 0]
+    counted = [info for info in infos if int(info.step) >= 0]
+    if not counted:  # infos of functional calls have no number; before the first estimate norms are exactly 0
+        counted = [info for info in infos if float(info.hypergrad_norm) != 0]
     if not counted:
         raise ValueError(validate.message("infos of estimates", f"{len(infos)} from before the first", "Train longer."))
     counts = [int(info.step) for info in counted]
-    steps = counts if min(counts) >= 0 else list(range(len(counted)))
+    steps = np.array(counts if min(counts) >= 0 else range(len(counted)))
     solves = [info.solver for info in counted if isinstance(info.solver, SolveInfo)]
     figure = _figure(10.5 if solves else 7.0, 3.2)
     axes = figure.subplots(1, 3 if solves else 2)
@@ -176,18 +129,23 @@ def plot_solver(infos: Any, *, title: str = "") -> Any:
     for panel, (name, values) in zip(axes, lines.items(), strict=False):
         numbers = np.array([float(value) for value in values])
         panel.plot(steps, numbers, linewidth=1.4)
-        panel.plot(np.array(steps)[skipped], np.zeros(skipped.sum()), "rx", label="skipped")
+        panel.plot(steps[skipped], np.zeros(skipped.sum()), "rx", label="skipped")
         panel.set(xlabel="step", ylabel=name)
     if solves:
         residuals = np.array([float(solve.residual) for solve in solves])
-        failed = np.array([not bool(solve.converged) for solve in solves])
+        failed = np.array([int(solve.status) >= Status.INDEFINITE for solve in solves])
         axes[2].semilogy(steps, np.maximum(residuals, np.finfo(np.float32).tiny), linewidth=1.4)
-        axes[2].semilogy(np.array(steps)[failed], residuals[failed], "rx", label="not converged")
+        axes[2].semilogy(steps[failed], residuals[failed], "rx", label="broke down")
         axes[2].set(xlabel="step", ylabel="residual of the solve")
     for panel in axes:
         if panel.get_legend_handles_labels()[0] and (skipped.any() or panel is axes[-1]):
-            panel.legend(frameon=False, fontsize="small")
+            _legend(panel)
     return _finished(figure, title)
+
+
+def _legend(panel: Any) -> None:
+    """Put the legend above the axes, where it covers no curve."""
+    panel.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2)
 
 
 def _figure(width: float, height: float) -> Any:

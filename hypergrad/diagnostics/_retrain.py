@@ -1,22 +1,23 @@
-"""The retrain audit: is what was learned in the hyperparameters, or in the weights that were trained along?
+"""The retraining test: is what was learned in the hyperparameters, or in the weights that were trained with them?
 
-    carried:    score(w), w as they came out of joint training
-    retrained:  score(w_T(λ)), trained from fresh weights for T steps at the learned λ, which stay fixed: a cold start
+    jointly trained:  score(w), w as they came out of joint training
+    retrained:        score(w_T(λ)), trained from fresh weights for T steps at the learned λ, which stay fixed
 
-Weights that are carried from one outer step to the next have seen every λ on the way, and remember it: a distilled set
-of three points can carry a network that knows ten classes, while retraining on the three points gives one that knows
-little. Where the two scores differ, it is the carried weights that are good, not the hyperparameters.
+Warm-started weights have been trained at every λ of the run and keep what they learned there: weights trained jointly
+with a distilled set of three points can know ten classes, while retraining on the three points gives weights that know
+few. Where the two scores differ, the jointly trained weights are good, and not the hyperparameters.
 
 Reference: Vicol et al., On implicit bias in overparameterized bilevel optimization, arXiv 2212.14032.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import lax
 
 from hypergrad import data, tree, validate
 from hypergrad.diagnostics._base import digits, readable, table
@@ -26,26 +27,28 @@ from hypergrad.problem import (
     check_model_state,
     check_problem,
     check_variables,
+    evaluate_inner,
     evaluate_outer,
-    inner_gradient,
 )
-from hypergrad.training import resolve_optimizer, step_key
+from hypergrad.training import Context, Trained, split_keys, train
 from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
+
+__all__ = ["Retrained", "retrain"]
 
 
 class Retrained(NamedTuple):
-    """Scores of carried and of retrained weights. ``str()`` of it is a table with what it says.
+    """Scores of jointly trained and of retrained weights. ``str()`` of it is a table and what follows from it.
 
     Attributes:
-      carried: tree of scalars, the score of the weights given.
+      jointly_trained: tree of scalars, the score of the weights given.
       retrained: tree of arrays (num_starts,), the scores after training from fresh weights.
       baseline: the same at other hyperparameters, from the same fresh weights; () where none were given.
       params: tree like the weights, each leaf with a leading axis of the starts.
-      finite: bool array (num_starts,), whether that start's weights stayed finite; scores of others count for nothing.
+      finite: bool array (num_starts,), whether that start's weights stayed finite; the report leaves out the others.
       baseline_finite: the same at the baseline; of length 0 without one.
     """
 
-    carried: PyTree
+    jointly_trained: PyTree
     retrained: PyTree
     baseline: PyTree
     params: Params
@@ -53,21 +56,18 @@ class Retrained(NamedTuple):
     baseline_finite: np.ndarray
 
     def __str__(self) -> str:
-        """Return the scores of the starts that stayed finite as a table, and how far the carried one lies from them."""
+        """Return a table of the scores of the starts that stayed finite, and how far the given weights are from them."""
         finite, others = np.asarray(self.finite), np.asarray(self.baseline_finite)
         if not finite.any():
             return f"all {len(finite)} starts diverged at these hyperparameters: there is nothing to compare with"
-        lines = [("score", "carried", "retrained", "spread", "baseline", "spread")]
-        leaves = [jax.tree.leaves(scores) for scores in (self.carried, self.retrained, self.baseline)]
-        names = [readable(name) for name in tree.leaf_names(self.carried)]
-        names = ["score"] if jax.tree_util.treedef_is_leaf(jax.tree.structure(self.carried)) else names
-        nothing, verdicts = [np.full(len(others), np.nan)] * len(names), []
+        lines: list[tuple[str, ...]] = [("score", "jointly trained", "retrained", "spread", "baseline", "spread")]
+        leaves = [jax.tree.leaves(scores) for scores in (self.jointly_trained, self.retrained, self.baseline)]
+        names = [readable(name) or "score" for name in tree.leaf_names(self.jointly_trained)]
+        nothing, verdicts = [np.full(len(others), math.nan)] * len(names), []
         for name, one, many, other in zip(names, *leaves[:2], leaves[2] or nothing, strict=True):
-            kept, rival = many[finite], other[others]
-            columns = [(np.mean(x), np.std(x)) if len(x) else (np.nan, np.nan) for x in (kept, rival)]
-            figures = [digits(float(x)) for x in (one, *columns[0], *columns[1])]
-            lines.append((name, figures[0], figures[1], figures[2], figures[3], figures[4]))
-            verdicts.append(_verdict(name, float(one), kept))
+            columns = [(x.mean(), x.std()) if len(x) else (math.nan, math.nan) for x in (many[finite], other[others])]
+            lines.append((name, *map(digits, (one, *columns[0], *columns[1]))))
+            verdicts.append(_verdict(name, float(one), many[finite]))
         text = [table(lines), *verdicts]
         for what, which in (("starts", finite), ("starts of the baseline", others)):
             if not which.all():
@@ -75,20 +75,20 @@ class Retrained(NamedTuple):
         return "\n".join(text)
 
 
-def _verdict(name: str, carried: float, retrained: np.ndarray) -> str:
-    """Return what a carried score says, as Student's t of one more start: |t| > 3 in 1 of 10 audits of 3 by chance."""
-    apart, count = carried - float(np.mean(retrained)), len(retrained)
-    spread = float(np.std(retrained, ddof=1)) * np.sqrt(1 + 1 / count) if count > 1 else np.nan
-    rounding = 1e-6 * max(abs(carried), abs(float(np.mean(retrained))))
+def _verdict(name: str, joint: float, retrained: np.ndarray) -> str:
+    """Return what a score says, as Student's t of one more start: |t| > 3 in 1 of 10 tests of 3 starts by chance."""
+    apart, count = joint - float(np.mean(retrained)), len(retrained)
+    spread = float(np.std(retrained, ddof=1)) * math.sqrt(1 + 1 / count) if count > 1 else math.nan
+    rounding = 1e-6 * max(abs(joint), abs(float(np.mean(retrained))))
     if abs(apart) <= rounding:
-        return f"{name}: carried and retrained weights are equal"
-    if np.isnan(spread):
-        return f"{name}: carried weights differ by {digits(apart)}; one start cannot tell whether that is chance"
+        return f"{name}: jointly trained and retrained weights are equal"
+    text = f"{name}: jointly trained weights differ from {count} retrained by {digits(apart)}"
+    if math.isnan(spread):
+        return f"{text}; one start cannot tell whether that is chance"
     times = f"{digits(abs(apart) / spread)} times their spread" if spread > rounding else "they are all equal"
     if abs(apart) > 3 * spread:
-        where = "it is in what they remember, or in how long they trained, not in the values"
-        return f"{name}: carried weights differ from {count} starts by {digits(apart)} ({times}): {where}"
-    return f"{name}: carried weights differ by {digits(apart)} ({times}): {count} starts do not tell that from chance"
+        return f"{text} ({times}): what they gained is in the weights, or in how long they trained, not in the values"
+    return f"{text} ({times}), which may be chance"
 
 
 def retrain(
@@ -106,43 +106,43 @@ def retrain(
     baseline: Hyperparams = None,
     model_state: ModelState = None,
 ) -> Retrained:
-    """Score the carried weights, and weights trained from scratch at the learned hyperparameters, held fixed.
+    """Score the jointly trained weights, and weights trained from scratch at the learned hyperparameters, held fixed.
 
-    w₀ = init(key);  w_{t+1} = w_t + inner optimizer(∇_w L_in(w_t, λ)), T steps;  score(w_T) beside score(w).
+    w₀ = init(key);  w_{t+1} = w_t + inner optimizer(∇_w L_in(w_t, λ)), T steps;  score(w_T) compared with score(w).
 
     Args:
       problem: what was optimized. Of one over a learned response the problem over plain weights is retrained, at the
         hyperparameters that the response is centred at.
-      variables: what came out: ``w`` and ``λ``.
+      variables: the weights and hyperparameters that came out.
       init: ``init(key) -> params``, fresh weights as training began with; ``(params, model_state)`` where stateful.
       inner_batch: the batch of every step, or ``inner_batch(step, key) -> batch``, traced, for minibatches.
       outer_batch: what the score is taken on: validation data, or better a third split.
       inner_optimizer: an optax transformation; or a function of the constrained hyperparameters that returns one.
-      num_steps: T ≥ 1, as many as the carried weights were trained for.
+      num_steps: T ≥ 1, as many as the given weights were trained for.
       key: of the starts, batches and losses.
       num_starts: fresh starts, ≥ 1, trained at once under ``vmap``.
       score: ``score(params, outer_batch) -> scalar or tree of scalars`` (``score(params, outer_batch, model_state)``
         where stateful); None: the outer loss.
-      baseline: hyperparameters like λ to train at alike, from the same fresh weights and batches: those before
-        learning, or a rival's. What retraining gains over them is in the values.
-      model_state: of a stateful problem, with the carried weights.
+      baseline: other hyperparameters to train at, from the same fresh weights and batches: those before learning, or of
+        another method. What retraining gains over them is in the values.
+      model_state: of a stateful problem, with the given weights.
 
     Returns:
       A ``Retrained`` of NumPy numbers; ``print`` it.
 
     Raises:
       TypeError: no ``BilevelProblem`` or ``BilevelParams``; an ``init`` that is not callable.
-      ValueError: ``num_steps`` or ``num_starts`` < 1; fresh weights of another structure than the carried ones.
+      ValueError: ``num_steps`` or ``num_starts`` < 1; fresh weights of another structure than the given ones.
 
-    Right as an audit where training from scratch is given what the carried weights had: steps, batches, optimizer.
+    Valid when training from scratch has what joint training had: steps, batches, optimizer.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp, optax
     >>> inner = lambda w, h, batch, key: jnp.sum((w - h) ** 2)                                  # w* = h
     >>> problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w**2))
-    >>> carried = hg.BilevelParams(jnp.zeros(2), jnp.ones(2))               # weights that are better than their λ
-    >>> found = hg.diagnostics.retrain(problem, carried, lambda key: jax.random.normal(key, (2,)), (), (),
+    >>> learned = hg.BilevelParams(jnp.zeros(2), jnp.ones(2))               # weights that are better than their λ
+    >>> found = hg.diagnostics.retrain(problem, learned, lambda key: jax.random.normal(key, (2,)), (), (),
     ...                                inner_optimizer=optax.sgd(0.5), num_steps=20, key=0)
-    >>> float(found.carried), found.retrained.tolist()
+    >>> float(found.jointly_trained), found.retrained.tolist()
     (0.0, [2.0, 2.0, 2.0])
 
     Reference: Vicol et al., arXiv 2212.14032.
@@ -174,35 +174,33 @@ def retrain(
         at = BilevelParams(params, hyperparams)
         return evaluate_outer(problem, at, outer_batch, jax.random.fold_in(root, 0), model_state).value
 
-    validate.same_structure("init(key)", jax.eval_shape(fresh, root)[0], "the carried weights", params)
+    validate.same_structure("init(key)", jax.eval_shape(fresh, root)[0], "the given weights", params)
 
-    def train(key: Array, hyperparams: Hyperparams) -> tuple[PyTree, Params, Array]:
-        optimizer = resolve_optimizer(inner_optimizer, problem.constrain(hyperparams))
-        gradient = inner_gradient(problem, hyperparams)
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    def run(key: Array, hyperparams: Hyperparams) -> tuple[PyTree, Params, Array]:
         start_key, batch_key, loss_key = jax.random.split(key, 3)
-        params, model_state = fresh(start_key)
+        first, first_state = fresh(start_key)
+        start = Trained(tree.strip_weak_types(first), None, first_state)
 
-        def step(i: Array, at: tuple[Params, PyTree, ModelState]) -> tuple[Params, PyTree, ModelState]:
-            params, state, model_state = at
+        def loss(params: Params, hyperparams: Hyperparams, i: Any, key: Array | None, state: ModelState) -> Any:
             batch = inner_batch(i, jax.random.fold_in(batch_key, i)) if callable(inner_batch) else inner_batch
-            grads, model_state = gradient(params, batch, step_key(loss_key, i), model_state)
-            updates, state = optimizer.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, model_state
+            result = evaluate_inner(problem, BilevelParams(params, hyperparams), batch, key, state)
+            return result.value, result.model_state
 
-        begin = tree.strip_weak_types((params, optimizer.init(params), model_state))
-        params, _, model_state = lax.fori_loop(0, num_steps, step, begin)
-        return judge(params, hyperparams, model_state), params, tree.all_finite(params)
+        steps, keys = jnp.arange(num_steps, dtype=jnp.int32), split_keys(None)._replace(inner=loss_key)
+        ctx = Context(problem, hyperparams, start, start, steps, outer_batch, keys, inner_optimizer)
+        at = train(ctx, loss=loss)
+        return judge(at.params, hyperparams, at.model_state), at.params, tree.all_finite(at.params)
 
-    run = jax.jit(jax.vmap(train, in_axes=(0, None)))
     keys = jax.random.split(jax.random.fold_in(root, 1), num_starts)
     scores, trained, finite = run(keys, hyperparams)
     others, _, others_finite = ((), (), np.zeros(0, bool)) if baseline is None else run(keys, baseline)
-    carried = jax.jit(judge)(params, hyperparams, model_state)
-    carried, scores, others = jax.tree.map(np.asarray, (carried, scores, others))
-    for path, leaf in zip(tree.leaf_names(carried), jax.tree.leaves(carried), strict=True):
+    joint, scores, others = jax.tree.map(np.asarray, (jax.jit(judge)(params, hyperparams, model_state), scores, others))
+    for path, leaf in zip(tree.leaf_names(joint), jax.tree.leaves(joint), strict=True):
         if leaf.ndim:
             raise ValueError(validate.message("score to return scalars", f"shape {leaf.shape} at {path}", "Reduce it."))
-    return Retrained(carried, scores, others, trained, np.asarray(finite), np.asarray(others_finite))
+    return Retrained(joint, scores, others, trained, np.asarray(finite), np.asarray(others_finite))
 
 
 def _over_plain_weights(

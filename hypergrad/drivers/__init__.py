@@ -2,7 +2,7 @@
 
 from hypergrad.drivers._bilevel import BilevelState, BilevelTransformation, bilevel
 from hypergrad.drivers._functional import best_response, hypergrad, one_estimate, value_and_hypergrad
-from hypergrad.drivers._guard import Guard, HypergradInfo, SkipReason, guard
+from hypergrad.drivers._guard import Guard, HypergradInfo, SkipReason, guard, solves_in
 
 __all__ = [
     "BilevelState",
@@ -15,5 +15,6 @@ __all__ = [
     "guard",
     "hypergrad",
     "one_estimate",
+    "solves_in",
     "value_and_hypergrad",
 ]

@@ -21,7 +21,16 @@ from hypergrad.estimators import Estimate
 from hypergrad.solvers import SolveInfo, Status
 from hypergrad.types import Array, PyTree
 
-__all__ = ["Guard", "HypergradInfo", "SkipReason", "first_reason", "guard", "keeps_state", "reasons_of_estimate"]
+__all__ = [
+    "Guard",
+    "HypergradInfo",
+    "SkipReason",
+    "first_reason",
+    "guard",
+    "keeps_state",
+    "reasons_of_estimate",
+    "solves_in",
+]
 
 
 class SkipReason(enum.IntEnum):
