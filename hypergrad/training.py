@@ -276,14 +276,17 @@ def update_with(
     params: PyTree,
     **keywords: Any,
 ) -> tuple[PyTree, PyTree]:
-    """Return ``optimizer.update(...)``; refuse an optimizer that wants a keyword that is not there."""
+    """Return ``optimizer.update(...)``; refuse by name an optimizer of another interface."""
     try:
         return optimizer.update(grads, state, params, **keywords)
-    except TypeError as error:
-        if "required keyword" not in str(error):
+    except (TypeError, AttributeError) as error:
+        if "required keyword" in str(error):
+            fix = "Choose one without it (optax.lbfgs takes linesearch=None), or hand the keyword to update(...)."
+        elif "no attribute fast" in str(error) or "attribute 'fast'" in str(error):
+            fix = "optax.lookahead updates optax.LookaheadParams: pass its fast optimizer alone."
+        else:
             raise
-        fix = "Choose one without it (optax.lbfgs takes linesearch=None), or hand the keyword to update(...)."
-        got = f"one that raises: {error}"
+        got = f"one that raises {type(error).__name__}: {error}"
         raise TypeError(validate.message(f"{name} to update from gradients, state and params", got, fix)) from error
 
 

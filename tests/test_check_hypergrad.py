@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypergrad.estimators._base import Estimate, HypergradEstimator, describe_estimate
 
 import hypergrad as hg
 from hypergrad.diagnostics import _differences

@@ -310,7 +310,7 @@ def test_trainable_weights_are_named_in_the_functional_forms():
 
 
 def test_optimizers_of_another_interface_are_refused_by_name():
-    with pytest.raises(TypeError, match=r"inner_optimizer to initialise a state.*lookahead"):
+    with pytest.raises(TypeError, match=r"inner_optimizer to update from.*lookahead"):
         run(make(inner_optimizer=optax.lookahead(optax.sgd(0.1), 5, 0.5)))
     with pytest.raises(TypeError, match=r"outer_optimizer to update from gradients.*lbfgs"):
         run(make(outer_optimizer=optax.lbfgs()))

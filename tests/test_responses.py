@@ -302,7 +302,11 @@ def test_a_global_hypernetwork_holds_the_response_over_a_range():
         (lambda p: responses.optimizer_labels(jnp.ones(1)), TypeError, "made by hg.responses"),
         (lambda p: _noisy(p).inner_loss(jnp.ones(1), jnp.ones(1), (), None), TypeError, "key"),
         (lambda p: _gated().apply(jnp.ones(1), jnp.ones(1)), TypeError, "gated response parameters"),
-        (lambda p: _learned_scale(p).inner_loss(0.0, jnp.ones(1), (), jax.random.key(0)), TypeError, "HyperparamsWithScale"),
+        (
+            lambda p: _learned_scale(p).inner_loss(0.0, jnp.ones(1), (), jax.random.key(0)),
+            TypeError,
+            "HyperparamsWithScale",
+        ),
         (lambda p: hg.best_response(hg.direct(p))(jnp.ones(1), jnp.ones(1), (), key=None), ValueError, "response"),
         (lambda p: hg.direct(lambda: 0), TypeError, "BilevelProblem"),
     ],

@@ -172,7 +172,7 @@ def bilevel(
     def init(params: BilevelParams, *, inner_state: PyTree = None) -> BilevelState:
         variables = check_variables(params)
         inner_tx = resolve_optimizer(inner_optimizer, problem.constrain(variables.hyperparams))
-        made = _made_by("inner_optimizer", inner_tx, variables.params)
+        made = inner_tx.init(variables.params)
         if inner_state is not None:
             validate.same_structure("inner_state", inner_state, "inner_optimizer.init(params)", made, dtypes=True)
             made = jax.tree.map(jnp.copy, inner_state)
@@ -185,7 +185,7 @@ def bilevel(
         state = BilevelState(
             step=none,
             inner=made,
-            outer=_made_by("outer_optimizer", outer_tx, variables.hyperparams),
+            outer=outer_tx.init(variables.hyperparams),
             estimator=estimator_state,
             # Copies of what this closure keeps: a donated state must not take it along.
             key=jnp.copy(jax.random.key_data(root)),
@@ -362,17 +362,6 @@ def _is_due(setup: _Setup, number: Array, outer_batch: Batch) -> tuple[Any, Any]
         wanted = "outer_batch" + (" on every call, where every is a function" if callable(setup.every) else "")
         raise ValueError(validate.message(wanted, "None", fix))
     return False, due
-
-
-def _made_by(name: str, optimizer: optax.GradientTransformationExtraArgs, params: PyTree) -> PyTree:
-    try:
-        return optimizer.init(params)
-    except (AttributeError, TypeError) as error:
-        fix = "Optimizers over a container of their own (optax.lookahead) cannot be used: pass its fast optimizer."
-        got = f"init raises {type(error).__name__}: {error}"
-        raise TypeError(
-            validate.message(f"{name} to initialise a state for plain trees of arrays", got, fix)
-        ) from error
 
 
 def _on_mesh(state: PyTree, variables: BilevelParams) -> PyTree:

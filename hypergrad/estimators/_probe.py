@@ -5,7 +5,7 @@
 ``check_differentiable``: a dead unit has gradients that are exactly zero, and one NaN there spreads to the whole
 hypergradient. Adam-like optimizers have ``eps_root`` for it: √(v̂ + ε_root) is smooth. ``untrained_leaves`` and
 ``decays_weights`` tell ``hg.implicit`` which weights the optimizer trains, and whether the inner loss is all that moves
-them. ``check_interface`` refuses optimizers that do not run on trees of arrays.
+them.
 
 What is tried is small. Axes shrink to two entries, and weights that the optimizer treats alike (same shape, dtype and
 operations) are tried once: a transformer has about three kinds of weights, so its optimizer compiles in seconds.
@@ -15,7 +15,7 @@ Results are kept while the optimizer lives. The user's debugging and transfer se
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from jax.extend import core as jex_core
 from hypergrad import dataflow, tree, validate
 from hypergrad.types import Array, Hyperparams, Params, PyTree
 
-__all__ = ["check_differentiable", "check_interface", "decays_weights", "untrained_leaves"]
+__all__ = ["check_differentiable", "decays_weights", "untrained_leaves"]
 
 MakeOptimizer = Callable[[Hyperparams], optax.GradientTransformationExtraArgs]
 
@@ -154,38 +154,6 @@ def untrained_leaves(optimizer: optax.GradientTransformation | optax.MultiSteps,
         return [not mark for mark in moved([False] * len(leaves) + [True] * len(leaves))]
 
     return jax.tree.unflatten(structure, _cached("untrained_leaves", optimizer, like, find))
-
-
-def check_interface(name: str, optimizer: Any, params: PyTree, keywords: Mapping[str, Any] | None = None) -> None:
-    """Refuse an optimizer whose ``init`` or ``update`` does not run on trees of arrays; nothing is computed.
-
-    Args:
-      name: of the argument, for the message.
-      optimizer: an optax transformation.
-      params: what it updates, of which structure, shapes and dtypes are used.
-      keywords: those that each ``update`` will receive.
-
-    Raises:
-      TypeError: with the text of the original error, which is its cause. An optimizer that needs concrete values
-        passes.
-    """
-    tx, like = validate.transformation(name, optimizer), _small(params, None)
-    given = dict(keywords or {})
-    doing = "init(params)"
-    try:
-        state = jax.eval_shape(tx.init, like)
-        doing = f"update({', '.join(['grads', 'state', 'params', *(f'{key}=...' for key in given)])})"
-        jax.eval_shape(lambda grads, state, params: tx.update(grads, state, params, **given), like, state, like)
-    except jax.errors.JAXTypeError:
-        return
-    except Exception as error:
-        fix = "It has to run on trees of arrays, under jax.jit."
-        if "required keyword" in str(error):
-            fix = "Choose one without these keywords, e.g. optax.lbfgs(rate, linesearch=None), optax.adam."
-        elif isinstance(error, AttributeError) and "fast" in str(error):
-            fix = "optax.lookahead updates optax.LookaheadParams: pass its fast optimizer alone, e.g. optax.adam(rate)."
-        got = f"{type(error).__name__}: {error}"
-        raise TypeError(validate.message(f"{name} that can {doing}", got, fix)) from error
 
 
 def _judge(make: MakeOptimizer, hyperparams: Hyperparams, params: Params, steps: int, reverse: bool) -> Any:

@@ -136,8 +136,10 @@ def _check_optimizer(ctx: Context, mode: UnrollMode) -> None:
         fix = "Pass inner_optimizer=optax.sgd(...), and batches with a leading window axis."
         raise ValueError(validate.message("an inner_optimizer for unrolled differentiation", "None", fix))
     make(ctx.hyperparams)
-    steps = data.window_length(ctx.inner_batches)
-    _probe.check_differentiable(make, ctx.start.params, ctx.hyperparams, steps=steps, reverse=mode.is_reverse)
+    steps, key = data.window_length(ctx.inner_batches), (ctx.inner_optimizer, ctx.problem.constrain)
+    _probe.check_differentiable(
+        make, ctx.start.params, ctx.hyperparams, steps=steps, reverse=mode.is_reverse, cache_key=key
+    )
 
 
 def _check_paths(ctx: Context, mode: UnrollMode) -> None:
