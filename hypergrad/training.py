@@ -301,7 +301,16 @@ def _inner_loss(ctx: Context) -> InnerLoss:
 
 
 def inner_loss_fn(ctx: Context) -> Callable[[Params, Hyperparams], Array]:
-    """Return (w, λ) ↦ L_in on the window's last batch, with the key of all products of a solve, ``keys.solve``."""
+    """Return (w, λ) ↦ L_in on the window's last batch, with the key of all products of a solve, ``keys.solve``.
+
+    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> problem = hg.BilevelProblem(lambda w, h, b, k: b * w * h, lambda w, h, b, k: b * w)
+    >>> at = hg.Trained(jnp.array(2.0), ())
+    >>> batches, keys = jnp.array([1.0, 5.0]), split_keys(None)
+    >>> ctx = hg.Context(problem, jnp.array(3.0), at, at, batches, jnp.array(4.0), keys, None)
+    >>> float(inner_loss_fn(ctx)(ctx.at.params, ctx.hyperparams))
+    30.0
+    """
     batch = data.take(ctx.inner_batches, -1)
 
     def inner(params: Params, hyperparams: Hyperparams) -> Array:
@@ -312,7 +321,16 @@ def inner_loss_fn(ctx: Context) -> Callable[[Params, Hyperparams], Array]:
 
 
 def outer_loss_fn(ctx: Context) -> Callable[[Params, Hyperparams], tuple[Array, Any]]:
-    """Return (w, λ) ↦ (L_out, aux) on the outer batch, with ``keys.outer`` and the model state reached."""
+    """Return (w, λ) ↦ (L_out, aux) on the outer batch, with ``keys.outer`` and the model state reached.
+
+    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> problem = hg.BilevelProblem(lambda w, h, b, k: b * w * h, lambda w, h, b, k: b * w)
+    >>> at = hg.Trained(jnp.array(2.0), ())
+    >>> batches, keys = jnp.array([1.0, 5.0]), split_keys(None)
+    >>> ctx = hg.Context(problem, jnp.array(3.0), at, at, batches, jnp.array(4.0), keys, None)
+    >>> float(outer_loss_fn(ctx)(ctx.at.params, ctx.hyperparams)[0])
+    8.0
+    """
 
     def outer(params: Params, hyperparams: Hyperparams) -> tuple[Array, Any]:
         at = BilevelParams(params, hyperparams)

@@ -159,6 +159,7 @@ def test_library_manners(path):
             "types",
             "typing",
             "warnings",
+            "weakref",
         }
         assert module.split(".")[0] != "chex"
 

@@ -277,8 +277,8 @@ def _explained(
         ),
         _Reason(
             not (gradient.any() or response),
-            "every entry of the hypergradient is zero: the outer loss does not use the weights that it is given, or not "
-            "differentiably; or no hyperparameter has an effect here (dead units, a saturated bijector)",
+            "every entry of the hypergradient is zero: the outer loss does not use the weights that it is given, or "
+            "not differentiably; or no hyperparameter has an effect here (dead units, a saturated bijector)",
         ),
         _Reason(
             again > 1e-6,

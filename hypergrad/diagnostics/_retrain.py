@@ -56,7 +56,7 @@ class Retrained(NamedTuple):
     baseline_finite: np.ndarray
 
     def __str__(self) -> str:
-        """Return a table of the scores of the starts that stayed finite, and how far the given weights are from them."""
+        """Return a table of the scores of finite starts, and how far the given weights are from them."""
         finite, others = np.asarray(self.finite), np.asarray(self.baseline_finite)
         if not finite.any():
             return f"all {len(finite)} starts diverged at these hyperparameters: there is nothing to compare with"
