@@ -117,8 +117,11 @@ def test_init_keeps_shardings_in_the_solver_state():
     mesh = Mesh(np.array(jax.devices()), ("d",))
     problem, variables, batch = two_processes.problem()
     variables, _ = sharded_over(mesh, variables, batch)
-    state = hg.implicit(problem, hg.solvers.neumann(3)).init(variables)
-    same = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), state.direction, variables.params)
+    tx = hg.bilevel(
+        hg.implicit(problem, hg.solvers.neumann(3)), inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1)
+    )
+    direction = tx.init(variables).estimator.direction
+    same = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), direction, variables.params)
     assert jax.tree.all(same)
 
 
@@ -150,7 +153,8 @@ def test_the_first_step_under_a_mesh_compiles_once():
     """Scalars that ``init`` makes live on the variables' mesh, so that the second step has the same shardings."""
     mesh = Mesh(np.array(jax.devices()), ("d",))
     problem, variables, batch = two_processes.problem()
-    variables, batch = sharded_over(mesh, variables, batch)
+    variables = jax.device_put(variables, NamedSharding(mesh, P()))
+    batch = jax.device_put(batch, NamedSharding(mesh, P("d")))
     tx = hg.bilevel(
         hg.implicit(problem, hg.solvers.neumann(2)), inner_optimizer=optax.adam(1e-2), outer_optimizer=optax.adam(1e-1)
     )

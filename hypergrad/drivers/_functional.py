@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hypergrad import data, tree, validate
@@ -85,7 +86,7 @@ def value_and_hypergrad(
             validate.same_structure("state", state, "a fresh one", like, dtypes=True, fix=fix)
         result, _, info = run(variables, inner_batch, outer_batch, typed_key, state, model_state)
         if inner_optimizer is None:  # unknown; not computed inside, where jax_debug_nans would stop at it
-            info = info._replace(inner_loss=jnp.full((), jnp.nan))
+            info = info._replace(inner_loss=jax.device_put(np.full((), np.nan, info.outer_loss.dtype)))
         return (result.value, result.hypergrad), info
 
     return fn
