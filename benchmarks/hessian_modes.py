@@ -112,7 +112,7 @@ def candidates(network: Network, step_size: float) -> dict[str, Any]:
     def compiled(solver: str, mode: str, loop: str) -> Any:
         def solve(params: Tree, log_decays: Tree, batch: Tree, b: Tree) -> Any:
             product = MODES[mode](lambda w: loss(w, log_decays, batch), params)
-            x, _, info = solvers[solver].solve(product, b, ())
+            x, _, info = solvers[solver].solve(hg.solvers.LinearSystem(product), b, ())
             return x, info
 
         with mock.patch.object(_neumann, "iterate", LOOPS[loop]), mock.patch.object(_cg, "iterate", LOOPS[loop]):
@@ -164,7 +164,7 @@ def measure(name: str, scale: networks.Scale, rounds: int, min_ms: float) -> dic
                 "mode": mode,
                 "loop": loop,
                 "over_chosen": round(harness.ratio(timings, which, chosen), 3),
-                "solver_steps": int(info.num_steps),
+                "solver_steps": int(info.num_products),
                 "difference": float(f"{float(difference):.1e}"),
             }
     return {"weights": network.num_weights, "step_size": step_size, "unit": "gradient", "candidates": records}

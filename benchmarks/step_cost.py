@@ -213,7 +213,7 @@ def _solver_steps(thunk: harness.Thunk) -> dict[str, int]:
     """Return how many products the library says its last solve took: a solve that broke off would look cheap."""
     results = thunk(), getattr(thunk, "held", [])
     infos = [x for x in jax.tree.leaves(results, is_leaf=_is_solve_info) if _is_solve_info(x)]
-    return {"solver_steps": int(infos[0].num_steps)} if infos else {}
+    return {"solver_steps": int(infos[0].num_products)} if infos else {}
 
 
 def _is_solve_info(x: Any) -> bool:

@@ -147,6 +147,7 @@ def test_library_manners(path):
             continue
         assert module.split(".")[0] in {"hypergrad", "jax", "optax", "flax", "numpy", "collections"} | {
             "dataclasses",
+            "enum",
             "functools",
             "math",
             "contextlib",

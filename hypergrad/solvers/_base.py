@@ -12,7 +12,7 @@ scaling A and b together changes nothing.
 
 import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -104,10 +104,28 @@ class WarmStart(NamedTuple):
     solution: PyTree
 
 
-class Solution(NamedTuple):
-    """What a solver's own file returns to ``assemble``: x may hold anything, the state is finite.
+class ScaledSystem(NamedTuple):
+    """What a solver's own file is asked to solve: (A + δI) x = b, the largest entry of b being about 1, or 0.
 
-    ``remainder`` is the vector b − A x and ``residual`` its norm over ‖b‖; None and NaN where they are not measured.
+    ``matvec`` includes the damping, ``size`` is ‖b‖, ``limit`` the given tolerance over ‖b‖, or None.
+    """
+
+    matvec: MatVec
+    b: PyTree
+    size: Array
+    limit: Array | None
+    system: LinearSystem
+
+    def measure(self, x: PyTree) -> tuple[PyTree, Array]:
+        """Return b − (A + δI) x and its norm over ‖b‖, by one product."""
+        remainder = tree.add_scaled(self.b, -1.0, self.matvec(x))
+        return remainder, quotient(tree.norm(remainder), self.size)
+
+
+class Solution(NamedTuple):
+    """What it returns: x may hold anything, the state is finite.
+
+    ``remainder`` is the vector b − (A + δI) x, ``residual`` its norm over ‖b‖; None and NaN where not measured.
     """
 
     x: PyTree
@@ -118,12 +136,12 @@ class Solution(NamedTuple):
     status: Any = Status.TRUNCATED
 
 
-ScaledSolve: TypeAlias = Callable[[LinearSystem, PyTree, Array, PyTree, Array | None], Solution]
-"""``(system, b, ‖b‖, state, limit) -> Solution``; ``limit`` is the given tolerance over ‖b‖, or None."""
-
-
 def assemble(
-    init: Callable[[PyTree], PyTree], solve_scaled: ScaledSolve, *, damping: float = 0.0, rtol: float = 1e-5
+    init: Callable[[PyTree], PyTree],
+    solve_scaled: Callable[[ScaledSystem, PyTree], Solution],
+    *,
+    damping: float = 0.0,
+    rtol: float = 1e-5,
 ) -> LinearSolver:
     """Build a ``LinearSolver`` from the solution of a well-scaled system.
 
@@ -132,7 +150,7 @@ def assemble(
 
     Args:
       init: makes the state from a tree like b.
-      solve_scaled: solves for a b whose largest entry is about 1, or b = 0, and a matrix with the damping added.
+      solve_scaled: ``(scaled_system, state) -> Solution``.
       damping: δ ≥ 0; the system solved is (A + δI) x = b.
       rtol: the residual up to which a solve without ``tolerance`` counts as converged.
     """
@@ -150,26 +168,25 @@ def assemble(
         # A quotient of scalars: XLA computes it once, where it would repeat a select inside every leaf's kernel.
         shrink = jnp.where(usable, 1.0, 0.0).astype(power.dtype) / power
         b = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x * shrink.astype(x.dtype), 0.0), b)
-        size = tree.norm(b)
-        state = optax.tree.where(tree.all_finite(state), state, init(b))
-        limit = None
+        size, limit = tree.norm(b), None
         if tolerance is not None:
             validate.number("tolerance", tolerance, low=0.0)
             limit = quotient(jnp.asarray(tolerance, size.dtype) / power, size)
 
-        damped = system._replace(matvec=_damped(system.matvec, b, damping))
-        x, state, num_products, remainder, residual, status = solve_scaled(damped, b, size, state, limit)
+        scaled = ScaledSystem(_damped(system.matvec, b, damping), b, size, limit, system)
+        state = optax.tree.where(tree.all_finite(state), state, init(b))
+        x, state, num_products, remainder, residual, status = solve_scaled(scaled, state)
         residual = undamped = jnp.where(size > 0, residual, 0.0).astype(size.dtype)
         if remainder is not None and not _is_zero(damping):
             undamped = quotient(tree.norm(tree.add_scaled(remainder, damping, x)), size)
-        sound = finite & jnp.isfinite(tree.max_abs(x) * power) & (jnp.isfinite(residual) | (remainder is None))
-        sound &= status != Status.NOT_FINITE
+        sound = finite & jnp.isfinite(tree.max_abs(x) * power) & (status != Status.NOT_FINITE)
+        sound &= jnp.isfinite(residual) | (remainder is None)
         x = jax.tree.map(lambda leaf: jnp.where(sound, leaf * power.astype(leaf.dtype), 0.0), x)
         residual, undamped = jnp.where(sound, residual, jnp.inf), jnp.where(sound, undamped, jnp.inf)
         status = jnp.where(residual <= (rtol if limit is None else limit), Status.CONVERGED, status)
-        status = jnp.where(sound, status, Status.NOT_FINITE)
-        num_products, status = jnp.asarray(num_products, jnp.int32), jnp.asarray(status, jnp.int32)
-        return x, state, SolveInfo(num_products, residual, undamped, jnp.asarray(damping, size.dtype), status)
+        status = jnp.where(sound, status, Status.NOT_FINITE).astype(jnp.int32)
+        info = jnp.asarray(num_products, jnp.int32), residual, undamped, jnp.asarray(damping, size.dtype), status
+        return x, state, SolveInfo(*info)
 
     return LinearSolver(init, solve)
 
@@ -190,10 +207,9 @@ def normalized(x: PyTree, size: Array) -> PyTree:
     return tree.scale(x, quotient(1.0, size))
 
 
-def measure(matvec: MatVec, b: PyTree, size: Array, x: PyTree) -> tuple[PyTree, Array]:
-    """Return b − A x and its norm over ‖b‖, by one product."""
-    remainder = tree.add_scaled(b, -1.0, matvec(x))
-    return remainder, quotient(tree.norm(remainder), size)
+def no_state(_: PyTree) -> PyTree:
+    """Return the state of a solver that keeps none."""
+    return ()
 
 
 LoopVars = TypeVar("LoopVars", bound=Any)
@@ -214,11 +230,6 @@ def iterate(step: Callable[[LoopVars], LoopVars], start: LoopVars, *, length: in
         return lax.while_loop(lambda c: ~c.done & (c.num_products < length), step, start)
     final, _ = lax.scan(lambda c, _: (optax.tree.where(c.done, c, step(c)), None), start, length=length, unroll=unroll)
     return final
-
-
-def no_state(_: PyTree) -> PyTree:
-    """Return the state of a solver that keeps none."""
-    return ()
 
 
 def _power_of_two(x: Array) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from hypergrad import validate
-from hypergrad.solvers._base import LinearSolver, LinearSystem, Solution, assemble, no_state, quotient
+from hypergrad.solvers._base import LinearSolver, ScaledSystem, Solution, assemble, no_state, quotient
 from hypergrad.types import Array, PyTree
 
 _LARGEST = 10_000
@@ -33,28 +33,28 @@ def dense(rtol: float = 1e-5, *, damping: float = 0.0) -> LinearSolver:
 
     Valid when A is invertible, symmetric or not, definite or not.
 
-    >>> import jax.numpy as jnp
+    >>> import hypergrad as hg, jax.numpy as jnp
     >>> b = jnp.array([2.0, 3.0])
-    >>> x, _, _ = dense().solve(LinearSystem(lambda v: jnp.array([2.0, -1.0]) * v), b, ())
+    >>> x, _, _ = dense().solve(hg.solvers.LinearSystem(lambda v: jnp.array([2.0, -1.0]) * v), b, ())
     >>> [round(float(v), 6) for v in x]
     [1.0, -3.0]
 
     Reference: Golub & Van Loan, Matrix Computations, 3.4.
     """
 
-    def solve_scaled(system: LinearSystem, b: PyTree, size: Array, state: PyTree, _: Array | None) -> Solution:
-        flat, unravel = ravel_pytree(b)
+    def solve_scaled(scaled: ScaledSystem, state: PyTree) -> Solution:
+        flat, unravel = ravel_pytree(scaled.b)
         if flat.size > _LARGEST:
             fix = "Use solvers.cg or solvers.neumann, which need no matrix."
             raise ValueError(validate.message(f"at most {_LARGEST} unknowns for dense", str(flat.size), fix))
 
         def column(e: Array) -> Array:
-            return ravel_pytree(system.matvec(unravel(e)))[0]
+            return ravel_pytree(scaled.matvec(unravel(e)))[0]
 
         matrix = jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=min(64, flat.size)).T
         x = jnp.linalg.solve(matrix, flat)
         remainder = flat - jnp.matmul(matrix, x, precision="highest")
-        residual = quotient(jnp.linalg.norm(remainder), size)
+        residual = quotient(jnp.linalg.norm(remainder), scaled.size)
         return Solution(unravel(x), state, flat.size, unravel(remainder), residual)
 
     return assemble(no_state, solve_scaled, damping=damping, rtol=rtol)

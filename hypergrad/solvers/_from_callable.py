@@ -10,8 +10,8 @@ from collections.abc import Callable
 import optax
 
 from hypergrad import tree, validate
-from hypergrad.solvers._base import LinearSolver, LinearSystem, Solution, WarmStart, assemble, measure, normalized
-from hypergrad.types import Array, MatVec, PyTree
+from hypergrad.solvers._base import LinearSolver, ScaledSystem, Solution, WarmStart, assemble, normalized
+from hypergrad.types import MatVec, PyTree
 
 
 def from_callable(
@@ -39,10 +39,10 @@ def from_callable(
 
     Valid when ``solve`` is; ``residual`` tells.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import hypergrad as hg, jax, jax.numpy as jnp
     >>> gmres = from_callable(lambda A, b, x0: jax.scipy.sparse.linalg.gmres(A, b, x0)[0])
     >>> b = jnp.array([1.0, 2.0])
-    >>> x, _, info = gmres.solve(LinearSystem(lambda v: 2.0 * v), b, gmres.init(b))
+    >>> x, _, info = gmres.solve(hg.solvers.LinearSystem(lambda v: 2.0 * v), b, gmres.init(b))
     >>> [round(float(v), 5) for v in x]
     [0.5, 1.0]
 
@@ -55,13 +55,14 @@ def from_callable(
     def init(b_like: PyTree) -> PyTree:
         return WarmStart(tree.promoted_zeros_like(b_like)) if warm_start else ()
 
-    def solve_scaled(system: LinearSystem, b: PyTree, size: Array, state: PyTree, _: Array | None) -> Solution:
+    def solve_scaled(scaled: ScaledSystem, state: PyTree) -> Solution:
+        b, size = scaled.b, scaled.size
         start = tree.scale(state.solution, size) if warm_start else tree.promoted_zeros_like(b)
-        x = solve(system.matvec, b, start)
+        x = solve(scaled.matvec, b, start)
         validate.same_structure("the solution x of the wrapped solver", x, "b", b)
         x = optax.tree.cast_like(x, b)
         if warm_start:
             state = WarmStart(normalized(optax.tree.where(tree.all_finite(x), x, start), size))
-        return Solution(x, state, -1, *measure(system.matvec, b, size, x))
+        return Solution(x, state, -1, *scaled.measure(x))
 
     return assemble(init, solve_scaled, damping=damping, rtol=rtol)

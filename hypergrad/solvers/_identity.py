@@ -10,8 +10,7 @@ hyperparameters, arXiv 1511.06727.
 
 import jax.numpy as jnp
 
-from hypergrad.solvers._base import LinearSolver, LinearSystem, Solution, assemble, no_state
-from hypergrad.types import Array, PyTree
+from hypergrad.solvers._base import LinearSolver, Solution, assemble, no_state
 
 
 def identity() -> LinearSolver:
@@ -22,16 +21,12 @@ def identity() -> LinearSolver:
 
     Valid when A = I; often a descent direction otherwise.
 
-    >>> import jax.numpy as jnp
+    >>> import hypergrad as hg, jax.numpy as jnp
     >>> b = jnp.array([3.0])
-    >>> x, _, info = identity().solve(LinearSystem(lambda v: 0.5 * v), b, ())
+    >>> x, _, info = identity().solve(hg.solvers.LinearSystem(lambda v: 0.5 * v), b, ())
     >>> float(x[0]), int(info.num_products), float(info.residual)
     (3.0, 0, nan)
 
     Reference: Luketina et al., arXiv 1511.06727.
     """
-
-    def solve_scaled(_: LinearSystem, b: PyTree, __: Array, state: PyTree, ___: Array | None) -> Solution:
-        return Solution(b, state, 0, None, jnp.nan)
-
-    return assemble(no_state, solve_scaled)
+    return assemble(no_state, lambda scaled, state: Solution(scaled.b, state, 0, None, jnp.nan))

@@ -2,11 +2,9 @@
 
     x = α Σ_{k=0}^{K−1} (I − αA)ᵏ b           residual b − A x = (I − αA)ᴷ b
 
-Use it for networks in training: every term is one Hessian product, memory does not grow with K, mild
-indefiniteness does not stop it, and K terms equal K unrolled steps of gradient descent with rate α taken
-at the optimum, so it may be read as unrolled differentiation without the memory. It converges if
-0 < α λ < 2 for every eigenvalue λ of A that b touches; few terms give the right direction with too small a
-norm, so pair it with a scale-free outer optimizer such as Adam.
+Use it for networks in training: every term is one Hessian product, memory does not grow with K, mild indefiniteness
+does not stop it, and K terms equal K unrolled steps of gradient descent with rate α at the optimum, without the
+memory. Few terms give the right direction with too small a norm: pair it with a scale-free outer optimizer (Adam).
 
 Reference: Lorraine, Vicol & Duvenaud, Optimizing millions of hyperparameters by implicit differentiation,
 arXiv 1911.02590.
@@ -20,7 +18,7 @@ import optax
 from hypergrad import tree, validate
 from hypergrad.solvers._base import (
     LinearSolver,
-    LinearSystem,
+    ScaledSystem,
     Solution,
     Status,
     assemble,
@@ -28,7 +26,7 @@ from hypergrad.solvers._base import (
     normalized,
     quotient,
 )
-from hypergrad.types import Array, MatVec, PyTree
+from hypergrad.types import Array, PyTree
 
 _FIRST_POWER_STEPS, _WARM_POWER_STEPS = 12, 2
 _EXPLORE = 0.1  # how much of b is mixed into the warm direction, so that a new top eigenvector is found
@@ -53,29 +51,28 @@ def neumann(
     x = α Σ_{k=0}^{K−1} (I − αA)ᵏ b, at K products with A; the last product gives the residual.
 
     Args:
-      num_terms: K ≥ 1, the number of terms. Only a solve with a ``tolerance`` takes fewer, as soon as it meets it.
+      num_terms: K ≥ 1, the number of terms. Only a solve with a ``tolerance`` stops earlier, where it is met.
       step_size: α > 0, in units of 1/A. None: 1/λ̂, λ̂ an estimate of A's largest |eigenvalue| by power
-        iterations, 12 products at the first solve and 2 at each later one, which start from the direction
-        kept in the solver's state and so follow an A that changes. λ̂ ≤ |λ|max; the series still converges
-        while the estimate is above half of it, and a solve that overshoots hands its residual, by then the top
-        eigenvector, to the next one.
+        iterations, 12 products at the first solve and 2 at each later one, which start from the direction in the
+        solver's state and so follow an A that changes. λ̂ ≤ |λ|max; the series converges while the estimate is
+        above half of it, and a solve that overshoots hands its residual, by then the top eigenvector, to the next.
       damping: δ ≥ 0 adds δI to A. Makes an indefinite A usable if δ exceeds its most negative eigenvalue.
       unroll: True or an int for a scan so unrolled (convolutions on CPU); 1 is a loop that stops early.
 
     Returns:
-      A ``LinearSolver``. ``num_products`` counts the terms and the power iterations. ``CONVERGED`` means a residual of
-      at most 1e-5 (or ``tolerance``). Where the residual passes 1000 the series is cut there, with status ``DIVERGED``.
+      A ``LinearSolver``. ``num_products`` counts terms and power iterations. ``CONVERGED`` means a residual of at most
+      1e-5 (or ``tolerance``), that of the last term, which knows nothing of rounding in x (about ε κ). Where the residual passes 1000 the series ends with status ``DIVERGED``.
 
     Raises:
       ValueError: ``num_terms`` < 1, ``step_size`` ≤ 0, ``damping`` < 0.
       TypeError: one of them is not a number.
 
-    Valid when 0 < α λ < 2 for every eigenvalue λ of A + δI; ``residual`` tells how far the sum is from its limit.
+    Valid when 0 < α λ < 2 for every eigenvalue λ of A + δI that b touches.
 
-    >>> import jax.numpy as jnp
+    >>> import hypergrad as hg, jax.numpy as jnp
     >>> solver = neumann(num_terms=3, step_size=0.5)
     >>> b = jnp.array([1.0])
-    >>> x, _, info = solver.solve(LinearSystem(lambda v: v), b, solver.init(b))    # 0.5 (1 + 0.5 + 0.25)
+    >>> x, _, info = solver.solve(hg.solvers.LinearSystem(lambda v: v), b, solver.init(b))    # 0.5 (1 + 0.5 + 0.25)
     >>> float(x[0]), float(info.residual)
     (0.875, 0.125)
 
@@ -89,16 +86,18 @@ def neumann(
     def init(b_like: PyTree) -> PyTree:
         return () if step_size is not None else NeumannState(tree.promoted_zeros_like(b_like))
 
-    def solve_scaled(system: LinearSystem, b: PyTree, size: Array, state: PyTree, limit: Array | None) -> Solution:
-        if step_size is not None:
-            total = _series(system.matvec, b, size, step_size, limit, num_terms, unroll)
-            return Solution(total.x, state, total.num_products, total.term, total.residual, _status(total))
-        power = _power(system.matvec, normalized(b, size), state.direction, unroll)
-        total = _series(system.matvec, b, size, quotient(1.0, power.top), limit, num_terms, unroll)
-        missed = total.overshot & jnp.isfinite(total.residual) & (total.residual > 1.0)
-        top = optax.tree.where(missed, normalized(total.term, total.residual * size), power.direction)
-        num_products = power.num_products + total.num_products
-        return Solution(total.x, NeumannState(top), num_products, total.term, total.residual, _status(total))
+    def solve_scaled(scaled: ScaledSystem, state: PyTree) -> Solution:
+        power = None if step_size is not None else _power(scaled, state.direction, unroll)
+        alpha = step_size if power is None else quotient(1.0, power.top)
+        total = _series(scaled, alpha, num_terms, unroll)
+        num_products = total.num_products
+        if power is not None:
+            num_products += power.num_products
+            missed = total.overshot & jnp.isfinite(total.residual) & (total.residual > 1.0)
+            last = normalized(total.term, total.residual * scaled.size)
+            state = NeumannState(optax.tree.where(missed, last, power.direction))
+        status = jnp.where(total.residual > _DIVERGED, Status.DIVERGED, Status.TRUNCATED)
+        return Solution(total.x, state, num_products, total.term, total.residual, status)
 
     return assemble(init, solve_scaled, damping=damping)
 
@@ -112,9 +111,8 @@ class _Sum(NamedTuple):
     done: Array
 
 
-def _series(
-    matvec: MatVec, b: PyTree, size: Array, alpha: Any, limit: Array | None, num_terms: int, unroll: int | bool
-) -> _Sum:
+def _series(scaled: ScaledSystem, alpha: Any, num_terms: int, unroll: int | bool) -> _Sum:
+    matvec, b, size, limit, _ = scaled
     stop = -1.0 if limit is None else limit  # −1: take all terms
 
     def step(c: _Sum) -> _Sum:
@@ -126,14 +124,10 @@ def _series(
         done = ~(residual <= _DIVERGED) | (residual <= stop)
         return _Sum(term, x, c.num_products + 1, residual, overshot, done)
 
-    residual = quotient(size, size)
-    done = (size == 0) | (residual <= stop)
-    start = _Sum(b, tree.promoted_zeros_like(b), jnp.zeros((), jnp.int32), residual, jnp.array(False), done)
+    one = jnp.ones_like(size)
+    done = (size == 0) | (stop >= one)
+    start = _Sum(b, tree.promoted_zeros_like(b), jnp.zeros((), jnp.int32), one, jnp.array(False), done)
     return iterate(step, start, length=num_terms, unroll=unroll)
-
-
-def _status(total: _Sum) -> Array:
-    return jnp.where(total.residual > _DIVERGED, Status.DIVERGED, Status.TRUNCATED)
 
 
 class _Power(NamedTuple):
@@ -143,15 +137,15 @@ class _Power(NamedTuple):
     done: Array
 
 
-def _power(matvec: MatVec, unit: PyTree, direction: PyTree, unroll: int | bool) -> _Power:
+def _power(scaled: ScaledSystem, direction: PyTree, unroll: int | bool) -> _Power:
     """Return a unit vector and ‖A v‖ at the last one: at most |λ|max, and growing from step to step."""
     cold = tree.norm(direction) == 0
     steps = jnp.where(cold, _FIRST_POWER_STEPS, _WARM_POWER_STEPS)
-    mixed = tree.add_scaled(direction, _EXPLORE, unit)
+    mixed = tree.add_scaled(direction, _EXPLORE, normalized(scaled.b, scaled.size))
     size = tree.norm(mixed)
 
     def step(c: _Power) -> _Power:
-        image = matvec(c.direction)
+        image = scaled.matvec(c.direction)
         peak = tree.max_abs(image)
         image = normalized(image, peak)  # so that its square does not underflow
         length = tree.norm(image)
