@@ -1,10 +1,12 @@
-"""Models whose layers can be self-tuned, in 64 bit, and what their per-example weights are by definition."""
+"""Models whose layers can be self-tuned, in 64 bit, their per-example weights by definition, and the training loop."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
+from hypergrad import responses
 from hypergrad.responses.layers import displaced_weights
 
 F64 = {"param_dtype": jnp.float64}
@@ -102,3 +104,24 @@ def outputs_by_definition(apply, params, layers, displacement, x):
     """Return outputs with every example run through weights of its own: W₀ + (V h̃) ⊙ W₁."""
     one = lambda d, example: apply(displaced_weights(params, layers, d), example[None])[0]  # noqa: E731
     return jax.vmap(one)(displacement, x)
+
+
+def train_response(problem, start, h, batch, rates, *, steps):
+    """Return response parameters after training them at fixed hyperparameters, by Adam with rates that fall to zero."""
+    optimizer = optax.partition(
+        {part: optax.adam(optax.cosine_decay_schedule(rate, steps)) for part, rate in rates.items()},
+        responses.optimizer_labels,
+    )
+
+    @jax.jit
+    def train(params):
+        def step(carry, key):
+            params, state = carry
+            grads = jax.grad(problem.inner_loss)(params, h, batch, key)
+            updates, state = optimizer.update(grads, state)
+            return (optax.apply_updates(params, updates), state), None
+
+        keys = jax.random.split(jax.random.key(1), steps)
+        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
+
+    return train(start)

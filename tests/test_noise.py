@@ -4,6 +4,7 @@ Tolerances of statistics are five standard errors of the mean of n independent d
 comparisons, and the seeds are fixed. Variances use the fourth moment of the variable in question.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -354,11 +355,11 @@ def test_jit_vmap_grad_and_dtype(name, dtype, hard_mode):
     assert (y.dtype, y.shape) == (x.dtype, x.shape)
     np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (jax.jit(call)(KEY, x, strength), y)), rtol=1e-2)
     keys = jax.random.split(KEY, 2)
-    both = jax.vmap(call, in_axes=(0, None, 0))(keys, x, jnp.array([0.4, 0.0], jnp.float32))
+    both = jax.jit(jax.vmap(call, in_axes=(0, None, 0)))(keys, x, jnp.array([0.4, 0.0], jnp.float32))
     one = call(keys[0], x, strength)
     np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (both[0], one)), rtol=1e-2)
     np.testing.assert_array_equal(both[1], x)  # strength 0 changes nothing
-    grads = jax.grad(lambda x, s: call(KEY, x, s).astype(jnp.float32).sum(), argnums=(0, 1))(x, strength)
+    grads = jax.jit(jax.grad(lambda x, s: call(KEY, x, s).astype(jnp.float32).sum(), argnums=(0, 1)))(x, strength)
     assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in grads)
     assert grads[0].dtype == dtype
 
@@ -388,7 +389,7 @@ def test_implicit_differentiation_refuses_a_dropout_rate():
 def test_a_learned_response_tunes_what_implicit_differentiation_refuses():
     """The rates of a model's own collection are hyperparameters as they are, one perturbation an example."""
     model, x = Network(), jax.random.normal(KEY, (16, 4))
-    variables = model.init(KEY, x, deterministic=True)
+    variables = jax.jit(functools.partial(model.init, deterministic=True))(KEY, x)
 
     def train(params, rates, batch, key):
         y = model.apply({"params": params, "hyper": rates}, batch, deterministic=False, rngs={"dropout": key})
@@ -400,7 +401,7 @@ def test_a_learned_response_tunes_what_implicit_differentiation_refuses():
     problem = hg.reparameterize(hg.BilevelProblem(train, valid), hg.bijectors.interval(0.0, 0.9))
     problem = hg.responses.perturbed(hg.responses.self_tuning(problem), scale=0.5)
     rates = hg.unconstrain(hg.bijectors.interval(0.0, 0.9), variables["hyper"])
-    start = hg.responses.init(problem, 0, variables["params"], rates, x)
+    start = jax.jit(lambda *at: hg.responses.init(problem, 0, *at))(variables["params"], rates, x)
     tx = hg.bilevel(
         hg.direct(problem), inner_optimizer=optax.adam(1e-2), outer_optimizer=optax.sgd(1.0), window=5, every=2
     )

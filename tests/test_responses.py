@@ -12,6 +12,7 @@ import pytest
 import hypergrad as hg
 from hypergrad import responses
 from tests.problems import finite_differences, relative_error, ridge
+from tests.self_tuned_models import train_response
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -82,7 +83,7 @@ def test_a_response_begins_at_the_given_weights_and_shares_no_buffer(name):
 
 
 @each
-def test_weights_at_are_those_that_the_response_applies(name):
+def test_deployable_params_are_those_that_the_response_applies(name):
     learned, h = trained(name), case().variables.hyperparams
     plain = responses.deployable_params(hg.BilevelParams(learned, h))
     assert relative_error(RESPONSES[name].apply(learned, h), plain) < 1e-12
@@ -112,29 +113,20 @@ def test_the_encoding_has_a_constant_norm():
         RESPONSES["encoded"].init(0, jnp.ones(2), jnp.array([9.0]))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
 def _learn(problem, start, h, steps):
-    """Train the response alone, at a rate that falls to zero."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-2, steps))
-
-    def step(carry, key):
-        params, state = carry
-        grads = jax.grad(problem.inner_loss)(params, h, case().inner_batch, key)
-        updates, state = optimizer.update(grads, state)
-        return (optax.apply_updates(params, updates), state), None
-
-    keys = jax.random.split(jax.random.key(1), steps)
-    return jax.lax.scan(step, (start, optimizer.init(start)), keys)[0][0]
+    """Return response parameters trained on the ridge problem's data."""
+    rates = {"weights": 3e-2, "response": 3e-2}
+    return train_response(problem, start, h, case().inner_batch, rates, steps=steps)
 
 
 def test_a_linear_response_to_a_quadratic_problem_learns_the_exact_jacobian():
     """Law: as the scale goes to zero, the local linear response of a quadratic inner loss is dw*/dλ."""
     problem = responses.with_response(case().problem, responses.linear())
     h = case().variables.hyperparams
-    start = responses.init(problem, 0, jax.tree.map(jnp.zeros_like, case().variables.params), h)
+    start = jax.jit(lambda *at: responses.init(problem, 0, *at))(optax.tree.zeros_like(case().variables.params), h)
     learned = _learn(responses.perturbed(problem, scale=0.05, num_samples=16), start, h, 4000)
-    exact = jax.jacfwd(case().response)(h)
-    got = jax.jacfwd(lambda x: problem.response.weights(learned, x))(h)
+    exact = jax.jit(jax.jacfwd(case().response))(h)
+    got = jax.jit(jax.jacfwd(lambda x: problem.response.weights(learned, x)))(h)
     assert relative_error(got, exact) < 0.05  # of the sampling noise; the curvature's part is about σ² = 0.0025
     assert relative_error(learned.params, case().variables.params) < 0.01
     gradient = hg.hypergrad(hg.direct(problem))(learned, h, case().inner_batch, case().outer_batch, key=None)
@@ -202,6 +194,46 @@ def test_every_group_of_a_batch_has_its_own_perturbation():
     assert float(problem.outer_loss(jnp.zeros(1), jnp.array(2.0), batch, None)) == 2.0
     with pytest.raises(ValueError, match="divides into 4 groups; got 6"):
         responses.perturbed(plain, scale=0.5, num_groups=4).inner_loss(jnp.zeros(1), jnp.array(2.0), batch, key)
+
+
+def test_the_draw_and_the_loss_have_keys_of_their_own():
+    """The keys by hand: one per sample, one per group of it, and of that one for the draw and one for the loss."""
+    plain = hg.BilevelProblem(*[lambda w, h, b, key: (h, (h, jax.random.uniform(key)))] * 2, has_aux=True)
+    h, key = jnp.array(2.0), jax.random.key(5)
+
+    def by_hand(key, value):
+        draw_key, loss_key = jax.random.split(key)
+        return value(draw_key), jax.random.uniform(loss_key)
+
+    gaussian = lambda key: h + 0.3 * jax.random.normal(jax.random.split(key, 1)[0], (), h.dtype)  # noqa: E731
+    noisy = responses.perturbed(plain, scale=0.3)
+    assert noisy.inner_loss(0.0, h, (), key)[1] == by_hand(key, gaussian)
+    anywhere = responses.sampled(plain, lambda key, h: jax.random.uniform(key))
+    assert anywhere.inner_loss(0.0, h, (), key)[1] == by_hand(key, jax.random.uniform)
+    learned = responses.perturbed(plain, scale=responses.learned_scale())
+    with_scale = responses.HyperparamsWithScale(h, jnp.log(0.3))
+    np.testing.assert_allclose(learned.outer_loss(0.0, with_scale, (), key)[1], by_hand(key, gaussian), rtol=1e-12)
+
+    several = responses.perturbed(plain, scale=0.3, num_samples=2, num_groups=3)
+    got = several.inner_loss(0.0, h, jnp.zeros(6), key)[1]
+    keys = [one for sample in jax.random.split(key, 2) for one in jax.random.split(sample, 3)]
+    np.testing.assert_allclose(got, np.mean([by_hand(one, gaussian) for one in keys], 0), rtol=1e-12)
+
+
+def test_the_centre_of_a_perturbed_loss_counts_as_a_constant():
+    """w = θ + J (λ + σε − c): its derivative in λ is J, which vanishes if the centre c moves with λ."""
+    loss = lambda w, h, b, key: jnp.sum(w)  # noqa: E731
+    problem = responses.with_response(hg.BilevelProblem(loss, loss), responses.linear())
+    learned = responses.LinearParams(jnp.ones(1), jnp.full((1, 1), 3.0), ())
+    h, log_scale, key = jnp.array([0.7]), jnp.log(0.5), jax.random.key(2)
+    fixed = responses.perturbed(problem, scale=0.5)
+    assert float(jax.grad(fixed.inner_loss, argnums=1)(learned, h, (), key)[0]) == pytest.approx(3.0)
+    scaled = responses.perturbed(problem, scale=responses.learned_scale(entropy=0.1))
+    at = responses.HyperparamsWithScale(h, log_scale)
+    value, slope = jax.value_and_grad(scaled.outer_loss, argnums=1)(learned, at, (), key)
+    noise = (float(value) + 0.1 * (float(log_scale) + 0.5 * np.log(2 * np.pi * np.e)) - 1.0) / 3.0  # σε
+    assert float(slope.hyperparams[0]) == pytest.approx(3.0)
+    assert float(slope.log_scale) == pytest.approx(3.0 * noise - 0.1)
 
 
 def test_the_perturbations_have_their_scale():

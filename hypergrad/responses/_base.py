@@ -206,7 +206,7 @@ def check_size(name: str, hyperparams_size: int, response_size: int) -> None:
     """Refuse hyperparameters of another number than the response was made for."""
     if hyperparams_size != response_size:
         fix = "Make new response parameters with hg.responses.init for these hyperparameters."
-        wanted = f"the {response_size} hyperparameters that the {name} response was made for"
+        wanted = f"hyperparams with {response_size} entries, for which the {name} response was made"
         raise ValueError(validate.message(wanted, str(hyperparams_size), fix))
 
 

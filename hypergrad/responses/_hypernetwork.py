@@ -20,6 +20,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from hypergrad import validate
 from hypergrad.responses._base import Encoding, Response, as_encoding, check_response_params, check_size, flat
@@ -97,7 +98,7 @@ def hypernetwork(
 
     Reference: Lorraine & Duvenaud, arXiv 1802.09419; Ortiz et al., arXiv 2304.07645.
     """
-    if not callable(module):
+    if not callable(module) or isinstance(module, nnx.Module):
         fix = "Pass a Linen module, or e.g. lambda size: nn.Dense(size)."
         raise TypeError(validate.message("module to be a flax.linen.Module", validate.describe(module), fix))
     if chunk_size is not None:

@@ -201,10 +201,10 @@ def _averaged(
         assert learned is not None
         hyperparams = clip_scale(hyperparams, learned)  # once: the clip must see the gradient of both terms
         result = average(1)(params, hyperparams, *rest)
-        bonus = entropy_bonus(hyperparams, learned)
-        if isinstance(result, tuple):
-            return tree.total([result[0], -bonus]), *result[1:]
-        return tree.total([result, -bonus])
+        value, *extra = result if isinstance(result, tuple) else (result,)
+        value = validate.scalar_loss("outer_loss", value, "Return one number, e.g. a jnp.mean.")
+        value = tree.total([value, -entropy_bonus(hyperparams, learned)])
+        return (value, *extra) if isinstance(result, tuple) else value
 
     return dataclasses.replace(
         problem,

@@ -260,7 +260,7 @@ def self_tuning(
         chosen = {path: layer for path, layer in found.items() if layers is None or layers(path)}
         if not chosen:
             fix = "Layers are nn.Dense, DenseGeneral, Conv, Embed and recurrent cells; NNX models need self_tunable."
-            got = f"{', '.join(found)}, of which layers() selected none" if found else "none"
+            got = f"{', '.join(map(repr, found))}, of which layers() selected none" if found else "none"
             raise ValueError(validate.message("an inner loss that runs layers that can be tuned", got, fix))
         dtypes, size = _check_weights(params, chosen), flat(hyperparams).size
         keys = jax.random.split(validate.required_key(key), len(chosen))

@@ -46,7 +46,7 @@ def self_tunable(model: Any) -> Any:
     """
     if not isinstance(model, nnx.Module):
         fix = "Pass e.g. MLP(rngs=nnx.Rngs(0)). A Linen model needs no change."
-        raise TypeError(validate.message("a flax.nnx.Module", validate.describe(type(model).__name__), fix))
+        raise TypeError(validate.message("a flax.nnx.Module", f"a {type(model).__name__}", fix))
     copy = nnx.clone(model)
     modules: list[tuple[Any, Any]] = [
         (path, module) for path, module in nnx.iter_modules(copy) if type(module) in _KINDS
