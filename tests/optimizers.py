@@ -33,6 +33,7 @@ class OptimizerRow(NamedTuple):
       loss: whether hyperparameters of the inner loss have a derivative through it.
       modes: of differentiation that pass; the other is refused.
       layers: whether it is right too where a whole layer's gradient is exactly zero.
+      masked: whether it is right too where the whole gradient of the first or third step is exactly zero.
       without: the optimizer without its setting.
       message: what the library's refusal says: of the row, of ``without``, or of the mode that does not pass.
     """
@@ -45,6 +46,7 @@ class OptimizerRow(NamedTuple):
     loss: bool = True
     modes: tuple[str, ...] = BOTH
     layers: bool = True
+    masked: bool = True
     without: Callable[[Any], Any] | None = None
     message: str = "finite derivative"
 
@@ -65,6 +67,7 @@ def _refused(name: str, make: Callable[[Any], Any], reason: str, message: str, *
 
 
 ZERO_LAYER = "NaN where a whole layer's gradient is exactly zero"
+ZERO_GRADIENT = "NaN where the whole gradient is exactly zero"
 SIGNS = "hyperparameters of the loss are refused: a sign has no derivative"
 NO_EPS = "derivative not finite at a dead unit, and no setting that helps"
 START = "enters the initial state: right with a fresh one, as of `hg.value_and_hypergrad`, and refused with a given one"
@@ -79,6 +82,7 @@ ROWS = [
         lambda h: optax.adafactor(h["rate"], min_dim_size_to_factor=2),
         reason=f"{ZERO_LAYER}, but for `clipping_threshold=None`; {SMALL_EPS}",
         layers=False,
+        masked=False,
     ),
     _row(
         "adafactor, unclipped, with momentum",
@@ -114,6 +118,7 @@ ROWS = [
         more={"momentum": 0.9},
         reason=f"in reverse mode {ZERO_LAYER}, but for `eps=1e-8`",
         layers=False,
+        masked=False,
     ),
     _row(
         "lars with eps",
@@ -127,7 +132,9 @@ ROWS = [
         "lbfgs without line search",
         lambda h: optax.lbfgs(h["rate"], linesearch=None, scale_init_precond=False),
         verdict=SETTING,
-        reason="`linesearch=None, scale_init_precond=False`: the scale of the first step is a `stop_gradient`, wrong",
+        reason="`linesearch=None, scale_init_precond=False`: the scale of the first step is a `stop_gradient`, wrong; "
+        f"in reverse mode {ZERO_GRADIENT}",
+        masked=False,
         rate=0.5,
     ),
     _row(
@@ -148,6 +155,7 @@ ROWS = [
         more={"b1": 0.9},
         reason=ZERO_LAYER,
         layers=False,
+        masked=False,
     ),
     _rooted(
         "optimistic_adam_v2",
@@ -211,15 +219,22 @@ ROWS = [
         lambda h: contrib.dog(h["rate"], init_step=("learning_rate", 0.1)),
         rate=1.5,
         modes=REVERSE,
-        reason="forward mode is refused: a norm of zero in the first step",
+        reason=f"forward mode is refused: a norm of zero in the first step; {ZERO_GRADIENT} in the first step",
+        masked=False,
     ),
-    _row("contrib.dowg", lambda h: contrib.dowg(h["rate"]), rate=1.0),
+    _row(
+        "contrib.dowg",
+        lambda h: contrib.dowg(h["rate"]),
+        rate=1.0,
+        reason=f"{ZERO_GRADIENT} in the first step",
+        masked=False,
+    ),
     _refused(
         "chain(contrib.differentially_private_aggregate, sgd)",
         lambda h: optax.chain(
             contrib.differentially_private_aggregate(1.0, 0.1, key=jax.random.key(0)), optax.sgd(h["rate"])
         ),
-        "as `contrib.dpsgd`: wants one gradient an example",
+        "as `contrib.dpsgd`: wants one gradient per example",
         "batch dim|finite derivative",
     ),
     _refused("contrib.galore", lambda h: contrib.galore(h["rate"], rank=2), NO_EPS, "finite derivative"),
@@ -240,6 +255,7 @@ ROWS = [
         more={"beta": 0.9},
         reason=f"`adam_eps_root=1e-8`; {ZERO_LAYER}",
         layers=False,
+        masked=False,
         without=lambda h: contrib.muon(h["rate"], beta=h["beta"]),
     ),
     _refused("contrib.prodigy", lambda h: contrib.prodigy(h["rate"]), NO_EPS, "finite derivative", rate=1.0),
@@ -276,6 +292,36 @@ ROWS = [
         "chain(clip_by_global_norm, sgd)",
         lambda h: optax.chain(optax.clip_by_global_norm(h["norm"]), optax.sgd(h["rate"])),
         more={"norm": 0.1},
+        modes=FORWARD,
+        reason=f"reverse mode is refused: {ZERO_GRADIENT}; use `hg.optimizers.clip_by_global_norm`",
+        message=r"with optax\.clip_by_global_norm.*Use hg\.optimizers\.clip_by_global_norm:",
+    ),
+    _refused(
+        "chain(clip_by_block_rms, sgd)",
+        lambda h: optax.chain(optax.clip_by_block_rms(0.1), optax.sgd(h["rate"])),
+        f"{ZERO_LAYER}: use `hg.optimizers.clip_by_block_rms`",
+        r"with optax\.clip_by_block_rms.*Use hg\.optimizers\.clip_by_block_rms:",
+    ),
+    _refused(
+        "chain(normalize_by_update_norm, sgd)",
+        lambda h: optax.chain(optax.normalize_by_update_norm(), optax.sgd(h["rate"])),
+        f"{ZERO_GRADIENT}: use `hg.optimizers.normalize_by_update_norm`",
+        r"with optax\.normalize_by_update_norm.*Use hg\.optimizers\.normalize_by_update_norm:",
+    ),
+    _row(
+        "chain(hg.optimizers.clip_by_global_norm, sgd)",
+        lambda h: optax.chain(hg.optimizers.clip_by_global_norm(h["norm"]), optax.sgd(h["rate"])),
+        more={"norm": 0.1},
+    ),
+    _row(
+        "chain(hg.optimizers.clip_by_block_rms, sgd)",
+        lambda h: optax.chain(hg.optimizers.clip_by_block_rms(h["rms"]), optax.sgd(h["rate"])),
+        more={"rms": 0.05},
+    ),
+    _row(
+        "chain(hg.optimizers.normalize_by_update_norm, sgd)",
+        lambda h: optax.chain(hg.optimizers.normalize_by_update_norm(h["scale"]), optax.sgd(h["rate"])),
+        more={"scale": 0.5},
     ),
     _refused(
         "chain(adaptive_grad_clip, sgd)",

@@ -1,8 +1,9 @@
 """Every optimizer of optax as an inner optimizer, on a ReLU network with dead units: right, or refused in our words.
 
 Every other hidden unit is dead for all data, so that its weights' gradients are exactly zero, and a bias starts at
-zero; then all are dead, and a whole layer's gradient is zero. The program is smooth around the weights: live units
-stay live. So central differences of all K steps, in float64 with relative steps of 1e-5, are right to about 1e-8.
+zero. Then all are dead, and a whole layer's gradient is zero. Then no example of the first and third batch counts, and
+the whole gradient is zero there. The program is smooth around the weights: live units stay live. So central differences
+of all K steps, in float64 with relative steps of 1e-5, are right to about 1e-8.
 """
 
 import jax
@@ -21,10 +22,11 @@ RTOL = 1e-6
 ids = lambda row: row.name  # noqa: E731
 
 
-def batches(seed, *shape):
-    """Return examples with positive inputs and smooth targets."""
+def batches(seed, *shape, masked=()):
+    """Return examples with positive inputs, smooth targets, and what each batch counts: 1, or 0 where masked."""
     x = np.random.default_rng(seed).uniform(0.2, 1.0, (*shape, 4, 3))
-    return jnp.asarray(x), jnp.asarray(np.sin(x @ np.array([1.0, -2.0, 1.5])))
+    counts = ~np.isin(np.arange(np.prod(shape, dtype=int)).reshape(shape), masked)
+    return jax.tree.map(jnp.asarray, (x, np.sin(x @ np.array([1.0, -2.0, 1.5])), counts.astype(float)))
 
 
 def start(*, dead_layer):
@@ -45,12 +47,14 @@ def predict(params, x):
 
 
 def outer_loss(params, hyperparams, batch, key):
-    return jnp.mean((predict(params, batch[0]) - batch[1]) ** 2)
+    return batch[2] * jnp.mean((predict(params, batch[0]) - batch[1]) ** 2)
 
 
 def inner_loss(params, hyperparams, batch, key):
     fit = outer_loss(params, hyperparams, batch, key)
-    return fit + hg.penalties.l2(params["out"]["last"], jnp.exp(hyperparams["loss"])) if "loss" in hyperparams else fit
+    if "loss" not in hyperparams:
+        return fit
+    return fit + batch[2] * hg.penalties.l2(params["out"]["last"], jnp.exp(hyperparams["loss"]))
 
 
 def at(row, *, loss=None):
@@ -60,12 +64,12 @@ def at(row, *, loss=None):
 
 
 def hypergrad(make, mode):
-    """Return the function of weights and hyperparameters under test."""
+    """Return the function of weights, hyperparameters and batches under test."""
     fn = hg.hypergrad(hg.unrolled(hg.BilevelProblem(inner_loss, outer_loss), MODES[mode]), inner_optimizer=make)
-    return lambda params, h: fn(params, h, batches(0, STEPS), batches(1), key=None)
+    return lambda params, h, inner=None: fn(params, h, inner or batches(0, STEPS), batches(1), key=None)
 
 
-def reached_loss(make, params, h):
+def reached_loss(make, params, h, inner):
     """Return the outer loss after K steps, from optax alone."""
     optimizer = make(h)
     state = optimizer.init(params)
@@ -76,17 +80,17 @@ def reached_loss(make, params, h):
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    (params, _), _ = jax.lax.scan(step, (params, state), batches(0, STEPS))
+    (params, _), _ = jax.lax.scan(step, (params, state), inner)
     return outer_loss(params, h, batches(1), None)
 
 
 def differences(make, h):
-    """Return the function of weights that gives central differences."""
+    """Return the function of weights and batches that gives central differences."""
     flat, restore = jax.flatten_util.ravel_pytree(h)
     steps = jnp.diag(1e-5 * jnp.abs(flat))
 
-    def fn(params):
-        values = jax.vmap(lambda x: reached_loss(make, params, restore(x)))
+    def fn(params, inner):
+        values = jax.vmap(lambda x: reached_loss(make, params, restore(x), inner))
         points = jnp.concatenate([flat + steps, flat - steps])
         up, down = jnp.split(values(points), 2)
         return restore((up - down) / (2 * jnp.diag(steps)))
@@ -94,7 +98,7 @@ def differences(make, h):
     return fn
 
 
-COMMON = {"adam", "adamw", "lion", "rmsprop", "sgd with momentum", "chain(clip_by_global_norm, sgd)"}
+COMMON = {"adam", "adamw", "lion", "rmsprop", "sgd with momentum", "chain(hg.optimizers.clip_by_global_norm, sgd)"}
 
 
 def by_row(rows):
@@ -107,19 +111,23 @@ def test_hypergradients_equal_finite_differences(row, x64):
     h = at(row)
     want = jax.jit(differences(row.make, h))
     got = {mode: jax.jit(hypergrad(row.make, mode)) for mode in row.modes}
-    for dead_layer in (False, True):
-        params = start(dead_layer=dead_layer)
-        by_differences = want(params)
-        results = {mode: fn(params, h) for mode, fn in got.items()}
+    for case, (params, inner) in {
+        "dead units": (start(dead_layer=False), batches(0, STEPS)),
+        "layers": (start(dead_layer=True), batches(0, STEPS)),
+        "masked": (start(dead_layer=False), batches(0, STEPS, masked=(0, 2))),
+    }.items():
+        by_differences = want(params, inner)
+        results = {mode: fn(params, h, inner) for mode, fn in got.items()}
         finite = all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(results))
-        assert finite or (dead_layer and not row.layers)
+        is_right = getattr(row, case, True)
+        assert finite or not is_right, case
         for mode in results if finite else ():
             for name, value in by_differences.items():
                 scale = float(jnp.max(jnp.abs(value)))
-                assert scale > 1e-6 or dead_layer, f"{name} has no effect to check"
+                assert scale > 1e-6 or case == "layers", f"{name} has no effect to check"
                 atol = RTOL * max(scale, 1e-4)  # differences are right to some 1e-11 of the loss, which is about 1
                 np.testing.assert_allclose(results[mode][name], value, rtol=0, atol=atol, err_msg=f"{mode} {name}")
-        assert row.layers or not dead_layer or not finite, "right with a dead layer too: say so in the row"
+        assert is_right or not finite, f"right with {case} too: say so in the row"
 
 
 @pytest.mark.parametrize("row", by_row(row for row in ROWS if row.without or row.modes != ("reverse", "forward")))
@@ -141,7 +149,7 @@ def test_a_loss_hyperparameter_that_only_passes_signs_is_refused(row, x64):
     """Its hypergradient is zero almost everywhere, by finite differences too."""
     h = at(row, loss=True)
     params = start(dead_layer=False)
-    assert not np.any(jax.jit(differences(row.make, h))(params)["loss"])
+    assert not np.any(jax.jit(differences(row.make, h))(params, batches(0, STEPS))["loss"])
     for mode in MODES:
         with pytest.raises(ValueError, match=r"leaf \['loss'\], which enters neither"):
             jax.eval_shape(hypergrad(row.make, mode), params, h)

@@ -54,17 +54,19 @@ class _Trial(NamedTuple):
     Attributes:
       hyperparams: shape and dtype of each kind of hyperparameter.
       weights: likewise.
-      num_leaves: of the weights that they stand for.
+      kinds: the kind of each weight of the optimizer.
       steps: ``steps(hyperparams, weights, grads) -> (weights, updates)`` with an axis of steps in grads and updates.
       operations: the names of all primitives.
+      pieces: the names of the optax functions that the optimizer is made of.
       is_known: whether the optimizer closes over concrete values only.
     """
 
     hyperparams: list[jax.ShapeDtypeStruct]
     weights: list[jax.ShapeDtypeStruct]
-    num_leaves: int
+    kinds: list[int]
     steps: Callable[..., tuple[list[Array], list[Array]]]
     operations: set[str]
+    pieces: set[str]
     is_known: bool
 
 
@@ -176,12 +178,10 @@ def _judge(make: MakeOptimizer, hyperparams: Hyperparams, params: Params, steps:
         return _UNKNOWN
 
     with jax.ensure_compile_time_eval():  # not even constants may be staged out
-        return _differentiate(make(jax.tree.map(_filled, hyperparams)), trial, steps, reverse)
+        return _differentiate(trial, steps, reverse)
 
 
-def _differentiate(
-    optimizer: optax.GradientTransformation, trial: _Trial, steps: int, reverse: bool
-) -> _Refusal | None:
+def _differentiate(trial: _Trial, steps: int, reverse: bool) -> _Refusal | None:
     """Return a refusal where a derivative of the trial is not finite."""
 
     def total(h: list[Array], w: list[Array], grads: list[Array]) -> Array:
@@ -199,7 +199,7 @@ def _differentiate(
     h, weights = (list(map(_filled, part)) for part in (trial.hyperparams, trial.weights))
     alive, dead = (_gradients(weights, steps, dead=dead) for dead in (False, True))
     # Biases begin at zero: every second weight is zero, then the others are.
-    partly = [[w * ((i + shift + 1) % 2) for i, w in enumerate(weights)] for shift in range(min(2, trial.num_leaves))]
+    partly = [[w * ((i + shift + 1) % 2) for i, w in enumerate(weights)] for shift in range(min(2, len(trial.kinds)))]
     try:
         at_zero = all(bool(has_derivative(h, some, dead)) for some in partly)
     except ValueError as error:
@@ -218,9 +218,8 @@ def _differentiate(
         other = "forward" if reverse else "reverse"
         fix = f"Set eps_root=1e-8 where it has it and try mode=hg.{other}(), or choose e.g. optax.sgd, rmsprop, yogi."
         return _refusal(wanted, "NaN or infinity, whatever the gradients", fix)
-    pieces = _pieces(optimizer)
-    found = [name for name in _TWINS if name in pieces]
-    if "scale_by_factored_rms" in pieces and "clip_by_block_rms" in found:
+    found = [name for name in _TWINS if name in trial.pieces]
+    if "scale_by_factored_rms" in trial.pieces and "clip_by_block_rms" in found:
         found.remove("clip_by_block_rms")  # adafactor's own
     if found and not bool(has_derivative(h, weights, [g.at[0].set(0) for g in alive])):
         wanted = "an inner optimizer whose update has a finite derivative where the whole gradient is zero"
@@ -247,7 +246,13 @@ def _trial(make: MakeOptimizer, hyperparams: Hyperparams, params: Params) -> _Tr
     """
     (h, of_h), (w, of_w) = jax.tree.flatten(hyperparams), jax.tree.flatten(params)
     unflatten = jax.tree.unflatten
-    begin = lambda h, w: _begin(make(unflatten(of_h, h)), unflatten(of_w, w))  # noqa: E731
+    pieces = set[str]()
+
+    def begin(h: list[Array], w: list[Array]) -> tuple[Params, PyTree]:
+        optimizer = make(unflatten(of_h, h))
+        pieces.update(_pieces(optimizer))
+        return _begin(optimizer, unflatten(of_w, w))
+
     begun, carry = jax.make_jaxpr(begin, return_shape=True)(h, w)
     all_carry, of_carry = jax.tree.flatten(carry)
     step = lambda h, at, g: _step(make(unflatten(of_h, h)), unflatten(of_carry, at), unflatten(of_w, g))  # noqa: E731
@@ -277,9 +282,10 @@ def _trial(make: MakeOptimizer, hyperparams: Hyperparams, params: Params) -> _Tr
     return _Trial(
         hyperparams=[h[rates.index(k)] for k in range(len(set(rates)))],
         weights=[w[i] for i in places[:count]],
-        num_leaves=n,
+        kinds=kinds[:n],
         steps=steps,
         operations=dataflow.operations(begun.jaxpr) | dataflow.operations(stepped.jaxpr),
+        pieces=pieces,
         is_known=not any(isinstance(x, jax.core.Tracer) for x in [*begun.consts, *stepped.consts]),
     )
 
@@ -344,7 +350,7 @@ def _gradients(weights: list[Array], steps: int, *, dead: bool) -> list[Array]:
 
 def _pieces(value: Any) -> set[str]:
     """Return the names of optax functions whose results a transformation consists of, found in its closures."""
-    found, waiting, seen = set(), [value], {}
+    found, waiting, seen = set[str](), [value], dict[int, Any]()
     while waiting:
         item = waiting.pop()
         if id(item) in seen:
@@ -356,10 +362,12 @@ def _pieces(value: Any) -> set[str]:
             waiting += item
         elif isinstance(item, optax.MultiSteps):
             waiting += vars(item).values()
+        elif isinstance(item, functools.partial):
+            waiting += item.func, item.args, item.keywords
         elif callable(item):
             if str(getattr(item, "__module__", "")).startswith("optax."):
                 found.add(getattr(item, "__qualname__", "").split(".")[0])
-            waiting += [getattr(item, name, None) for name in ("__wrapped__", "__self__", "func")]
+            waiting += getattr(item, "__wrapped__", None), getattr(item, "__self__", None)
             for cell in getattr(item, "__closure__", None) or ():
                 with contextlib.suppress(ValueError):  # an empty cell
                     waiting.append(cell.cell_contents)
@@ -377,21 +385,22 @@ def _cached(kind: Hashable, objects: Any, trees: PyTree, compute: Callable[[], A
     def part(value: Any) -> Hashable:
         if isinstance(value, tuple):
             return tuple(map(part, value))
+        if value is None or isinstance(value, bool | int | str):
+            return value
         references.append(weakref.ref(value))
         return id(value)
 
     leaves, structure = jax.tree.flatten(trees)
     try:
-        key = kind, part(objects), structure, tuple(map(_form, leaves)), jnp.result_type(float)
+        key = objects and (kind, part(objects), structure, tuple(map(_form, leaves)), jnp.result_type(float))
         kept = _results.get(key)
-    except TypeError:  # of a weak reference or a hash
-        with _own_settings():
-            return compute()
+    except TypeError:  # no weak reference, or no hash
+        key = kept = None
     if kept is not None and all(reference() is not None for reference in kept[0]):
         return kept[1]
     with _own_settings():
         result = compute()
-    if result is not _UNKNOWN:
+    if key and result is not _UNKNOWN:
         while len(_results) >= _MOST_RESULTS:
             _results.pop(next(iter(_results)), None)
         _results[key] = references, result
