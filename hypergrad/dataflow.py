@@ -66,8 +66,9 @@ def merge_equal(
         key = eqn.primitive, parameters, tuple(map(_identity, eqn.invars)), id(eqn) if eqn.effects else None
         outputs = firsts.setdefault(key, eqn.outvars)
         if outputs is eqn.outvars:
+            eqn, outputs = _merge_inside(eqn)
             kept.append(eqn)
-        same.update(zip(eqn.outvars, outputs, strict=True))
+        same.update(zip(eqn.outvars, (same.get(v, v) for v in outputs), strict=True))
     outvars = [v if isinstance(v, jex_core.Literal) else same.get(v, v) for v in jaxpr.outvars]
     merged = jex_core.ClosedJaxpr(jaxpr.replace(eqns=kept, outvars=outvars), closed.consts)
     return merged, [_identity(v) for v in outvars]
@@ -158,6 +159,19 @@ def _loop(body: Any, constants: list[bool], carry: list[bool], slices: list[bool
         if grown == carry:
             return grown + outputs[len(carry) :]
         carry = grown
+
+
+def _merge_inside(eqn: Any) -> tuple[Any, list[Any]]:
+    """Return a call or condition merged inside, and for each of its outputs the first output that is equal to it."""
+    if eqn.primitive.name not in {"jit", "pjit", "cond"} or len(eqn.outvars) < 2:
+        return eqn, eqn.outvars
+    name, skipped = ("branches", 1) if eqn.primitive.name == "cond" else ("jaxpr", 0)
+    branches = eqn.params[name] if name == "branches" else [eqn.params[name]]
+    labels = [_identity(v) for v in eqn.invars[skipped:]]
+    merged, outputs = zip(*(merge_equal(branch, labels) for branch in branches), strict=True)
+    firsts = dict[Any, Any]()
+    equal = [firsts.setdefault(alike, v) for alike, v in zip(zip(*outputs, strict=True), eqn.outvars, strict=True)]
+    return eqn.replace(params={**eqn.params, name: merged if name == "branches" else merged[0]}), equal
 
 
 def _identity(value: Any) -> Hashable:

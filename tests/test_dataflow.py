@@ -123,6 +123,23 @@ def test_equal_values_are_computed_once():
     assert len({*labels}) == 4
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [jax.jit, lambda f: lambda *args: lax.cond(args[0] > 2.0, f, lambda *args: (*args, 0.0), *args)],
+    ids=["jit", "cond"],
+)
+def test_equal_values_are_found_inside_calls_and_conditions(wrap):
+    inside = jax.make_jaxpr(wrap(repeated))(1.0, 1.0, 3.0)
+    for value in (1.0, 3.0):
+        merged, labels = dataflow.merge_equal(inside, ["same", "same", "other"])
+        assert labels[0] == labels[1]
+        assert len({*labels}) == 3
+        got = jex_core.jaxpr_as_fun(merged)(value, value, 2.0)
+        np.testing.assert_array_equal(got, wrap(repeated)(value, value, 2.0))
+    count = lambda closed: sum(1 for _ in dataflow._equations(closed.jaxpr.eqns))  # noqa: E731
+    assert count(merged) < 0.8 * count(inside)
+
+
 def test_what_differs_is_not_merged():
     def fn(x, y):
         other = jnp.array([1.0, 2.0]), jnp.array([1.0, 3.0])

@@ -155,6 +155,56 @@ def test_a_loss_hyperparameter_that_only_passes_signs_is_refused(row, x64):
             jax.eval_shape(hypergrad(row.make, mode), params, h)
 
 
+TWINS = {
+    "clip_by_global_norm": (1.5,),
+    "clip_by_block_rms": (0.4,),
+    "normalize_by_update_norm": (0.7, 0.01),
+}
+
+
+def updates_of_size(size, dtype=float):
+    rng = np.random.default_rng(0)
+    return {"a": jnp.asarray(size * rng.normal(size=(3, 2)), dtype), "b": jnp.asarray(size * rng.normal(size=4), dtype)}
+
+
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16], ids=lambda dtype: jnp.dtype(dtype).name)
+def test_twins_have_the_values_of_optax(name, dtype, x64):
+    """Bit by bit; what bfloat16 rounds in each operation is rounded once, so it may differ by two units."""
+    ours, theirs = (getattr(where, name)(*TWINS[name]) for where in (hg.optimizers, optax))
+    for size in (0.0, 1e-3, 0.2, 1.0, 30.0):
+        updates = updates_of_size(size, dtype)
+        got, want = (tx.update(updates, tx.init(updates))[0] for tx in (ours, theirs))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert a.dtype == b.dtype == dtype
+            rtol = 2 * float(jnp.finfo(dtype).eps) if dtype == jnp.bfloat16 else 0.0
+            np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("size", [0.0, 1e-3, 0.2, 1.0, 30.0])
+def test_derivatives_of_twins_equal_finite_differences(name, size, x64):
+    """In the updates and in the numbers, in both modes, and where the updates are zero."""
+    flat, restore = jax.flatten_util.ravel_pytree(updates_of_size(size))
+    point = jnp.concatenate([flat, jnp.array(TWINS[name])])
+
+    def fn(x):
+        tx = getattr(hg.optimizers, name)(*x[len(flat) :])
+        return jax.flatten_util.ravel_pytree(tx.update(restore(x[: len(flat)]), tx.init(None))[0])[0]
+
+    steps = 1e-6 * jnp.diag(jnp.maximum(jnp.abs(point), 1e-3))
+    differences = jnp.stack([(fn(point + s) - fn(point - s)) / (2 * s.sum()) for s in steps], axis=1)
+    for jacobian in (jax.jacrev(fn)(point), jax.jacfwd(fn)(point)):
+        np.testing.assert_allclose(jacobian, differences, rtol=1e-6, atol=1e-6)
+
+
+def test_twins_hold_under_strict_promotion(hard_mode):
+    updates = updates_of_size(1.0, jnp.float32)
+    for name, numbers in TWINS.items():
+        tx = getattr(hg.optimizers, name)(*numbers)
+        jax.grad(lambda u, tx=tx: sum(x.sum() for x in jax.tree.leaves(tx.update(u, tx.init(u))[0])))(updates)
+
+
 def test_the_documentation_shows_the_catalogue():
     shown = DOCS.read_text().split(BEGIN)[1].split(END)[0]
     version, found = shown.strip().split("\n\n")
