@@ -3,7 +3,7 @@
     H Q = Q T + r eᵀ,   Q orthonormal, T tridiagonal k × k;   Ritz values θ of T approach H's ends first
 
 A Neumann series with step α needs 0 < αθ < 2 for all eigenvalues θ; CG needs them positive, or ``damping`` above the
-most negative one. Both are read off here, for as many products with H as there are steps.
+magnitude of the most negative one. Both follow from the ends of the spectrum, at one product with H per step.
 
 Reference: Lanczos 1950; Ghorbani, Krishnan & Xiao, An investigation into neural net optimization via Hessian
 eigenvalue density, arXiv 1901.10159 (shares of the spectrum by the same run).
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from hypergrad import curvature, data, tree, validate
+from hypergrad import curvature, tree, validate
 from hypergrad.diagnostics._base import digits
 from hypergrad.problem import (
     BilevelParams,
@@ -29,18 +29,20 @@ from hypergrad.problem import (
 from hypergrad.training import split_keys
 from hypergrad.types import Array, Batch, Key, MatVec, ModelState, PyTree
 
+__all__ = ["Spectrum", "extreme_eigenvalues"]
+
 _EPSILONS = 10  # of the largest eigenvalue: what rounding of the products may move an eigenvalue by
 
 
 class Spectrum(NamedTuple):
-    """The ends of the Hessian of the inner loss. ``str()`` of it says what follows for the solvers.
+    """Extreme eigenvalues of the Hessian of the inner loss. ``str()`` of it says what follows for the solvers.
 
     Attributes:
       largest: scalar, estimate of λ_max from below.
       largest_error: scalar, an eigenvalue lies within this distance of ``largest``.
       smallest: scalar, estimate of λ_min from above; below −``smallest_error``: H is indefinite for certain.
       smallest_error: scalar, an eigenvalue lies within this distance of ``smallest``.
-      safe_step: scalar, 1/max|θ|: a ``step_size`` for ``hg.solvers.neumann``, half of what diverges.
+      safe_step: scalar, 1/max|θ|: a ``step_size`` for ``hg.solvers.neumann``, half of the smallest that diverges.
       negative_share: scalar in [0, 1], the share of negative eigenvalues as one random vector sees it: a rough number.
       num_steps: int32 scalar, Lanczos steps, each a product with H; fewer than asked for where the Krylov space ended.
     """
@@ -54,26 +56,26 @@ class Spectrum(NamedTuple):
     num_steps: Array
 
     def __str__(self) -> str:
-        """Return the figures, and which solver they call for."""
+        """Return the figures, and the solver to use."""
         low, high, step = float(self.smallest), float(self.largest), float(self.safe_step)
         if not low > -float("inf"):
             return "the Hessian is not finite at these weights"
         text = [
             f"largest eigenvalue   {digits(high)}  (± {digits(float(self.largest_error))})",
             f"smallest eigenvalue  {digits(low)}  (± {digits(float(self.smallest_error))})",
-            f"safe Neumann step    {digits(step)}  (diverges from {digits(2 * step)} on)",
+            f"safe Neumann step    {digits(step)}  (a series diverges from {digits(2 * step)} on)",
         ]
         noise = _EPSILONS * float(jnp.finfo(self.smallest.dtype).eps) * max(abs(low), abs(high))
         if low > noise:
             ratio = high / low
-            text.append(f"positive definite as far as seen, condition number at least {digits(ratio)}: cg is right")
+            text.append(f"positive definite as far as seen, condition number at least {digits(ratio)}: use cg")
         elif low >= -noise:
-            text.append("singular to rounding: give cg damping, or the loss a decay")
+            text.append("singular to rounding: use cg with damping, or give the loss a decay")
         else:
             share = 100 * float(self.negative_share)
             text.append(
                 f"indefinite: λ_min/λ_max = {digits(low / high if high else float('nan'))}, about {share:.2g} % of the "
-                f"eigenvalues negative; cg wants damping > {digits(-low)}, a Neumann series stays finite for few terms"
+                f"eigenvalues negative; cg needs damping > {digits(-low)}, a Neumann series stays finite for few terms"
             )
         return "\n".join(text)
 
@@ -93,7 +95,7 @@ def extreme_eigenvalues(
     distance from θ to an eigenvalue.
 
     Args:
-      problem: its inner loss is looked at, with the key that all products of an estimate with ``key`` share.
+      problem: its inner loss is used, with the key that all products of an estimate with ``key`` share.
       variables: where.
       inner_batch: one batch, or an ``IndexedBatch``; no window axis.
       key: of the losses, as an estimate takes it; None where they draw no random numbers. The start comes from it too.
@@ -107,8 +109,8 @@ def extreme_eigenvalues(
       TypeError: no ``BilevelProblem`` or ``BilevelParams``.
       ValueError: ``num_steps`` < 1.
 
-    Right for the batch given. ``largest`` is a lower bound that 20 to 30 steps bring within a few per cent on networks;
-    ``smallest`` converges later where many eigenvalues crowd at zero, and is then an upper bound with a small "error".
+    Valid for the batch given. ``largest`` is a lower bound, within a few per cent after 20 to 30 steps on networks;
+    ``smallest`` converges later where many eigenvalues are near zero, and is then an upper bound with a small "error".
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: 0.5 * jnp.sum(jnp.array([4.0, 1.0, -2.0]) * w**2)
@@ -123,17 +125,17 @@ def extreme_eigenvalues(
     check_variables(variables)
     num_steps = validate.positive_int("num_steps", num_steps)
     model_state = check_model_state(problem, model_state)
-    key = validate.as_key(key)
-    keys, batch = split_keys(key), data.gathered(inner_batch)
 
-    def inner(params: PyTree) -> Array:
-        at = BilevelParams(params, variables.hyperparams)
-        return evaluate_inner(problem, at, batch, keys.solve, model_state).value
+    @jax.jit
+    def run(at: BilevelParams, batch: Batch, key: Array | None, model_state: ModelState) -> Spectrum:
+        def inner(params: PyTree) -> Array:
+            return evaluate_inner(problem, at._replace(params=params), batch, split_keys(key).solve, model_state).value
 
-    size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(variables.params))
-    start = _random_like(variables.params, jax.random.key(0) if key is None else jax.random.fold_in(key, num_steps))
-    found = _lanczos(curvature.hvp(inner, variables.params), start, min(num_steps, size))
-    return _read(found)
+        size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(at.params))
+        start = _random_like(at.params, jax.random.key(0) if key is None else jax.random.fold_in(key, num_steps))
+        return _read(_lanczos(curvature.hvp(inner, at.params), start, min(num_steps, size)))
+
+    return run(variables, inner_batch, validate.as_key(key), model_state)
 
 
 class _Lanczos(NamedTuple):
