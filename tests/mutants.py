@@ -76,8 +76,8 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/_compare.py",
-        "key=validate.as_key(key)",
-        "key=None if key is None else jax.random.key(0)",
+        "key = validate.as_key(key)",
+        "key = None if key is None else jax.random.key(0)",
         KEYS,
         "key ignored",
     ),
