@@ -154,7 +154,6 @@ def test_library_manners(path):
             "importlib",
             "inspect",
             "itertools",
-            "enum",
             "pathlib",
             "threading",
             "types",

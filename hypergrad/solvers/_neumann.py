@@ -61,7 +61,8 @@ def neumann(
 
     Returns:
       A ``LinearSolver``. ``num_products`` counts terms and power iterations. ``CONVERGED`` means a residual of at most
-      1e-5 (or ``tolerance``), that of the last term, which knows nothing of rounding in x (about ε κ). Where the residual passes 1000 the series ends with status ``DIVERGED``.
+      1e-5 (or ``tolerance``), that of the last term, which does not contain the rounding of x (about ε κ).
+      Where the residual passes 1000 the series ends with status ``DIVERGED``.
 
     Raises:
       ValueError: ``num_terms`` < 1, ``step_size`` ≤ 0, ``damping`` < 0.
