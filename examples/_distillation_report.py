@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 import hypergrad as hg
 
 Audits = Mapping[str, Sequence[hg.diagnostics.Retrained]]
-_NAMES = ("carried", "retrained")
+_NAMES = {"jointly_trained": "jointly trained", "retrained": "retrained"}  # fields of an audit, as they are shown
 
 
 def table(results: Audits) -> str:
     """Return both accuracies for each kind of start; mean ± standard deviation over the seeds."""
-    lines = ["test accuracy".ljust(12) + "".join(name.rjust(17) for name in _NAMES)]
+    lines = ["test accuracy".ljust(12) + "".join(name.rjust(17) for name in _NAMES.values())]
     for how, audits in results.items():
         each = (_accuracies(audits, name) for name in _NAMES)
         lines.append(how.ljust(13) + "".join(f"{a.mean():.3f} ± {a.std():.3f}".rjust(17) for a in each))
@@ -34,9 +34,9 @@ def draw(results: Audits, points: Mapping[str, np.ndarray], path: Path) -> None:
             axes.set(xticks=[], yticks=[], ylabel=how if column == 0 else "")
     axes = figure.add_subplot(grid[:, count:])
     for row, audits in enumerate(results.values()):
-        for shift, name, colour in ((0.18, "carried", "tab:blue"), (-0.18, "retrained", "tab:orange")):
+        for shift, (name, shown), colour in zip((0.18, -0.18), _NAMES.items(), ("tab:blue", "tab:orange"), strict=True):
             values = _accuracies(audits, name)
-            axes.barh(-row + shift, values.mean(), 0.34, color=colour, alpha=0.75, label=name if row == 0 else None)
+            axes.barh(-row + shift, values.mean(), 0.34, color=colour, alpha=0.75, label=shown if row == 0 else None)
             axes.plot(values, [-row + shift] * len(values), "k.", markersize=4)
     axes.axvline(1 / datasets.NUM_CLASSES, color="0.4", linestyle=":", linewidth=1)
     axes.set_yticks([-row for row in range(len(results))], list(results))

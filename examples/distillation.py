@@ -4,9 +4,9 @@
     outer:  min_λ  CE(w_T(λ); a thousand training images)           unrolled, Adam on the hypergradient
 
 Warm start: a few inner steps from the weights of the outer step before, as joint training does. Cold start: all inner
-steps from fresh weights at every outer step. Both are audited by ``hg.diagnostics.retrain``: test accuracy of the
-weights that came out, beside weights trained from scratch on the three points as they ended. Three points can carry ten
-classes past a network one after the other, and be gone: that is in the weights, not in the points.
+steps from fresh weights at every outer step. ``hg.diagnostics.retrain`` tests both: the accuracy of the jointly trained
+weights is compared with that of weights trained from scratch on the three points as they ended. Points that change can
+teach a network ten classes one after the other; what it remembers of that is in the weights, not in the last points.
 
     python examples/distillation.py
 
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[hg.diagnostics.Ret
                 audits.append(hg.diagnostics.retrain(PROBLEM, found, init, (), splits.test, score=accuracy, **options))
     report.draw(results, points, args.out / "distillation.png")
     print(f"\n{report.table(results)}")
-    print(f"\nthe audit of the last warm run:\n{results[WARM][-1]}\n\npicture: {args.out / 'distillation.png'}")
+    print(f"\nretraining after the last warm run:\n{results[WARM][-1]}\n\npicture: {args.out / 'distillation.png'}")
     return results
 
 
