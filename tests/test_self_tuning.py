@@ -258,6 +258,22 @@ def test_what_acts_on_weights_is_perturbed_once_a_batch_and_seen_by_penalties():
     assert np.isfinite(float(drawn(start, h, x, jax.random.key(0))))
 
 
+@pytest.mark.parametrize(("groups", "each"), [(None, 1), (3, 2)])
+def test_examples_of_a_group_share_a_perturbation(groups, each):
+    """Without groups each example has its own; the hyperparameter that is marked False has one per batch."""
+    model, x = nn.Dense(2, **F64), inputs("vectors", 6)
+    loss = lambda w, h, x, key: (jnp.mean(model.apply({"params": w}, x)), h)  # noqa: E731
+    problem = hg.BilevelProblem(loss, loss, has_aux=True)
+    problem = responses.self_tuning(problem, variant=VARIANTS["stn"], per_example={"a": True, "b": False})
+    start = init(problem, jax.jit(model.init)(jax.random.key(0), x)["params"], x)
+    noisy = responses.perturbed(problem, scale=0.5, num_groups=groups)
+    seen = jax.jit(noisy.inner_loss)(start, hyper(), x, jax.random.key(0))[1]
+    assert seen["b"].shape == (2,)
+    by_group = np.asarray(seen["a"]).reshape(-1, each)
+    assert (by_group == by_group[:, :1]).all()
+    assert len(set(by_group[:, 0])) == len(by_group) == 6 // each
+
+
 @pytest.mark.parametrize(("variant", "steps", "tolerance"), [("delta", 2000, 0.01), ("stn", 4000, 0.03)])
 def test_a_linear_network_learns_its_exact_response(variant, steps, tolerance):
     """Two linear layers with a Jacobian penalty per input: w*(λ) in closed form, which gates can represent.
