@@ -1,14 +1,14 @@
-"""Noise and augmentation whose strength is a hyperparameter: one number for the batch, or one an example.
+"""Noise and augmentation whose strength is a hyperparameter: one number for the batch, or one per example.
 
     y = x · m / (1 − p),   m ~ Bernoulli(1 − p)            p of shape (), or (B,) for a batch of B examples
 
-Nothing differentiates through a drawn mask: a dropout rate, a number of holes or a rounded size has zero derivative
-here. Tune them by a learned response (``hg.direct`` with self-tuning, which sees one perturbed rate an example) or by
-evolution; ``hg.implicit`` and ``hg.unrolled`` refuse them. ``gaussian_noise``, ``smooth_labels`` and
-``perturb_weights`` are smooth in their strength, and any estimator may tune it.
+A sampled mask is not differentiable: a dropout rate, a number of holes or a rounded size has zero derivative here. Tune
+them by a learned response (``hg.direct`` with self-tuning, which perturbs the rate per example) or by evolution;
+``hg.implicit`` and ``hg.unrolled`` refuse them. ``gaussian_noise``, ``smooth_labels`` and ``perturb_weights`` are
+smooth in their strength, and any estimator can tune it.
 
-A strength that is concrete is checked; a traced one passes, and a mask's rate is clipped to [0, 1]. Inputs keep their
-dtype; random numbers and factors are of the strength's, at least float32.
+Concrete strengths are checked, traced ones are not; a mask's rate is clipped to [0, 1]. Inputs keep their dtype; random
+numbers and factors have the dtype of the strength, at least float32.
 Reference: MacKay et al., Self-Tuning Networks, arXiv 1903.03088.
 """
 
@@ -24,6 +24,18 @@ from jax import lax
 from hypergrad import tree, validate
 from hypergrad.types import Array, Key, Params, PyTree
 
+__all__ = [
+    "HyperDropout",
+    "cutout",
+    "drop_tokens",
+    "drop_weights",
+    "dropout",
+    "gaussian_noise",
+    "perturb_weights",
+    "smooth_labels",
+    "stochastic_round",
+]
+
 
 def dropout(key: Key, x: Array, rate: Any, *, broadcast_dims: Sequence[int] = ()) -> Array:
     """Zero entries with probability p and divide the others by 1 − p.
@@ -32,16 +44,16 @@ def dropout(key: Key, x: Array, rate: Any, *, broadcast_dims: Sequence[int] = ()
 
     Args:
       key: random key.
-      x: floating array; with one rate an example, axis 0 is the batch.
-      rate: p in [0, 1), of shape () or (B,). Where a traced rate reaches 1, y = 0.
-      broadcast_dims: axes along which the mask is the same; 1 for x of shape (batch, time, features) is variational
-        dropout. With 0 among them, examples share random numbers, and a mask if their rates agree.
+      x: floating array; with one rate per example, axis 0 is the batch.
+      rate: p in [0, 1), of shape () or (B,). If a traced rate reaches 1, y = 0.
+      broadcast_dims: axes along which the mask is constant; 1 for x of shape (batch, time, features) is variational
+        dropout. If 0 is among them, examples share random numbers, and those of equal rates the mask.
 
     Returns:
       y, of the shape and dtype of ``x``. Its derivative in ``rate`` is zero.
 
     Raises:
-      ValueError, TypeError: no key, a rate of another shape or outside [0, 1), an axis that ``x`` has not.
+      ValueError, TypeError: no key, a rate of another shape or outside [0, 1), an axis that ``x`` does not have.
 
     >>> dropout(jax.random.key(0), jnp.ones((2, 4)), jnp.array([0.0, 0.5])).tolist()[0]
     [1.0, 1.0, 1.0, 1.0]
@@ -64,9 +76,9 @@ class HyperDropout(nn.Module):
 
     Attributes:
       initial_rate: p in [0, 1) that ``init`` puts into the collection.
-      broadcast_dims: axes along which the mask is the same, as for ``dropout``.
+      broadcast_dims: axes along which the mask is constant, as for ``dropout``.
       rng_collection: name of the random key among ``rngs``.
-      deterministic: True returns the input; given here or to the call, not both.
+      deterministic: True returns the input; pass it here or to the call, not both.
 
     >>> HyperDropout(0.2).init(jax.random.key(0), jnp.ones((2, 3)), deterministic=True)
     {'hyper': {'rate': Array(0.2, dtype=float32)}}
@@ -79,7 +91,7 @@ class HyperDropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, deterministic: bool | None = None, rate: Any = None) -> Array:
-        """Return ``dropout(key, x, rate)``, or ``x`` where deterministic; ``rate`` stands in for the collection."""
+        """Return ``dropout(key, x, rate)``, or ``x`` if deterministic; ``rate`` replaces that of the collection."""
         skip = nn.merge_param("deterministic", self.deterministic, deterministic)
         if rate is None and (not skip or self.is_initializing()):
             rate = self._rate()
@@ -96,13 +108,13 @@ class HyperDropout(nn.Module):
 
 
 def gaussian_noise(key: Key, x: Array, scale: Any) -> Array:
-    """Add Gaussian noise: y = x + s ε, ε ~ N(0, 1) an entry; smooth in s.
+    """Add Gaussian noise: y = x + s ε, ε ~ N(0, 1) per entry; smooth in s.
 
     Reference: MacKay et al., arXiv 1903.03088.
 
     Args:
       key: random key.
-      x: floating array; with one scale an example, axis 0 is the batch.
+      x: floating array; with one scale per example, axis 0 is the batch.
       scale: s ≥ 0, of shape () or (B,).
 
     Returns:
@@ -125,7 +137,7 @@ def smooth_labels(labels: Array, num_classes: int, rate: Any) -> Array:
     Reference: Szegedy et al., arXiv 1512.00567.
 
     Args:
-      labels: integers (B, …) in 0 … C−1. Another number, such as a padding of −1, gives p / C everywhere.
+      labels: integers (B, …) in 0 … C−1. Another integer, such as −1 for padding, gives p / C for all classes.
       num_classes: C.
       rate: p in [0, 1), of shape () or (B,).
 
@@ -133,7 +145,7 @@ def smooth_labels(labels: Array, num_classes: int, rate: Any) -> Array:
       Targets (B, …, C) in the dtype of ``rate``, at least float32.
 
     Raises:
-      ValueError, TypeError: labels that are no integers, a rate of another shape or outside [0, 1).
+      ValueError, TypeError: labels that are not integers, a rate of another shape or outside [0, 1).
 
     >>> smooth_labels(jnp.array([0, 1]), 2, jnp.array([0.0, 0.5])).tolist()
     [[1.0, 0.0], [0.25, 0.75]]
@@ -145,7 +157,7 @@ def smooth_labels(labels: Array, num_classes: int, rate: Any) -> Array:
 
 
 def stochastic_round(key: Key, x: Any) -> Array:
-    """Round down or up at random, right in the mean: ⌊x⌋ + b, b ~ Bernoulli(x − ⌊x⌋).
+    """Round down or up at random, without bias: ⌊x⌋ + b, b ~ Bernoulli(x − ⌊x⌋).
 
     Reference: Gupta et al., arXiv 1502.02551.
 
@@ -154,7 +166,7 @@ def stochastic_round(key: Key, x: Any) -> Array:
       x: floating number or array.
 
     Returns:
-      int32, of the shape of ``x``, right where it fits. Its derivative is zero.
+      int32, of the shape of ``x``; valid when ⌊x⌋ + 1 fits into int32. Its derivative is zero.
 
     Raises:
       ValueError, TypeError: no key, or x not of a floating dtype.
@@ -169,16 +181,16 @@ def stochastic_round(key: Key, x: Any) -> Array:
 
 
 def cutout(key: Key, images: Array, size: Any, count: Any, *, max_count: int) -> Array:
-    """Set square holes in images to zero, at centres drawn uniformly from the image, cut off at its border.
+    """Set square holes in images to zero, at centres drawn uniformly from the image and clipped at its border.
 
     Reference: DeVries & Taylor, arXiv 1708.04552.
 
     Args:
       key: random key.
       images: (B, H, W) or (B, H, W, C), of any numeric dtype.
-      size: side s ≥ 0 in pixels, real, of shape () or (B,): rounded by ``stochastic_round``, once an example.
-      count: number of holes, real, in 0 … ``max_count``, of shape () or (B,): rounded alike.
-      max_count: the most holes, a static number. A traced count beyond it counts as it.
+      size: side s ≥ 0 in pixels, real, of shape () or (B,): rounded by ``stochastic_round``, once per example.
+      count: number of holes, real, in 0 … ``max_count``, of shape () or (B,): rounded in the same way.
+      max_count: the largest number of holes, static. A traced count above it is clipped to it.
 
     Returns:
       Images of the same shape and dtype. Derivatives in ``size`` and ``count`` are zero.
@@ -191,7 +203,7 @@ def cutout(key: Key, images: Array, size: Any, count: Any, *, max_count: int) ->
     [64.0, 63.0]
     """
     images = jnp.asarray(images)
-    wanted, fix = "images (B, H, W) or (B, H, W, C)", "Reshape them, and give a single image a batch axis of 1."
+    wanted, fix = "images (B, H, W) or (B, H, W, C)", "Reshape them; a single image needs a batch axis of size 1."
     _require(images.ndim in (3, 4), "cutout", wanted, f"shape {images.shape}", fix)
     holes = np.arange(validate.positive_int("max_count", max_count), dtype=np.int32)
     planes, batch = images.reshape(*images.shape[:3], -1)[..., 0], images.shape[:1]
@@ -210,20 +222,21 @@ def cutout(key: Key, images: Array, size: Any, count: Any, *, max_count: int) ->
 
 
 def drop_weights(key: Key, params: Params, rate: PyTree) -> Params:
-    """Zero weights with probability p and divide the others by 1 − p: DropConnect, one mask for the batch.
+    """Zero weights with probability p and divide the others by 1 − p: DropConnect, one mask per batch.
 
     Reference: Merity et al., arXiv 1708.02182.
 
     Args:
       key: random key.
       params: weights, any pytree of floating arrays.
-      rate: a tree prefix of ``params``: numbers p in [0, 1) that broadcast to the weights below. A literal 0 skips.
+      rate: a tree prefix of ``params``: numbers p in [0, 1) that broadcast to the weights below. A literal 0 leaves
+        them unchanged.
 
     Returns:
       A tree like ``params``. Its derivative in ``rate`` is zero.
 
     Raises:
-      ValueError, TypeError: no key, a rate that is no prefix, does not broadcast, or lies outside [0, 1).
+      ValueError, TypeError: no key, a rate that is not a prefix, does not broadcast, or lies outside [0, 1).
 
     >>> drop_weights(jax.random.key(0), {"a": jnp.ones(2), "b": jnp.ones(9)}, {"a": 0.0, "b": 0.5})["a"].tolist()
     [1.0, 1.0]
@@ -233,20 +246,21 @@ def drop_weights(key: Key, params: Params, rate: PyTree) -> Params:
 
 
 def perturb_weights(key: Key, params: Params, scale: PyTree) -> Params:
-    """Add noise to weights, relative to their array's root mean square: w + s · rms(w) ε, ε ~ N(0, 1) a weight.
+    """Add noise to weights, relative to their array's root mean square: w + s · rms(w) ε, ε ~ N(0, 1) per weight.
 
-    One draw for the batch; smooth in s; rms(w) counts as a constant. Reference: Blundell et al., arXiv 1505.05424.
+    One draw per batch; smooth in s; rms(w) is treated as a constant. Reference: Blundell et al., arXiv 1505.05424.
 
     Args:
       key: random key.
       params: weights, any pytree of floating arrays.
-      scale: a tree prefix of ``params``: numbers s ≥ 0 that broadcast to the weights below. A literal 0 skips.
+      scale: a tree prefix of ``params``: numbers s ≥ 0 that broadcast to the weights below. A literal 0 leaves them
+        unchanged.
 
     Returns:
       A tree like ``params``; arrays of zeros stay zero.
 
     Raises:
-      ValueError, TypeError: no key, a scale that is no prefix, does not broadcast, or is negative.
+      ValueError, TypeError: no key, a scale that is not a prefix, does not broadcast, or is negative.
 
     >>> perturb_weights(jax.random.key(0), {"a": jnp.ones(2), "b": jnp.ones(9)}, {"a": 0.0, "b": 0.1})["a"].tolist()
     [1.0, 1.0]
@@ -260,7 +274,7 @@ def perturb_weights(key: Key, params: Params, scale: PyTree) -> Params:
 
 
 def drop_tokens(key: Key, ids: Array, embedded: Array, rate: Any, *, vocabulary: int) -> Array:
-    """Zero whole embeddings with probability p, each word type everywhere in a sequence at once.
+    """Zero whole embeddings with probability p, all occurrences of a word type in a sequence together.
 
     Reference: Gal & Ghahramani, arXiv 1512.05287.
 
@@ -269,13 +283,13 @@ def drop_tokens(key: Key, ids: Array, embedded: Array, rate: Any, *, vocabulary:
       ids: word types, integers (B, …) in 0 … ``vocabulary``−1; axis 0 holds the sequences.
       embedded: their embeddings, floating, of shape ``ids.shape + (features,)``.
       rate: p in [0, 1), of shape () or (B,).
-      vocabulary: number of word types, a static number.
+      vocabulary: number of word types, static.
 
     Returns:
       Kept embeddings divided by 1 − p, zeros for the others; shape and dtype of ``embedded``, zero derivative in p.
 
     Raises:
-      ValueError, TypeError: no key, shapes that do not belong together, a rate outside [0, 1).
+      ValueError, TypeError: no key, shapes that do not match, a rate outside [0, 1).
 
     >>> y = drop_tokens(jax.random.key(0), jnp.array([[3, 1, 3]]), jnp.ones((1, 3, 2)), 0.5, vocabulary=4)
     >>> bool((y[0, 0] == y[0, 2]).all())
@@ -293,7 +307,7 @@ def drop_tokens(key: Key, ids: Array, embedded: Array, rate: Any, *, vocabulary:
 
 
 def _masked(x: Array, uniform: Array, rate: Array) -> Array:
-    """Keep where u < 1 − p; no division by zero, whose derivative would be NaN, where p = 1."""
+    """Keep entries with u < 1 − p. At p = 1 the division is avoided: its derivative would be NaN."""
     keep = 1 - jnp.clip(lax.stop_gradient(rate), 0, 1)
     factor = jnp.where(uniform < keep, 1 / jnp.where(keep > 0, keep, 1), 0)
     dtype = tree.wider(x.dtype, factor.dtype)
@@ -306,10 +320,11 @@ def _plus_noise(key: Array, x: Array, scale: Array) -> Array:
 
 
 def _by_weight(name: str, what: str, change: Any, key: Key, params: Params, strengths: PyTree, **bounds: Any) -> Params:
-    """Apply ``change(key, weight, strength)`` to every array, with a key by its place in the tree."""
+    """Apply ``change(key, weight, strength)`` to every array, with a key from its index in the tree."""
     one, changed = _key(name, key), []
-    for i, (path, weight, strength) in enumerate(validate.by_prefix(f"hyper.{name}", f"{what}s", params, strengths)):
-        w, s = _typed(name, f"params leaf {path}", weight), _numbers(name, what, strength, **bounds)
+    found = validate.by_prefix(f"noise.{name}", f"{what}s", params, strengths)
+    for i, (label, (_, weight, strength)) in enumerate(zip(tree.labels("params", params), found, strict=True)):
+        w, s = _typed(name, label, weight), _numbers(name, what, strength, **bounds)
         s = s.reshape((1,) * (w.ndim - s.ndim) + s.shape)
         untouched = isinstance(strength, int | float) and strength == 0
         changed.append(w if untouched else change(jax.random.fold_in(one, i), w, s))
@@ -329,15 +344,15 @@ def _typed(name: str, what: str, x: Any, kind: Any = jnp.floating) -> Array:
 
 
 def _numbers(name: str, what: str, value: Any, *, like: Any = None, high: Any = np.inf, closed: bool = False) -> Array:
-    """Return numbers in [0, high) in at least float32: with ``like`` one, or one an example, with as many axes."""
+    """Return numbers in [0, high) in at least float32; with ``like``, one or one per example, with as many axes."""
     fine = isinstance(value, int | float | np.number | jax.Array | np.ndarray) and not isinstance(value, bool)
     _require(fine, name, f"{what} to be a number", validate.describe(value), "Pass a float.", TypeError)
     shape = jnp.shape(value)
     batch, rank = (shape, len(shape)) if like is None else (like.shape[:1], like.ndim)
-    fix = "Pass one number, or one an example."
+    fix = "Pass one number, or one per example."
     _require(shape in ((), batch), name, f"{what} of shape () or {batch}", f"shape {shape}", fix)
     if not isinstance(value, jax.core.Tracer):
-        flat = np.asarray(value, np.float64)
+        flat = np.asarray(jax.device_get(value), np.float64)
         odd = flat[~((flat >= 0) & np.isfinite(flat) & (flat <= high if closed else flat < high))].ravel()
         fix = "Constrain it, e.g. with hg.bijectors.sigmoid() or hg.bijectors.interval(0.0, high)."
         _require(not odd.size, name, f"{what} in [0, {high:g}{']' if closed else ')'}", f"{odd[:1]}", fix)
@@ -346,4 +361,4 @@ def _numbers(name: str, what: str, value: Any, *, like: Any = None, high: Any = 
 
 def _require(holds: bool, name: str, expected: str, got: str, fix: str, error: Any = ValueError) -> None:
     if not holds:
-        raise error(f"hyper.{name}: {validate.message(expected, got, fix)}")
+        raise error(f"noise.{name}: {validate.message(expected, got, fix)}")

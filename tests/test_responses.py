@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import hypergrad as hg
 from hypergrad import responses
@@ -323,6 +324,20 @@ def test_a_global_hypernetwork_holds_the_response_over_a_range():
         (lambda p: responses.hypernetwork(3), TypeError, "module"),
         (lambda p: responses.hypernetwork(nn.Dense(3)).init(0, jnp.ones(4), jnp.ones(1)), ValueError, "4 weights"),
         (lambda p: responses.hypernetwork(lambda n: n).init(0, jnp.ones(4), jnp.ones(1)), TypeError, "module.size"),
+        (lambda p: responses.hypernetwork(nnx.Linear(1, 4, rngs=nnx.Rngs(0))), TypeError, "flax.linen.Module"),
+        (
+            lambda p: _gated().apply(_gated().init(0, jnp.ones(1), jnp.ones(1)), jnp.ones(3)),
+            ValueError,
+            "with 1 entries",
+        ),
+        (lambda p: _bounded(jnp.ones(3)).init(0, jnp.ones(1), jnp.ones(2)), ValueError, r"low of shape \(\) or \(2,\)"),
+        (lambda p: responses.init(_learned_scale(_responding(p)), 0, jnp.ones(1), jnp.ones(1)), TypeError, "WithScale"),
+        (lambda p: _noisy(p).inner_loss(0.0, _with_scale(), (), jax.random.key(0)), TypeError, "without a scale"),
+        (
+            lambda p: _learned_scale(_silent(p)).outer_loss(0.0, _with_scale(), (), jax.random.key(0)),
+            TypeError,
+            "scalar",
+        ),
         (lambda p: responses.learned_scale(low=1.0, high=0.5), ValueError, "high"),
         (lambda p: responses.magnitude_invariant(1.0, 1.0), ValueError, "low < high"),
         (lambda p: responses.sampled(p, 3), TypeError, "draw"),
@@ -359,6 +374,18 @@ def _noisy(problem):
 
 def _gated():
     return responses.gated()
+
+
+def _bounded(low):
+    return responses.linear(encoding=responses.magnitude_invariant(low, 2.0))
+
+
+def _silent(problem):
+    return hg.BilevelProblem(problem.inner_loss, lambda w, h, b, k: None)
+
+
+def _with_scale():
+    return responses.HyperparamsWithScale(jnp.ones(1), jnp.zeros(1))
 
 
 def _learned_scale(problem):
