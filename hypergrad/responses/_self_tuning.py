@@ -212,8 +212,7 @@ def self_tuning(
         def of_response(response_params: PyTree, hyperparams: Hyperparams, *rest: Any) -> Any:
             params, own = unpack(response_params, center)
             rows, shared = _displacement(variant, per_example, hyperparams, center)
-            params = params if shared is None else displaced_weights(params, own, shared)
-            return _run(loss, Run(params, own, rows), hyperparams, *rest)
+            return _run(loss, Run(displaced_weights(params, own, shared), own, rows), hyperparams, *rest)
 
         return of_response
 
@@ -234,7 +233,7 @@ def self_tuning(
                 return _run(loss, run, hyperparams, batch, same_key, *state)
 
             def outputs(t: Array) -> list[Any]:
-                here = held if shared is None else displaced_weights(held, own, t * shared)
+                here = displaced_weights(held, own, None if shared is None else t * shared)
                 run = Run(here, own, rows, linear=t)
                 run_again(run)
                 return run.outputs
@@ -245,8 +244,7 @@ def self_tuning(
                 fix = "Call the model's own apply in the inner loss, or use delta_stn(linearized=False)."
                 raise ValueError(validate.message("an inner loss that runs a Flax model", "no call of one", fix))
             replay = [jax.tree.map(_moved, o, do) for o, do in zip(at, slope, strict=True)]
-            there = held if shared is None else displaced_weights(held, own, shared)
-            second = run_again(Run(there, own, replay=replay))
+            second = run_again(Run(displaced_weights(held, own, shared), own, replay=replay))
             extended = problem.has_aux or problem.stateful
             response_loss = second[0] if extended else second
             # Adds the response's gradient and zero: the value is the loss that trains the weights.

@@ -23,7 +23,7 @@ from flax.core import tracers
 from jax import lax
 
 from hypergrad import validate
-from hypergrad.types import Array, Params
+from hypergrad.types import Array, Params, PyTree
 
 __all__ = [
     "Gates",
@@ -35,6 +35,7 @@ __all__ = [
     "describe_layer",
     "disable_self_tuning",
     "displaced_weights",
+    "named_leaves",
     "pop_inputs",
     "weights_by_path",
 ]
@@ -272,8 +273,10 @@ def _gates(displacement: Array, gate: Array) -> Array:
     return jnp.tensordot(displacement.astype(gate.dtype), gate, 1)
 
 
-def displaced_weights(params: Params, layers: dict[str, LayerResponse], displacement: Array) -> Params:
-    """Return W₀ + g ⊙ W₁ and b₀ + c ⊙ b₁ for a displacement (n,) that all examples share."""
+def displaced_weights(params: Params, layers: dict[str, LayerResponse], displacement: Array | None) -> Params:
+    """Return W₀ + g ⊙ W₁ and b₀ + c ⊙ b₁ for a displacement (n,) that all examples share; None: no displacement."""
+    if displacement is None:
+        return params
     places = weights_by_path(params)
     leaves, structure = jax.tree.flatten(params)
     for path, response in layers.items():
@@ -287,21 +290,21 @@ def displaced_weights(params: Params, layers: dict[str, LayerResponse], displace
     return jax.tree.unflatten(structure, leaves)
 
 
-_NAMES = ("kernel", "embedding", "bias")
-
-
 def weights_by_path(params: Params) -> dict[str, tuple[int, int | None]]:
     """Return, for each layer by path, the indices of its weight and bias among the leaves of ``params``."""
     found: dict[str, dict[str, int]] = {}
-    for place, (keys, _) in enumerate(jax.tree.flatten_with_path(params)[0]):
-        words = [_word(key) for key in keys]
-        if len(words) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and words[-2] in _NAMES:
-            words.pop()  # an NNX variable or a boxed array: its value is one level below
-        found.setdefault("/".join(words[:-1]), {})[words[-1] if words else ""] = place
+    for place, (path, _) in enumerate(named_leaves(params)):
+        found.setdefault("/".join(path[:-1]), {})["".join(path[-1:])] = place
     weights = {path: names.get("kernel", names.get("embedding")) for path, names in found.items()}
     return {path: (place, found[path].get("bias")) for path, place in weights.items() if place is not None}
 
 
-def _word(key: Any) -> str:
-    found = (getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
-    return str(next(found, key))
+def named_leaves(tree: PyTree) -> list[tuple[tuple[str, ...], Any]]:
+    """Return the leaves with their paths; an NNX variable or a boxed array counts as a leaf itself."""
+    found = []
+    for keys, leaf in jax.tree.leaves_with_path(tree):
+        path = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys]
+        inside = len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey)
+        path = path[:-1] if inside and path[-2] in ("kernel", "embedding", "bias") else path
+        found.append((tuple(path), leaf))
+    return found

@@ -6,9 +6,8 @@ is computed here. Layers are located by their path in the weights that the loss 
 """
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +16,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from hypergrad import validate
-from hypergrad.responses.layers._base import Gates, Run, active, current, describe_layer, pop_inputs
-from hypergrad.types import Array, PyTree
+from hypergrad.responses.layers._base import Gates, Run, active, current, describe_layer, named_leaves, pop_inputs
+from hypergrad.types import Array
 
 __all__ = ["intercepted"]
 
@@ -125,16 +124,18 @@ def _locate(run: Run, module: nn.Module) -> str | None:
     This is where the same array objects are. If the loss has changed the weights (a cast, weight drop), it is where a
     tree of the same structure and shapes is, provided that there is only one.
     """
-    own = module.variables.get("params", {})
-    if not jax.tree.leaves(own):
-        return None
-    shapes = jax.tree.map(jnp.shape, _plain(own))
-    alike, ids = [], {id(x) for x in jax.tree.leaves(own)}
-    for path, node in _nodes(run.params):
-        if path[len(path) - len(module.path) :] != module.path or jax.tree.map(jnp.shape, node) != shapes:
+    own = dict(named_leaves(module.variables.get("params", {})))
+    nodes: dict[tuple[str, ...], dict[tuple[str, ...], Any]] = {}
+    for path, leaf in named_leaves(run.params):
+        for i in range(len(path) + 1 if own else 0):
+            nodes.setdefault(path[:i], {})[path[i:]] = leaf
+    alike, ids = [], {id(x) for x in own.values()}
+    for path, node in nodes.items():
+        fits = node.keys() == own.keys() and all(jnp.shape(node[name]) == jnp.shape(own[name]) for name in own)
+        if not fits or path[len(path) - len(module.path) :] != module.path:
             continue
         root = "/".join(path[: len(path) - len(module.path)])
-        if ids & {id(x) for x in jax.tree.leaves(node)}:
+        if ids & {id(x) for x in node.values()}:
             run.roots.setdefault(root, set()).add("same")
             return root
         alike.append(root)
@@ -149,20 +150,3 @@ def _locate(run: Run, module: nn.Module) -> str | None:
         return None
     run.roots.setdefault(alike[0], set()).add("alike")
     return alike[0]
-
-
-def _nodes(tree: PyTree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(tree, Mapping):
-        yield path, _plain(tree)
-        for key, node in tree.items():
-            yield from _nodes(node, (*path, str(key)))
-    elif isinstance(tree, tuple | list):
-        for name, node in zip(getattr(tree, "_fields", range(len(tree))), tree, strict=True):
-            yield from _nodes(node, (*path, str(name)))
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for field in dataclasses.fields(tree):
-            yield from _nodes(getattr(tree, field.name), (*path, field.name))
-
-
-def _plain(tree: PyTree) -> PyTree:
-    return {key: _plain(node) for key, node in tree.items()} if isinstance(tree, Mapping) else tree
