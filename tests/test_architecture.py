@@ -48,6 +48,7 @@ LAYERS = {
 }
 COMPUTES = {
     *("cg", "dense", "neumann", "l1", "l2", "implicit", "unrolled", "reverse", "forward", "best_response", "bilevel"),
+    *("clip_by_global_norm", "clip_by_block_rms", "normalize_by_update_norm"),
     *("add_decayed_weights", "scale_by_learning_rate", "schedule", "direct", "with_response", "perturbed", "sampled"),
     *(
         "self_tuning",
@@ -170,8 +171,7 @@ def public():
     for module in (bijectors, diagnostics, responses, solvers):
         found |= {f"{module.__name__}.{name}": getattr(module, name) for name in module.__all__}
     found |= {f"hg.penalties.{name}": getattr(penalties, name) for name in ("l1", "l2")}
-    pieces = ("add_decayed_weights", "scale_by_learning_rate", "schedule")
-    found |= {f"hg.optimizers.{name}": getattr(optimizers, name) for name in pieces}
+    found |= {f"hg.optimizers.{name}": getattr(optimizers, name) for name in optimizers.__all__}
     found |= {f"hg.noise.{name}": getattr(noise, name) for name in dir(noise) if _is_own(getattr(noise, name), noise)}
     return found
 

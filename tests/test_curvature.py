@@ -1,4 +1,4 @@
-"""Hessian and mixed products against dense second derivatives; the trace-time search for zero derivatives."""
+"""Hessian and mixed products against dense second derivatives."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from hypergrad import curvature, dataflow
+from hypergrad import curvature, tree
 from tests.problems import network, relative_error
 
 
@@ -76,25 +76,9 @@ def test_a_mixed_product_of_a_penalty_does_not_run_the_network():
     assert "multiply" in text
 
 
-@pytest.mark.parametrize(
-    ("fn", "want"),
-    [
-        (lambda x: {"a": x, "b": 1.0}, [1]),
-        (lambda x: {"a": jnp.zeros(3), "b": x + 1}, [0]),
-        (lambda x: {"a": jax.jit(lambda p, q: (p, q))(x, 1.0)[1], "b": 0.0}, [0, 1]),
-        (lambda x: {"a": jax.lax.fori_loop(0, 3, lambda _, c: c * x, 1.0), "b": x}, []),
-        (lambda x: {"a": jax.checkpoint(jnp.sin)(x), "b": jax.nn.relu(x)}, []),
-        (lambda x: {"a": jax.lax.cond(x > 0, lambda: 1.0, lambda: 2.0), "b": x}, []),
-    ],
-    ids=["constant", "other", "through jit", "loop", "custom", "cond"],
-)
-def test_independent_leaves(fn, want):
-    assert dataflow.independent_leaves(fn, jnp.array(0.5)) == want
-
-
 def test_tree_operations(hard_mode):
-    tree = {"a": jnp.array([3.0, 4.0], jnp.bfloat16), "b": jnp.zeros((), jnp.float32)}
-    wide = tree.promote(tree)
+    values = {"a": jnp.array([3.0, 4.0], jnp.bfloat16), "b": jnp.zeros((), jnp.float32)}
+    wide = tree.promote(values)
     assert {x.dtype for x in jax.tree.leaves(wide)} == {jnp.dtype(jnp.float32)}
     assert float(tree.norm(wide)) == 5.0
     assert float(tree.max_abs(wide)) == 4.0

@@ -19,7 +19,6 @@ from tests.optimizers import BEGIN, DOCS, END, REFUSED, ROWS, hyperparameters, t
 STEPS = 6  # radam rectifies from the sixth on
 MODES = {"reverse": hg.reverse(), "forward": hg.forward()}
 RTOL = 1e-6
-ids = lambda row: row.name  # noqa: E731
 
 
 def batches(seed, *shape, masked=()):
@@ -101,9 +100,9 @@ def differences(make, h):
 COMMON = {"adam", "adamw", "lion", "rmsprop", "sgd with momentum", "chain(hg.optimizers.clip_by_global_norm, sgd)"}
 
 
-def by_row(rows):
+def by_row(rows, common=COMMON):
     """Return parameters for the rows; those of less common optimizers, seconds each, are slow: `pytest -m slow`."""
-    return [pytest.param(r, id=r.name, marks=[] if r.name in COMMON else [pytest.mark.slow]) for r in rows]
+    return [pytest.param(r, id=r.name, marks=[] if r.name in common else [pytest.mark.slow]) for r in rows]
 
 
 @pytest.mark.parametrize("row", by_row(row for row in ROWS if row.verdict != REFUSED))
@@ -130,7 +129,9 @@ def test_hypergradients_equal_finite_differences(row, x64):
         assert is_right or not finite, f"right with {case} too: say so in the row"
 
 
-@pytest.mark.parametrize("row", by_row(row for row in ROWS if row.without or row.modes != ("reverse", "forward")))
+@pytest.mark.parametrize(
+    "row", by_row((row for row in ROWS if row.without or row.modes != ("reverse", "forward")), common={"adam"})
+)
 def test_refusals_say_what_to_do(row, x64):
     for mode in MODES:
         if row.without or mode not in row.modes:
@@ -144,7 +145,7 @@ def test_a_refusal_needs_no_jit(x64):
         hypergrad(row.without, "reverse")(start(dead_layer=False), at(row))
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if not row.loss], ids=ids)
+@pytest.mark.parametrize("row", by_row(row for row in ROWS if not row.loss))
 def test_a_loss_hyperparameter_that_only_passes_signs_is_refused(row, x64):
     """Its hypergradient is zero almost everywhere, by finite differences too."""
     h = at(row, loss=True)

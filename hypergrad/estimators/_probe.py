@@ -166,7 +166,7 @@ def _judge(make: MakeOptimizer, hyperparams: Hyperparams, params: Params, steps:
         if "required keyword" not in str(error):
             return _CANNOT_RUN
         wanted = "an inner optimizer that updates weights from gradients, state and params alone"
-        fix = "Inside a window there is no line search and no loss value for it: choose one without."
+        fix = "A differentiated window has no line search and no loss value: choose an optimizer without."
         return _refusal(wanted, f"one that raises: {error}", fix, error, TypeError)
     except Exception:  # what is wrong with the optimizer itself shows in the real run
         return _CANNOT_RUN
@@ -309,13 +309,9 @@ def _numbers(values: Iterable[Hashable]) -> list[int]:
 
 
 def _small(part: PyTree, axis: int | None) -> PyTree:
-    def shrunk(leaf: Any) -> jax.ShapeDtypeStruct:
-        shape = jnp.shape(leaf)
-        return jax.ShapeDtypeStruct(
-            shape if axis is None else tuple(min(n, axis) for n in shape), jnp.result_type(leaf)
-        )
-
-    return jax.tree.map(shrunk, part)
+    """Return shapes and dtypes, each axis at most ``axis`` long."""
+    shape = lambda leaf: tuple(n if axis is None else min(n, axis) for n in jnp.shape(leaf))  # noqa: E731
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(shape(leaf), jnp.result_type(leaf)), part)
 
 
 def _form(leaf: Any) -> tuple[Hashable, ...]:
@@ -392,7 +388,8 @@ def _cached(kind: Hashable, objects: Any, trees: PyTree, compute: Callable[[], A
 
     leaves, structure = jax.tree.flatten(trees)
     try:
-        key = objects and (kind, part(objects), structure, tuple(map(_form, leaves)), jnp.result_type(float))
+        found = kind, part(objects), structure, tuple(map(_form, leaves)), jnp.result_type(float)
+        key = None if objects is None else found
         kept = _results.get(key)
     except TypeError:  # no weak reference, or no hash
         key = kept = None
@@ -400,7 +397,7 @@ def _cached(kind: Hashable, objects: Any, trees: PyTree, compute: Callable[[], A
         return kept[1]
     with _own_settings():
         result = compute()
-    if key and result is not _UNKNOWN:
+    if key is not None and result is not _UNKNOWN:
         while len(_results) >= _MOST_RESULTS:
             _results.pop(next(iter(_results)), None)
         _results[key] = references, result
