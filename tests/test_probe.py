@@ -24,6 +24,8 @@ GOOD = lambda h: optax.adam(h["rate"], eps_root=1e-8)  # noqa: E731
 BAD = lambda h: optax.adam(h["rate"])  # noqa: E731
 SGD = lambda h: optax.sgd(h["rate"])  # noqa: E731
 ADAMW, NOISE_KEY = optax.adamw(0.1), jax.random.key(0)
+FAR = optax.stateless(lambda updates, _: jax.tree.map(lambda u: u + INFINITY, updates))
+INFINITY = jnp.array(jnp.inf)
 NOISY = lambda h: optax.chain(optax.add_noise(0.01, 0.5, NOISE_KEY), GOOD(h))  # noqa: E731
 LABELS = {"a": "keep", "b": {"c": "train", "d": "train"}}
 ONLY_A = {"a": True, "b": {"c": False, "d": False}}
@@ -72,6 +74,8 @@ class TestSettings:
         with pytest.raises(ValueError, match="exactly zero"):
             check(BAD, ONE)
         assert _probe.decays_weights(ADAMW, ONE)
+        assert not _probe.decays_weights(optax.contrib.dadapt_adamw(), ONE)  # NaN at a zero gradient
+        assert _probe.decays_weights(FAR, ONE)
         assert _probe.untrained_leaves(HALF, WEIGHTS) == ONLY_A
 
     def test_inside_jit(self):
@@ -213,6 +217,9 @@ class TestCache:
             assert _probe.untrained_leaves(optimizer, ONE) == {"a": False}
             with pytest.raises(ValueError, match="exactly zero"):
                 check(lambda h: optimizer, ONE, cache_key=(optimizer, None))
+            line_search = optax.chain(optimizer, optax.scale_by_polyak())
+            with pytest.raises(TypeError, match="no loss value"):
+                check(lambda h: line_search, ONE, cache_key=(line_search, None))
             return weakref.ref(big), weakref.ref(optimizer.update)
 
         references = use()
