@@ -217,14 +217,14 @@ class TestCache:
             assert _probe.untrained_leaves(optimizer, ONE) == {"a": False}
             with pytest.raises(ValueError, match="exactly zero"):
                 check(lambda h: optimizer, ONE, cache_key=(optimizer, None))
-            line_search = optax.chain(optimizer, optax.scale_by_polyak())
+            line_search = optax.chain(optax.identity(), optax.scale_by_polyak())
             with pytest.raises(TypeError, match="no loss value"):
                 check(lambda h: line_search, ONE, cache_key=(line_search, None))
-            return weakref.ref(big), weakref.ref(optimizer.update)
+            return weakref.ref(big), weakref.ref(optimizer.update), weakref.ref(line_search.update)
 
         references = use()
         gc.collect()
-        assert [reference() for reference in references] == [None, None]
+        assert [reference() for reference in references] == [None, None, None]
 
     def test_a_new_optimizer_at_an_old_address_is_tried(self):
         """Objects of one size tend to get the address of the last one."""

@@ -234,8 +234,9 @@ def _differentiate(trial: _Trial, steps: int, reverse: bool) -> _Refusal | None:
 def _refusal(
     expected: str, got: str, fix: str, cause: Exception | None = None, kind: type[Exception] = ValueError
 ) -> _Refusal:
-    # A result is kept, and a traceback would keep the values of its frames.
-    return _Refusal(kind, validate.message(expected, got, fix), cause and cause.with_traceback(None))
+    if cause is not None:  # a result is kept, and tracebacks would keep the values of their frames
+        cause.__traceback__ = cause.__cause__ = cause.__context__ = None
+    return _Refusal(kind, validate.message(expected, got, fix), cause)
 
 
 def _trial(make: MakeOptimizer, hyperparams: Hyperparams, params: Params) -> _Trial:
