@@ -56,7 +56,7 @@ def test_compare_refuses_what_cannot_be_compared():
         D.compare({"cg": 3}, example.exact, *point, key=None)
     with pytest.raises(TypeError, match=r"\(\(value, hypergrad\), info\)"):
         D.compare({"cg": hg.hypergrad(method["cg"])}, example.exact, *point, key=None)
-    with pytest.raises(ValueError, match=r"hypergradient leaf .* as in the hyperparameters"):
+    with pytest.raises(ValueError, match="structure of the hyperparameters"):
         D.compare(method, {"a": jnp.ones(2)}, *point, key=None)
     with pytest.raises(ValueError, match="finite hypergradient other than zero"):
         D.compare(method, optax.tree.zeros_like(example.exact), *point, key=None)
@@ -265,7 +265,7 @@ def test_retrain_says_which_starts_diverged_and_refuses_other_weights():
         D.retrain(problem, at, lambda key: at.params, jnp.zeros(()), (), score=lambda w, _: w["w"], **options)
     with pytest.raises(ValueError, match=r"init\(key\)"):
         D.retrain(problem, at, lambda key: {"w": jnp.ones(3)}, jnp.zeros(()), jnp.zeros(()), **options)
-    with pytest.raises(ValueError, match=r"baseline leaf .* as in the hyperparameters"):
+    with pytest.raises(ValueError, match="baseline with the structure of the hyperparameters"):
         D.retrain(problem, at, lambda key: at.params, (), (), baseline={"g": jnp.zeros(2)}, **options)
     with pytest.raises(TypeError, match="init to be callable"):
         D.retrain(problem, at, at.params, jnp.zeros(()), jnp.zeros(()), **options)

@@ -122,7 +122,7 @@ def _backtrack(
         length = trial[0] / 2
         return length, value_at(length), trial[2] + 1
 
-    one = jnp.ones_like(at.value)
-    length, value, count = lax.while_loop(rejected, halve, (one, value_at(one), jnp.zeros((), jnp.int32)))
+    untried = jnp.full_like(at.value, 2.0), jnp.full_like(at.value, jnp.inf), jnp.zeros((), jnp.int32)
+    length, value, count = lax.while_loop(rejected, halve, untried)
     failed = count >= _HALVINGS
     return jnp.where(failed, 0.0, length).astype(at.value.dtype), jnp.where(failed, at.value, value)

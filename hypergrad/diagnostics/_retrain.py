@@ -87,7 +87,7 @@ def _verdict(name: str, joint: float, retrained: np.ndarray) -> str:
         return f"{text}; one start cannot tell whether that is chance"
     times = f"{digits(abs(apart) / spread)} times their spread" if spread > rounding else "they are all equal"
     if abs(apart) > 3 * spread:
-        return f"{text} ({times}): what they gained is in the weights, or in how long they trained, not in the values"
+        return f"{text} ({times}): the difference is in the weights, or in how long they trained, not in the values"
     return f"{text} ({times}), which may be chance"
 
 
