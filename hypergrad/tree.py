@@ -59,15 +59,22 @@ def norm(tree: PyTree) -> Array:
 
 
 def scaled_norm(tree: PyTree) -> Array:
-    """Return the Euclidean norm over all leaves, where squares would overflow or underflow too.
+    """Return the Euclidean norm over all leaves, where squares overflow or underflow too; inf or NaN as entries are.
 
-    ‖x‖ = m ‖x/m‖ with m the largest magnitude, in at least float32. Inf or NaN where an entry is.
+    ‖x‖ = ‖s x‖/s with s = 1, and 2⁶⁴ or 2⁻⁶⁴ where that fails: a loop, because a norm written twice compiles twice.
     """
     tree = promote(tree)
-    top = max_abs(tree)
-    usable = jnp.isfinite(top) & (top > 0)
-    divisor = jnp.where(usable, top, jnp.ones_like(top))
-    return jnp.where(usable, top * norm(jax.tree.map(lambda x: x / divisor.astype(x.dtype), tree)), top)
+    dtype = wider(*(x.dtype for x in jax.tree.leaves(tree)))
+
+    def attempt(at: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        _, factor, count = at
+        size = norm(scale(tree, factor)).astype(dtype)
+        larger = jnp.where(size > 1, 2.0**-64, 2.0**64).astype(dtype)
+        usable = jnp.isfinite(size) & (size > 1e-15)
+        return size / factor, jnp.where(usable, factor, larger), jnp.where(usable, 2, count + 1)
+
+    start = jnp.zeros((), dtype), jnp.ones((), dtype), jnp.zeros((), jnp.int32)
+    return lax.while_loop(lambda at: at[2] < 2, attempt, start)[0]
 
 
 def max_abs(tree: PyTree) -> Array:

@@ -59,7 +59,8 @@ def cg(
         system that is not symmetric.
       TypeError: one of them is not a number.
 
-    Valid when A is symmetric positive definite, or semidefinite with b in its range; outside it iterates grow: add damping.
+    Valid when A is symmetric positive definite, or semidefinite with b in its range. Elsewhere iterates
+    grow: add damping.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> solver = cg(max_products=10)
