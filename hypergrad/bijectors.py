@@ -85,7 +85,7 @@ def unconstrain(bijectors: PyTree, values: PyTree) -> PyTree:
     def inverse(bijector: Bijector, name: str, x: Any) -> Array:
         validate.floating_leaves(f"hyperparams (at {name})", x)
         value = bijector.inverse(tree.strip_weak_types(x))
-        if not isinstance(value, jax.core.Tracer) and not np.all(np.isfinite(value)):
+        if not tree.is_traced(value) and not np.all(np.isfinite(value)):
             at = np.asarray(x)[~np.isfinite(np.asarray(value))].ravel()[0]
             fix = "Move it inside the open interval that the bijector maps to."
             raise ValueError(validate.message(f"hyperparams leaf {name} inside the bijector's range", f"{at:g}", fix))

@@ -351,7 +351,7 @@ def _numbers(name: str, what: str, value: Any, *, like: Any = None, high: Any = 
     batch, rank = (shape, len(shape)) if like is None else (like.shape[:1], like.ndim)
     fix = "Pass one number, or one per example."
     _require(shape in ((), batch), name, f"{what} of shape () or {batch}", f"shape {shape}", fix)
-    if not isinstance(value, jax.core.Tracer):
+    if not tree.is_traced(value):
         flat = np.asarray(jax.device_get(value), np.float64)
         odd = flat[~((flat >= 0) & np.isfinite(flat) & (flat <= high if closed else flat < high))].ravel()
         fix = "Constrain it, e.g. with hg.bijectors.sigmoid() or hg.bijectors.interval(0.0, high)."

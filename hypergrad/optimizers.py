@@ -103,9 +103,7 @@ def add_decayed_weights(decays: PyTree) -> optax.GradientTransformation:
         del params
         return optax.EmptyState()
 
-    def update(
-        updates: PyTree, state: optax.EmptyState, params: Params | None = None
-    ) -> tuple[PyTree, optax.EmptyState]:
+    def update(updates: PyTree, state: Any, params: Params | None = None) -> tuple[PyTree, Any]:
         if params is None:
             fix = "Call update(updates, state, params)."
             raise ValueError(validate.message("params for optimizers.add_decayed_weights", "None", fix))

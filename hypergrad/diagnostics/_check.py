@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad import data, dataflow, validate
+from hypergrad import data, dataflow, tree, validate
 from hypergrad.diagnostics import _differences
 from hypergrad.diagnostics._base import align, digits, flat, readable, table
 from hypergrad.diagnostics._differences import Direction, Reference
@@ -152,7 +152,7 @@ def check_hypergrad(
         validate.number("step", step, low=0.0, strict=True)
     model_state = check_model_state(estimator.problem, model_state)
     given = variables, inner_batch, outer_batch, validate.as_key(key), model_state
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
+    if any(tree.is_traced(leaf) for leaf in jax.tree.leaves(given)):
         fix = "Call check_hypergrad outside jax.jit and other transformations: it compiles what it needs itself."
         raise TypeError(validate.message("arrays to check at", "traced values", fix))
     case = _Case(estimator, inner_optimizer, given)

@@ -260,6 +260,7 @@ def _trial(make: MakeOptimizer, hyperparams: Hyperparams, params: Params) -> _Tr
     stepped = jax.make_jaxpr(step)(h, all_carry, w)
 
     n, rates, kinds, before = len(w), _numbers(map(_form, h)), _numbers(map(_form, all_carry)), None
+    small_begin, small_step = begun, stepped
     while kinds != before:
         values = [("h", k) for k in rates], [("carry", k) for k in kinds], [("grads", k) for k in kinds[:n]]
         small_begin, first = dataflow.merge_equal(begun, [*values[0], *values[1][:n]])
@@ -287,7 +288,7 @@ def _trial(make: MakeOptimizer, hyperparams: Hyperparams, params: Params) -> _Tr
         steps=steps,
         operations=dataflow.operations(begun.jaxpr) | dataflow.operations(stepped.jaxpr),
         pieces=pieces,
-        is_known=not any(isinstance(x, jax.core.Tracer) for x in [*begun.consts, *stepped.consts]),
+        is_known=not any(tree.is_traced(x) for x in [*begun.consts, *stepped.consts]),
     )
 
 

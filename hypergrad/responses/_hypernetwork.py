@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hypergrad import validate
+from hypergrad import tree, validate
 from hypergrad.responses._base import Encoding, Response, as_encoding, check_response_params, check_size, flat
 from hypergrad.types import Array, Hyperparams, Key, Params, PyTree
 
@@ -174,7 +174,7 @@ def magnitude_invariant(low: Any, high: Any) -> Encoding:
             if bound.shape not in ((), vector.shape):
                 fix = "Pass one number, or one per entry of the flat hyperparameters."
                 raise ValueError(validate.message(f"{name} of shape () or {vector.shape}", f"shape {bound.shape}", fix))
-        if isinstance(vector, jax.core.Tracer):
+        if tree.is_traced(vector):
             return
         if not bool(jnp.all((vector >= low.astype(vector.dtype)) & (vector <= high.astype(vector.dtype)))):
             got = f"{float(vector.min()):g} … {float(vector.max()):g}"

@@ -233,6 +233,6 @@ def _check_scale(scale: PyTree) -> None:
         fix = "Pass one number, a tree prefix of the hyperparameters, or hg.responses.learned_scale()."
         raise ValueError(validate.message("scale with at least one number", validate.describe(scale), fix))
     for leaf in jax.tree.leaves(scale):
-        if not isinstance(leaf, jax.core.Tracer) and isinstance(leaf, jax.Array | np.ndarray) and jnp.ndim(leaf):
+        if not tree.is_traced(leaf) and isinstance(leaf, jax.Array | np.ndarray) and jnp.ndim(leaf):
             leaf = jnp.min(leaf)
         validate.number("scale", leaf, low=0.0)

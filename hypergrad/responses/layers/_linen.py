@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from hypergrad import validate
+from hypergrad import tree, validate
 from hypergrad.responses.layers._base import Gates, Run, active, current, describe_layer, named_leaves, pop_inputs
 from hypergrad.types import Array
 
@@ -139,7 +139,7 @@ def _locate(run: Run, module: nn.Module) -> str | None:
             run.roots.setdefault(root, set()).add("same")
             return root
         alike.append(root)
-    traced = lambda tree: any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))  # noqa: E731
+    traced = lambda values: any(tree.is_traced(x) for x in jax.tree.leaves(values))  # noqa: E731
     if traced(run.params) and not traced(own):  # constants: a model that is not trained
         return None
     if len(alike) > 1:

@@ -7,7 +7,7 @@ model.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -67,13 +67,14 @@ def _respond(layer: Any, plain: Callable[..., Any], add: Callable[..., Array], a
     run = current()
     if run is None:
         return plain(layer, *args, **kwargs)
-    name = "embedding" if isinstance(layer, nnx.Embed) else "kernel"
-    features = layer.features if name == "embedding" else layer.out_features
+    embeds = isinstance(layer, nnx.Embed)
+    layer, name = cast(Any, layer), "embedding" if embeds else "kernel"
+    features = layer.features if embeds else layer.out_features
     weight, bias = getattr(layer, name)[...], getattr(layer, "bias", None)
     bias = None if bias is None else bias[...]
     path, outermost = layer.self_tuning_path, run.depth == 0
     inputs, *rest = pop_inputs(args, kwargs)
-    gates = run.record_layer(path, describe_layer(weight, bias, features, embedding=name == "embedding"))
+    gates = run.record_layer(path, describe_layer(weight, bias, features, embedding=embeds))
 
     def product(other: Array, inputs: Array) -> Array:
         clone = nnx.clone(layer)  # split and merge would share the layer's own variables
