@@ -59,6 +59,18 @@ def written(x):
     return place[...], x[1] * 2.0
 
 
+def written_in_a_loop(x):
+    """A mutable array that each round reads before it is written."""
+    place = jax.new_ref(jnp.zeros(()))
+
+    def body(carry, _):
+        found = place[...]
+        place[...] = x[0] + 0.0
+        return carry, found
+
+    return lax.scan(body, x[1], None, length=2)
+
+
 THREE = (jnp.array(0.5), jnp.array(1.5), jnp.arange(3.0))
 
 
@@ -70,8 +82,9 @@ THREE = (jnp.array(0.5), jnp.array(1.5), jnp.arange(3.0))
         (counted, ["b", "a b"]),
         (chosen, ["a b", "", "a b"]),
         (written, ["a", "b"]),
+        (written_in_a_loop, ["b", "a b"]),
     ],
-    ids=["shifted", "apart", "while", "cond", "reference"],
+    ids=["shifted", "apart", "while", "cond", "reference", "reference in a loop"],
 )
 def test_marks_are_followed_through_control_flow(fn, reached):
     """The inputs a, b and c that each output may depend on."""
@@ -84,7 +97,7 @@ def test_marks_are_followed_through_control_flow(fn, reached):
     assert found == reached
 
 
-@pytest.mark.parametrize("fn", [shifted, apart, counted, chosen, written])
+@pytest.mark.parametrize("fn", [shifted, apart, counted, chosen, written, written_in_a_loop])
 def test_a_leaf_without_a_mark_has_derivative_zero(fn):
     """Differences, as loops of unknown length have no reverse mode."""
     depends, base = dataflow.dependence(fn, THREE), jax.tree.leaves(fn(THREE))
@@ -143,11 +156,17 @@ def test_equal_values_are_found_inside_calls_and_conditions(wrap):
 def test_what_differs_is_not_merged():
     def fn(x, y):
         other = jnp.array([1.0, 2.0]), jnp.array([1.0, 3.0])
-        return x + 1.0, y + 2.0, x.sum(0), y.sum(1), x[0] * other[0], y[0] * other[1], -x, y.astype(jnp.bfloat16), y
+        calls = jax.jit(lambda x: x * 2.0)(x), jax.jit(lambda x: x * 3.0)(y)
+        branches = lax.cond(x.sum() < 0, lambda x, y: (x, -y), lambda x, y: (x, x), x, y)
+        others = x[0] * other[0], y[0] * other[1], -x, y.astype(jnp.bfloat16), y
+        return x + 1.0, y + 2.0, x.sum(0), y.sum(1), *others, *calls, *branches
 
     closed = jax.make_jaxpr(fn)(jnp.ones((2, 2)), jnp.ones((2, 2)))
-    _, labels = dataflow.merge_equal(closed, [0, 0])
-    assert len({*labels}) == 9
+    merged, labels = dataflow.merge_equal(closed, [0, 0])
+    assert len({*labels}) == 12  # the condition passes x on, which is y
+    x = jnp.array([[1.0, -2.0], [3.0, -4.0]])
+    for got, want in zip(jex_core.jaxpr_as_fun(merged)(x, x), fn(x, x), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_side_effects_are_kept(capfd):
