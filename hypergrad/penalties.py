@@ -1,4 +1,4 @@
-"""Penalties whose coefficients are hyperparameters: one number, one a layer, one a leaf, or one a weight.
+"""Penalties whose coefficients are hyperparameters: one number, one per layer, one per leaf, or one per weight.
 
     l2(w, c) = ½ Σᵢ cᵢ wᵢ²            gradient cᵢ wᵢ, Hessian diag(c)
     l1(w, c) = Σᵢ cᵢ (√(wᵢ² + s²) − s)    smoothed: twice differentiable, |wᵢ| for |wᵢ| ≫ s
@@ -24,7 +24,7 @@ def l2(params: Params, coefficients: PyTree) -> Array:
     Args:
       params: weights, any pytree of arrays.
       coefficients: a tree prefix of ``params``. Each of its leaves is a scalar, which then holds for every
-        weight below it, or an array that broadcasts to the weight's shape (in particular one number a weight).
+        weight below it, or an array that broadcasts to the weight's shape (in particular one number per weight).
 
     Returns:
       A scalar in ``promote_types(leaf dtypes, float32)``. With non-negative coefficients it is convex.

@@ -69,7 +69,7 @@ def reverse(
     """Differentiate an unroll in reverse: for any number of hyperparameters.
 
     Cost: 3 to 4 forward unrolls, one more with two levels of checkpoints. Memory, in copies of weights and optimizer
-    state: K with a checkpoint a step, K/c + c with one every c; and one copy of the gradient for each of the K, or
+    state: K with a checkpoint per step, K/c + c with one every c; and one copy of the gradient for each of the K, or
     c, steps whose update it enters other than linearly (Adam, or a learned rate).
 
     Args:
