@@ -206,8 +206,8 @@ def retrain(
 def _over_plain_weights(
     problem: BilevelProblem, params: Params, hyperparams: Hyperparams
 ) -> tuple[BilevelProblem, Params, Hyperparams]:
-    view = problem.response
-    if view is None or view.weights is None:
+    response = problem.response
+    if response is None or response.weights is None:
         fix = "Apply hg.responses.with_response or hg.responses.self_tuning to the problem."
         raise ValueError(validate.message("a response that gives plain weights", "one without", fix))
-    return view.base_problem, view.weights(params, hyperparams), view.base_hyperparams(hyperparams)
+    return response.base_problem, response.weights(params, hyperparams), response.base_hyperparams(hyperparams)
