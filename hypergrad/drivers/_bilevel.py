@@ -192,7 +192,7 @@ def bilevel(
             model_state=jax.tree.map(jnp.copy, first_model_state),
             info=HypergradInfo(none - 1, zero, zero, zero, none, none, blank),
         )
-        return tree.unalias(_on_mesh(tree.strip_weak_types(state), variables), variables)
+        return _on_mesh(tree.unalias(tree.strip_weak_types(state), variables), variables)
 
     def update(
         updates: Any,
