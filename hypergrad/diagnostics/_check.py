@@ -1,4 +1,4 @@
-"""The gradient check: an estimator's hypergradient beside finite differences on the user's own problem.
+"""The gradient check: an estimator's hypergradient compared with finite differences on the user's own problem.
 
     ⟨hypergrad, d⟩   against   [φ(λ + hd) − φ(λ − hd)] / 2h,      extrapolated from h and h/2 (Richardson)
 

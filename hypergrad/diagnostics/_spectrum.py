@@ -141,7 +141,7 @@ def extreme_eigenvalues(
 class _Lanczos(NamedTuple):
     basis: PyTree  # leaves (k, …), rows that were not reached are zero
     diagonal: Array
-    beside: Array  # (k,): the last reached is the norm of the remainder
+    off_diagonal: Array  # (k,): the last reached is the norm of the remainder
     num_steps: Array
     done: Array
 
@@ -164,8 +164,8 @@ def _lanczos(matvec: MatVec, start: PyTree, length: int) -> _Lanczos:
         ended = ~(size > 100 * jnp.finfo(dtype).eps * scale)
         unit = tree.scale(remainder, jnp.where(ended, 0.0, 1.0 / jnp.where(ended, 1.0, size)))
         basis = jax.tree.map(lambda q, u: q.at[k + 1].set(u, mode="drop"), c.basis, unit)
-        beside = c.beside.at[k].set(jnp.where(ended, 0.0, size))
-        return _Lanczos(basis, c.diagonal.at[k].set(along[k]), beside, k + 1, ended)
+        off_diagonal = c.off_diagonal.at[k].set(jnp.where(ended, 0.0, size))
+        return _Lanczos(basis, c.diagonal.at[k].set(along[k]), off_diagonal, k + 1, ended)
 
     begin = _Lanczos(basis, empty, empty, jnp.zeros((), jnp.int32), jnp.array(False))
     return lax.while_loop(lambda c: ~c.done & (c.num_steps < length), step, begin)
@@ -174,12 +174,12 @@ def _lanczos(matvec: MatVec, start: PyTree, length: int) -> _Lanczos:
 def _read(found: _Lanczos) -> Spectrum:
     """Return the ends of T's spectrum."""
     reached = jnp.arange(len(found.diagonal)) < found.num_steps
-    bond = jnp.where(reached[1:], found.beside[:-1], 0.0)
+    bond = jnp.where(reached[1:], found.off_diagonal[:-1], 0.0)
     # Rows that were not reached get a Rayleigh quotient of the others: inside their spectrum, never an end of it.
     filled = jnp.where(reached, found.diagonal, found.diagonal[0])
     values, vectors = jnp.linalg.eigh(jnp.diag(filled) + jnp.diag(bond, 1) + jnp.diag(bond, -1))
     top, bottom = jnp.argmax(values), jnp.argmin(values)
-    last = jnp.abs(found.beside[found.num_steps - 1] * vectors[found.num_steps - 1]) + _noise(values)
+    last = jnp.abs(found.off_diagonal[found.num_steps - 1] * vectors[found.num_steps - 1]) + _noise(values)
     share = jnp.where(values < -_noise(values), vectors[0] ** 2, 0.0).sum()
     widest = jnp.maximum(jnp.abs(values[top]), jnp.abs(values[bottom]))
     sound = jnp.isfinite(widest)
