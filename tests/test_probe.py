@@ -123,6 +123,13 @@ class TestCost:
         assert len(trial.weights) == kinds
         assert len(trial.kinds) == 93
 
+    @pytest.mark.parametrize("part", ["'a'", "'c'"])
+    def test_each_kind_is_tried_with_weights_of_zero(self, part):
+        """A rate per weight of |w|, which has no derivative at zero by this formula."""
+        rooted = optax.stateless(lambda grads, params: jax.tree.map(lambda g, w: g * jnp.sqrt(w * w), grads, params))
+        with pytest.raises(ValueError, match="expected an inner optimizer whose update has a finite derivative"):
+            check(lambda h: by_path(part, rooted, optax.sgd(h["rate"])))
+
     def test_one_leaf_of_many_is_enough_for_a_refusal(self):
         one = lambda h: by_path("[4]['mlp']['up']", optax.adam(h["rate"]), optax.sgd(h["rate"]))  # noqa: E731
         for reverse in (True, False):
@@ -241,7 +248,7 @@ class TestCache:
             _probe.untrained_leaves(optimizer, {"a": jnp.ones(1)})
         assert len(_probe._results) <= _probe._MOST_RESULTS
 
-    def test_an_optimizer_without_weak_references_is_tried_each_time(self):
+    def test_without_a_key_or_weak_references_it_is_tried_each_time(self):
         class Rule:
             __slots__ = ()
 
@@ -249,9 +256,9 @@ class TestCache:
                 return SGD(h)
 
         calls, make = self.counted(Rule())
-        for _ in range(2):
+        for key in (Rule(), Rule(), None, None):
             before = len(calls)
-            check(make, ONE, cache_key=Rule())
+            check(make, ONE, cache_key=key)
             assert len(calls) > before
 
 
