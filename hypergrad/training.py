@@ -13,6 +13,7 @@ Reference: Griewank, Achieving logarithmic growth of temporal and spatial comple
 differentiation, Optimization Methods and Software 1992.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -203,7 +204,7 @@ def train_with_updates(
         if grads is None:
             slope, (value, model_state) = gradient(at.params, hyperparams, at.model_state, drawn)
             line = lambda w: objective(w, hyperparams, at.model_state, drawn)[0]  # noqa: E731
-            keywords = {"value": value, "grad": slope, "value_fn": line}
+            keywords = _accepted(optimizer, {"value": value, "grad": slope, "value_fn": line})
         else:
             slope, value, model_state, keywords = grads, jnp.asarray(at.inner_loss), at.model_state, {}
         slope = checkpoint_name(slope, _INNER_GRADIENT)
@@ -288,6 +289,14 @@ def update_with(
             raise
         got = f"one that raises {type(error).__name__}: {error}"
         raise TypeError(validate.message(f"{name} to update from gradients, state and params", got, fix)) from error
+
+
+def _accepted(optimizer: optax.GradientTransformationExtraArgs, keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords that the optimizer's update takes: line searches read them, optax.contrib.sam takes none."""
+    names = inspect.signature(optimizer.update).parameters
+    if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in names.values()):
+        return keywords
+    return {name: value for name, value in keywords.items() if name in names}
 
 
 def _inner_loss(ctx: Context) -> InnerLoss:

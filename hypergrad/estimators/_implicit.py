@@ -29,8 +29,8 @@ from hypergrad.estimators._protocol import Estimate, Estimator, train_first
 from hypergrad.problem import BilevelProblem, check_problem
 from hypergrad.solvers import LinearSolver, LinearSystem, Status
 from hypergrad.solvers._base import blank_info
-from hypergrad.training import Context, inner_loss_fn, outer_loss_fn, resolve_optimizer
-from hypergrad.types import Hyperparams, MatVec, Params, PyTree
+from hypergrad.training import Context, depends_on_hyperparams, inner_loss_fn, outer_loss_fn, resolve_optimizer
+from hypergrad.types import MatVec, Params, PyTree
 
 __all__ = ["implicit"]
 
@@ -141,8 +141,7 @@ class _Unknowns:
         elif ctx.inner_optimizer is None:
             self.marks = jax.tree.map(lambda _: True, params)
         else:
-            optimizer = resolve_optimizer(ctx.inner_optimizer, ctx.problem.constrain(ctx.hyperparams))
-            self.marks = jax.tree.map(lambda never: not never, _probe.untrained_leaves(optimizer, params))
+            self.marks = jax.tree.map(lambda never: not never, _probe.untrained_leaves(_optimizer(ctx), params))
         if not any(jax.tree.leaves(self.marks)):
             fix = "The inner problem has no unknowns: let the inner optimizer move some weights, or set trainable=."
             raise ValueError(validate.message("at least one weight that is trained", "none", fix))
@@ -172,11 +171,17 @@ def _spread(trainable: PyTree, params: Params) -> PyTree:
     return marks
 
 
+def _optimizer(ctx: Context) -> Any:
+    """Return the user's own optimizer, by which results of the probe are kept; built from λ where it is a function."""
+    if not depends_on_hyperparams(ctx.inner_optimizer):
+        return ctx.inner_optimizer
+    return resolve_optimizer(ctx.inner_optimizer, ctx.problem.constrain(ctx.hyperparams))
+
+
 def _warn_of_decoupled_decay(ctx: Context) -> None:
     if ctx.inner_optimizer is None:
         return
-    hyperparams: Hyperparams = ctx.problem.constrain(ctx.hyperparams)
-    if _probe.decays_weights(resolve_optimizer(ctx.inner_optimizer, hyperparams), ctx.start.params):
+    if _probe.decays_weights(_optimizer(ctx), ctx.start.params):
         warnings.warn(
             "The inner optimizer moves weights where the gradient is zero (decoupled weight decay, as in optax.adamw). "
             "That decay is not part of the inner loss, so implicit differentiates at another optimum than training "
