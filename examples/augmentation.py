@@ -82,9 +82,7 @@ def learning(problem: hg.BilevelProblem, settings: Settings) -> Training:
             inner_optimizer=settings.optimizer(),
             outer_optimizer=optax.adam(outer_rate),
             every=settings.due,
-            guard=hg.guard(
-                max_residual=math.inf
-            ),  # early in training H is indefinite, and so short a series grows a little
+            guard=hg.guard(max_residual=math.inf),  # early in training H is indefinite: a short series grows a little
             key=key,  # noise of the augmentation: one key per solve
         )
 
