@@ -22,9 +22,13 @@ solving = pytest.mark.parametrize("row", [r for r in SOLVERS if r.rtol], ids=lam
 keeping = pytest.mark.parametrize("row", [r for r in SOLVERS if r.keeps_state], ids=lambda r: r.name)
 INDEFINITE = np.array([1, 1, -1, 1, 1, 1])
 
-# One solver each, so that tests share what is compiled.
-SHORT = {"cg": hg.solvers.cg(20), "neumann_auto": hg.solvers.neumann(200), "dense": hg.solvers.dense()}
-short = pytest.mark.parametrize("solver", SHORT.values(), ids=SHORT.keys())
+# Solvers of the catalogue and of several tests: what is compiled for one test serves the others.
+MADE = {row.name: row.make() for row in SOLVERS}
+short = pytest.mark.parametrize(
+    "solver", [MADE[n] for n in ("cg", "neumann_auto", "dense")], ids=["cg", "auto", "dense"]
+)
+THREE, FOUR, FOUR_WARM = hg.solvers.cg(3), hg.solvers.cg(4), hg.solvers.cg(4, warm_start=True)
+pytestmark = pytest.mark.usefixtures("hard_mode")
 
 
 def system(condition=5.0, seed=0, signs=None):
@@ -37,15 +41,34 @@ def system(condition=5.0, seed=0, signs=None):
     return (lambda v: tree_of(matrix @ vector_of(v))), tree_of(b), matrix, tree_of(jnp.linalg.solve(matrix, b))
 
 
+def counted(matvec):
+    """Return the product and a list that grows by one for each time it really runs."""
+    calls = []
+
+    def product(v):
+        jax.debug.callback(lambda: calls.append(1))
+        return matvec(v)
+
+    return product, calls
+
+
 def product_of(matrix):
     """Return the system of a dense matrix, on trees."""
     return LinearSystem(lambda v: tree_of(matrix @ vector_of(v)))
 
 
+CALLS = []  # one entry for each product that ``solve`` has really run
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def solve(solver, matrix, b, state, tolerance=None):
     """Solve with a dense matrix; compiled once per solver."""
-    return solver.solve(product_of(matrix), b, state, tolerance=tolerance)
+
+    def product(v):
+        jax.debug.callback(lambda: CALLS.append(1))
+        return product_of(matrix).matvec(v)
+
+    return solver.solve(LinearSystem(product), b, state, tolerance=tolerance)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -74,19 +97,8 @@ def named(info):
     return Status(int(info.status)).name
 
 
-def counted(matvec):
-    """Return the product and a list that grows by one for each time it really runs."""
-    calls = []
-
-    def product(v):
-        jax.debug.callback(lambda: calls.append(1))
-        return matvec(v)
-
-    return product, calls
-
-
 @solving
-def test_solves_a_system_whose_leaves_are_coupled(row, hard_mode):
+def test_solves_a_system_whose_leaves_are_coupled(row):
     _, b, matrix, want = system()
     solver = row.make()
     x, state, info = run(solver, matrix, b)
@@ -173,40 +185,38 @@ def test_a_solution_that_overflows_is_reported(solver):
 
 
 @rows
-def test_scalar_unknown(row):
-    solver, b = row.make(), jnp.array(3.0)
-    x, _, info = run_diagonal(solver, 2.0, b)
+def test_a_scalar_unknown_of_low_precision_is_solved_in_float32(row):
+    solver, b = row.make(), jnp.array(3.0, jnp.bfloat16)
+    x, state, info = run_diagonal(solver, 2.0, b)
     assert x.shape == ()
+    assert {leaf.dtype for leaf in jax.tree.leaves((x, state))} == {jnp.dtype(jnp.float32)}
+    assert info.residual.dtype == jnp.float32
     if row.rtol:
         assert float(x) == pytest.approx(1.5, rel=10 * row.rtol)
         assert bool(info.converged)
 
 
 @rows
-def test_vmap_equals_a_loop(row):
-    matvecs = [system(seed=s) for s in range(3)]
-    matrices = jnp.stack([m for _, _, m, _ in matvecs])
-    bs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[b for _, b, _, _ in matvecs])
-    solver = row.make()
+def test_vmap_under_strict_settings_equals_a_loop(row):
+    """Strict promotion, NaN checks and no implicit transfer; the residual of identity is NaN by contract."""
+    systems = [system(seed=s) for s in range(3)]
+    matrices = jnp.stack([m for _, _, m, _ in systems])
+    bs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[b for _, b, _, _ in systems])
+    solver, at = row.make(), lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
+    states = jax.vmap(solver.init)(bs)
 
-    batched_x, _, batched_info = jax.vmap(functools.partial(run, solver))(matrices, bs)
+    def fn(matrix, b, state):
+        x, _, info = solver.solve(product_of(matrix), b, state)
+        return x, info.num_products, info.converged, *((info.residual, info.undamped_residual) if row.rtol else ())
+
+    batch = jax.jit(jax.vmap(fn))
+    with jax.debug_nans(True), jax.transfer_guard("disallow"):
+        batched = batch(matrices, bs, states)
     for i in range(3):
-        x, _, info = run(solver, matrices[i], jax.tree.map(lambda leaf, i=i: leaf[i], bs))
-        assert relative_error(jax.tree.map(lambda leaf, i=i: leaf[i], batched_x), x) < 2e-5
-        assert int(batched_info.num_products[i]) == int(info.num_products)
-        assert bool(batched_info.converged[i]) == bool(info.converged)
-
-
-@rows
-def test_low_precision_right_hand_side_is_solved_in_float32(row):
-    solver = row.make()
-    b = {"p": jnp.array([1.0, 2.0], jnp.bfloat16), "q": jnp.array([0.5], jnp.bfloat16)}
-    double = LinearSystem(lambda v: optax.tree.scale(2.0, v))
-    x, state, info = jax.jit(lambda b: solver.solve(double, b, solver.init(b)))(b)
-    assert {leaf.dtype for leaf in jax.tree.leaves((x, state))} == {jnp.dtype(jnp.float32)}
-    assert info.residual.dtype == jnp.float32
-    if row.rtol:
-        np.testing.assert_allclose(x["p"], [0.5, 1.0], rtol=10 * row.rtol)
+        x, _, info = run(solver, matrices[i], at(bs, i))
+        assert relative_error(at(batched[0], i), x) < 2e-5
+        assert int(batched[1][i]) == int(info.num_products)
+        assert bool(batched[2][i]) == bool(info.converged)
 
 
 @rows
@@ -301,34 +311,15 @@ def test_every_product_is_counted(row):
     """Set-up, warm starts and measured residuals included; what ``unroll`` computes and discards is not."""
     solver = row.make()
     _, b, matrix, _ = system()
-    product, calls = counted(product_of(matrix).matvec)
-    step = jax.jit(lambda b, state: solver.solve(LinearSystem(product), b, state))
     state, told = solver.init(b), 0
+    jax.effects_barrier()
+    before = len(CALLS)
     for scale in (1.0, 2.0):
-        _, state, info = step(jax.tree.map(lambda x, s=scale: x + s, b), state)
+        _, state, info = solve(solver, matrix, jax.tree.map(lambda x, s=scale: x + s, b), state)
         told += int(info.num_products)
     jax.effects_barrier()
-    assert len(calls) == told or row.name == "cg_unrolled"
-    assert told <= len(calls)
-
-
-# Strict settings
-
-
-@rows
-def test_strict_settings(row, hard_mode):
-    """Compiled and batched, with NaN checks and without implicit transfers; identity's residual is NaN by contract."""
-    _, b, matrix, _ = system()
-    solver = row.make()
-    state = solver.init(b)
-    outputs = lambda found: found if row.rtol else found[0]  # noqa: E731
-    twice = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x]), tree)  # noqa: E731
-    one, two = (matrix, b, state), (jnp.stack([matrix, 2 * matrix]), twice(b), twice(state))
-    fn = lambda matrix, b, state: outputs(solver.solve(product_of(matrix), b, state))  # noqa: E731
-    with jax.debug_nans(True), jax.transfer_guard("disallow"):
-        single, batched = jax.jit(fn)(*one), jax.jit(jax.vmap(fn))(*two)
-    x, batched = (outputs(found)[0] if row.rtol else found for found in (single, batched))
-    assert relative_error(jax.tree.map(lambda leaf: leaf[0], batched), x) < 2e-5
+    assert len(CALLS) - before == told or row.name == "cg_unrolled"
+    assert told <= len(CALLS) - before
 
 
 @pytest.mark.parametrize("row", [r for r in SOLVERS if r.rtol and "foreign" not in r.name], ids=lambda r: r.name)
@@ -337,24 +328,20 @@ def test_no_nan_is_computed_even_where_it_would_be_discarded(row):
     _, b, matrix, _ = system()
     solver = row.make()
 
-    def twice(b):
-        _, state, _ = solver.solve(product_of(matrix), b, solver.init(b))
+    def fn(b, state):
         return solver.solve(product_of(matrix), b, state)
 
-    checked = jax.jit(checkify.checkify(twice, errors=checkify.nan_checks))
-    for right in (
-        b,
-        optax.tree.zeros_like(b),
-        tree_of(jnp.linalg.eigh(matrix)[1][:, 0]),
-    ):  # the last ends after one step
-        checked(right)[0].throw()
+    checked = jax.jit(checkify.checkify(fn, errors=checkify.nan_checks))
+    state = solver.init(b)
+    for right in (b, b, optax.tree.zeros_like(b), tree_of(jnp.linalg.eigh(matrix)[1][:, 0])):  # the last takes one step
+        error, (_, state, _) = checked(right, state)
+        error.throw()
 
 
 # Neumann
 
 
-@pytest.mark.parametrize("num_terms", [1, 2, 7, 30])
-@pytest.mark.parametrize("unroll", [1, True])
+@pytest.mark.parametrize(("num_terms", "unroll"), [(1, 1), (7, 1), (30, 1), (7, True)])
 def test_neumann_is_its_truncated_sum(num_terms, unroll, x64):
     _, b, matrix, _ = system(condition=20.0)
     alpha = 0.03
@@ -482,14 +469,14 @@ def test_cg_unrolled_pays_for_all_its_steps_and_can_be_differentiated():
 
 def test_cg_solves_a_multiple_of_the_identity_in_one_step():
     _, b, _, _ = system()
-    x, _, info = run(SHORT["cg"], 7.0 * jnp.eye(6), b)
+    x, _, info = run(MADE["cg"], 7.0 * jnp.eye(6), b)
     assert int(info.num_products) == 1
     assert relative_error(x, optax.tree.scale(1 / 7, b)) < 1e-6
 
 
 def test_cg_stops_at_negative_curvature():
     _, b, matrix, _ = system(signs=-np.ones(6))
-    x, _, info = run(SHORT["cg"], matrix, b)
+    x, _, info = run(MADE["cg"], matrix, b)
     assert optax.tree.norm(x) == 0.0
     assert int(info.num_products) == 1
     assert named(info) == "INDEFINITE"
@@ -500,7 +487,7 @@ def test_cg_returns_its_last_accepted_iterate_where_curvature_turns_negative(x64
     _, b, matrix, _ = system(condition=50.0, signs=INDEFINITE)
     found = reference_cg(np.asarray(matrix), np.asarray(vector_of(b)), 20)
     assert 1 < len(found) < 7
-    x, _, info = run(SHORT["cg"], matrix, b)
+    x, _, info = run(MADE["cg"], matrix, b)
     assert relative_error(x, tree_of(jnp.asarray(found[-1]))) < 1e-10
     assert named(info) == "INDEFINITE"
     assert int(info.num_products) == len(found)  # the accepted steps, and the one that is not
@@ -514,7 +501,7 @@ def test_cg_returns_its_last_iterate_though_an_earlier_one_has_a_smaller_residua
     found = reference_cg(np.asarray(matrix), b, 3)
     residuals = [np.linalg.norm(b - matrix @ x) for x in found]
     assert residuals[-1] > 1.5 * min(residuals)
-    x, _, info = run(hg.solvers.cg(3), matrix, tree_of(jnp.asarray(b)))
+    x, _, info = run(THREE, matrix, tree_of(jnp.asarray(b)))
     assert relative_error(x, tree_of(jnp.asarray(found[-1]))) < 1e-10
     assert named(info) == "TRUNCATED"
 
@@ -556,7 +543,7 @@ def test_cg_solves_a_singular_system_whose_right_hand_side_is_in_its_range():
 
 def test_cg_starts_warm_and_recognises_a_solution():
     _, b, matrix, want = system(condition=20.0)
-    solver = hg.solvers.cg(50, 1e-5, warm_start=True)
+    solver = MADE["cg_warm"]
     _, state, cold = run(solver, matrix, b)
     x, _, warm = solve(solver, matrix, optax.tree.scale(3.0, b), state)
     assert int(warm.num_products) == 1 < int(cold.num_products)
@@ -566,11 +553,11 @@ def test_cg_starts_warm_and_recognises_a_solution():
 def test_cg_pays_for_a_warm_start_from_its_products(x64):
     """A fresh state costs none; a poor one costs one and is dropped; a good one is one step ahead of a cold start."""
     _, b, matrix, _ = system(condition=50.0)
-    cold, warm = hg.solvers.cg(3), hg.solvers.cg(4, warm_start=True)
+    cold, warm = THREE, FOUR_WARM
     x3, _, _ = run(cold, matrix, b)
     x, good, info = run(warm, matrix, b)
     assert int(info.num_products) == 4
-    assert relative_error(x, run(hg.solvers.cg(4), matrix, b)[0]) < 1e-12
+    assert relative_error(x, run(FOUR, matrix, b)[0]) < 1e-12
     poor = jax.tree.map(lambda x: -10 * x, good)
     x, _, info = solve(warm, matrix, b, poor)
     assert int(info.num_products) == 4
@@ -636,11 +623,11 @@ def test_dense_solves_a_system_that_is_not_symmetric():
 
 def test_dense_counts_a_product_per_column():
     _, b, matrix, _ = system()
-    assert int(run(SHORT["dense"], matrix, b)[2].num_products) == 6
+    assert int(run(MADE["dense"], matrix, b)[2].num_products) == 6
 
 
 def test_dense_says_so_where_the_matrix_is_singular():
-    x, _, info = run_diagonal(SHORT["dense"], [1.0, 1.0, 0.0], jnp.ones(3))
+    x, _, info = run_diagonal(MADE["dense"], [1.0, 1.0, 0.0], jnp.ones(3))
     assert bool((x == 0).all())
     assert named(info) == "NOT_FINITE"
 

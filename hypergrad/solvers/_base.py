@@ -119,7 +119,7 @@ class ScaledSystem(NamedTuple):
     def measure(self, x: PyTree) -> tuple[PyTree, Array]:
         """Return b − (A + δI) x and its norm over ‖b‖, by one product."""
         remainder = tree.add_scaled(self.b, -1.0, self.matvec(x))
-        return remainder, quotient(tree.norm(remainder), self.size)
+        return remainder, divide(tree.norm(remainder), self.size)
 
 
 class Solution(NamedTuple):
@@ -171,14 +171,14 @@ def assemble(
         size, limit = tree.norm(b), None
         if tolerance is not None:
             validate.number("tolerance", tolerance, low=0.0)
-            limit = quotient(jnp.asarray(tolerance, size.dtype) / power, size)
+            limit = divide(jnp.asarray(tolerance, size.dtype) / power, size)
 
         scaled = ScaledSystem(_damped(system.matvec, b, damping), b, size, limit, system)
         state = optax.tree.where(tree.all_finite(state), state, init(b))
         x, state, num_products, remainder, residual, status = solve_scaled(scaled, state)
         residual = undamped = jnp.where(size > 0, residual, 0.0).astype(size.dtype)
         if remainder is not None and not _is_zero(damping):
-            undamped = quotient(tree.norm(tree.add_scaled(remainder, damping, x)), size)
+            undamped = divide(tree.norm(tree.add_scaled(remainder, damping, x)), size)
         sound = finite & jnp.isfinite(tree.max_abs(x) * power) & (status != Status.NOT_FINITE)
         sound &= jnp.isfinite(residual) | (remainder is None)
         x = jax.tree.map(lambda leaf: jnp.where(sound, leaf * power.astype(leaf.dtype), 0.0), x)
@@ -197,19 +197,14 @@ def blank_info() -> SolveInfo:
     return SolveInfo(jnp.zeros((), jnp.int32), zero, zero, zero, jnp.asarray(Status.TRUNCATED, jnp.int32))
 
 
-def quotient(a: Any, b: Array) -> Array:
+def divide(a: Any, b: Array) -> Array:
     """Return a/b, and 0 where b is not positive; 0/0 is never computed."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)
 
 
 def normalized(x: PyTree, size: Array) -> PyTree:
     """Return x / ‖b‖: the form in which a solution is kept for a later solve, whose b has another size."""
-    return tree.scale(x, quotient(1.0, size))
-
-
-def no_state(_: PyTree) -> PyTree:
-    """Return the state of a solver that keeps none."""
-    return ()
+    return tree.scale(x, divide(1.0, size))
 
 
 LoopVars = TypeVar("LoopVars", bound=Any)
@@ -219,12 +214,11 @@ LoopVars = TypeVar("LoopVars", bound=Any)
 def iterate(step: Callable[[LoopVars], LoopVars], start: LoopVars, *, length: int, unroll: int | bool) -> LoopVars:
     """Apply ``step`` until ``done`` or ``length`` times; ``step`` counts ``num_products`` itself.
 
-    With ``unroll=1`` a ``while_loop``: steps that are not needed cost nothing, under ``vmap`` too, and the
-    loop variables are updated in place, where a scan whose body is a ``cond`` copies them (slower by up to a
-    fifth, with 1.4 times the scratch memory: ``benchmarks/results/hessian_modes.md``). It has no
-    reverse-mode derivative. With any other value a scan so unrolled, which has one, and whose steps after
-    ``done`` are computed and discarded: for convolutions on CPU, which XLA runs several times slower inside a
-    loop (or a ``cond``) than outside.
+    ``unroll=1`` is a ``while_loop``: steps that are not needed cost nothing, under ``vmap`` too, and the loop variables
+    are updated in place, where a scan over a ``cond`` copies them (up to a fifth slower, 1.4 times the scratch memory:
+    ``benchmarks/results/hessian_modes.md``). It has no reverse-mode derivative. Any other value is a scan so unrolled,
+    which has one, and which computes and discards the steps after ``done``: for convolutions on CPU, which XLA runs
+    several times slower inside a loop or a ``cond`` than outside.
     """
     if unroll is not True and unroll == 1:
         return lax.while_loop(lambda c: ~c.done & (c.num_products < length), step, start)

@@ -27,9 +27,9 @@ from hypergrad.solvers._base import (
     Status,
     WarmStart,
     assemble,
+    divide,
     iterate,
     normalized,
-    quotient,
 )
 from hypergrad.types import Array, PyTree
 
@@ -60,7 +60,7 @@ def cg(
       TypeError: one of them is not a number.
 
     Valid when A is symmetric positive definite, or semidefinite with b in its range. Elsewhere iterates
-    grow: add damping.
+    may grow before the solve stops: add damping.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> solver = cg(max_products=10)
@@ -123,10 +123,10 @@ def _start(scaled: ScaledSystem, guess: PyTree | None, stop: Any) -> _Krylov:
 def _step(scaled: ScaledSystem, c: _Krylov, stop: Any) -> _Krylov:
     image = scaled.matvec(c.direction)
     curvature = tree.vdot(c.direction, image)
-    rayleigh = quotient(curvature, c.direction_sq)
+    rayleigh = divide(curvature, c.direction_sq)
     stiffest = jnp.maximum(c.stiffest, jnp.abs(rayleigh))
     # A warm start is tried as a step of length 1 from 0, after which the iteration begins anew.
-    length = jnp.where(c.trial, 1.0, quotient(c.remainder_sq, curvature))
+    length = jnp.where(c.trial, 1.0, divide(c.remainder_sq, curvature))
     finite = jnp.isfinite(curvature) & jnp.isfinite(length * jnp.sqrt(c.direction_sq))
     accepted = finite & (c.trial | (rayleigh > 10 * _epsilon(c.x) * stiffest))
     length = jnp.where(accepted, length, 0.0)
@@ -135,9 +135,9 @@ def _step(scaled: ScaledSystem, c: _Krylov, stop: Any) -> _Krylov:
     dropped = c.trial & ~(square < c.remainder_sq)
     length, square = jnp.where(dropped, 0.0, length), jnp.where(dropped, c.remainder_sq, square)
     remainder = tree.add_scaled(c.remainder, -length, image)
-    ratio = jnp.where(c.trial, 0.0, quotient(square, c.remainder_sq))
+    ratio = jnp.where(c.trial, 0.0, divide(square, c.remainder_sq))
     # A square that underflows would make the next quotients meaningless.
-    small = (quotient(jnp.sqrt(square), scaled.size) <= stop) | (square <= jnp.finfo(square.dtype).tiny / _epsilon(c.x))
+    small = (divide(jnp.sqrt(square), scaled.size) <= stop) | (square <= jnp.finfo(square.dtype).tiny / _epsilon(c.x))
     return _Krylov(
         tree.add_scaled(c.x, length, c.direction),
         remainder,
@@ -157,9 +157,9 @@ def _verified(scaled: ScaledSystem, final: _Krylov, stop: Any, *, unroll: int | 
 
     The two drift apart by at most about (steps)·ε·‖A‖·max‖x‖ (Greenbaum 1997), and ‖x‖ grows with the steps.
     """
-    residual = quotient(jnp.sqrt(final.remainder_sq), scaled.size)
+    residual = divide(jnp.sqrt(final.remainder_sq), scaled.size)
     rounding = final.num_products.astype(residual.dtype) * _epsilon(final.x)
-    drift = rounding * quotient(tree.norm(tree.scale(final.x, final.stiffest)), scaled.size)
+    drift = rounding * divide(tree.norm(tree.scale(final.x, final.stiffest)), scaled.size)
     needed = drift > jnp.maximum(residual, stop)
     start = final.remainder, residual, final.num_products, needed
 

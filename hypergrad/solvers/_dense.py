@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from hypergrad import validate
-from hypergrad.solvers._base import LinearSolver, ScaledSystem, Solution, assemble, no_state, quotient
+from hypergrad.solvers._base import LinearSolver, ScaledSystem, Solution, assemble, divide
 from hypergrad.types import Array, PyTree
 
 _LARGEST = 10_000
@@ -54,7 +54,7 @@ def dense(rtol: float = 1e-5, *, damping: float = 0.0) -> LinearSolver:
         matrix = jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=min(64, flat.size)).T
         x = jnp.linalg.solve(matrix, flat)
         remainder = flat - jnp.matmul(matrix, x, precision="highest")
-        residual = quotient(jnp.linalg.norm(remainder), scaled.size)
+        residual = divide(jnp.linalg.norm(remainder), scaled.size)
         return Solution(unravel(x), state, flat.size, unravel(remainder), residual)
 
-    return assemble(no_state, solve_scaled, damping=damping, rtol=rtol)
+    return assemble(lambda _: (), solve_scaled, damping=damping, rtol=rtol)

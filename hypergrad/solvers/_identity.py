@@ -10,7 +10,7 @@ hyperparameters, arXiv 1511.06727.
 
 import jax.numpy as jnp
 
-from hypergrad.solvers._base import LinearSolver, Solution, assemble, no_state
+from hypergrad.solvers._base import LinearSolver, Solution, assemble
 
 
 def identity() -> LinearSolver:
@@ -29,4 +29,4 @@ def identity() -> LinearSolver:
 
     Reference: Luketina et al., arXiv 1511.06727.
     """
-    return assemble(no_state, lambda scaled, state: Solution(scaled.b, state, 0, None, jnp.nan))
+    return assemble(lambda _: (), lambda scaled, state: Solution(scaled.b, state, 0, None, jnp.nan))

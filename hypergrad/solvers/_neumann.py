@@ -16,16 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from hypergrad import tree, validate
-from hypergrad.solvers._base import (
-    LinearSolver,
-    ScaledSystem,
-    Solution,
-    Status,
-    assemble,
-    iterate,
-    normalized,
-    quotient,
-)
+from hypergrad.solvers._base import LinearSolver, ScaledSystem, Solution, Status, assemble, divide, iterate, normalized
 from hypergrad.types import Array, PyTree
 
 _FIRST_POWER_STEPS, _WARM_POWER_STEPS = 12, 2
@@ -89,7 +80,7 @@ def neumann(
 
     def solve_scaled(scaled: ScaledSystem, state: PyTree) -> Solution:
         power = None if step_size is not None else _power(scaled, state.direction, unroll)
-        alpha = step_size if power is None else quotient(1.0, power.top)
+        alpha = step_size if power is None else divide(1.0, power.top)
         total = _series(scaled, alpha, num_terms, unroll)
         num_products = total.num_products
         if power is not None:
@@ -119,7 +110,7 @@ def _series(scaled: ScaledSystem, alpha: Any, num_terms: int, unroll: int | bool
     def step(c: _Sum) -> _Sum:
         x = tree.add_scaled(c.x, alpha, c.term)
         term = tree.add_scaled(c.term, -alpha, matvec(c.term))
-        residual = quotient(tree.norm(term), size)
+        residual = divide(tree.norm(term), size)
         # Past α λ = 2 a term turns round at each step; along negative curvature it grows without turning.
         overshot = tree.vdot(term, c.term) < 0
         done = ~(residual <= _DIVERGED) | (residual <= stop)
