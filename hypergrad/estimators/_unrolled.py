@@ -69,8 +69,6 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Estimat
         return (), ()
 
     def differentiate(ctx: Context) -> tuple[Trained, tuple[Array, Hyperparams, Any]]:
-        outer = outer_loss_fn(ctx)
-
         def run_window(hyperparams: Hyperparams) -> Trained:
             reached = _run_window(ctx, mode, hyperparams)
             # The outer loss does not see these: no tangent of theirs, finite or not, may count.
@@ -80,8 +78,6 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Estimat
         def outer_loss(hyperparams: Hyperparams, reached: Trained) -> tuple[Array, Any]:
             return outer_loss_fn(ctx._replace(at=reached))(reached.params, hyperparams)
 
-        check_outer_path("unrolled", lambda w: outer(w, ctx.hyperparams)[0], ctx.start.params)
-        _check_paths(ctx, mode)
         (value, aux), reached, hypergrad = mode.value_and_grad(run_window, outer_loss, ctx.hyperparams)
         return reached, (value, hypergrad, aux)
 
@@ -89,6 +85,9 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Estimat
         _check_optimizer(ctx, mode)
         if ctx.due is False:
             return train(ctx, unroll=mode.unroll), state, ()
+        outer = outer_loss_fn(ctx)
+        check_outer_path("unrolled", lambda w: outer(w, ctx.hyperparams)[0], ctx.start.params)
+        _check_paths(ctx, mode)
         if ctx.due is True:
             reached, tape = differentiate(ctx)
             return reached, state, tape
