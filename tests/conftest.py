@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, 64-bit mode for those that ask, no plots on a screen."""
 
 import os
+import pathlib
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -10,6 +11,10 @@ from hypothesis import settings
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # the suite's time is compilation, of tiny programs
+# Workers and later runs share what they compile.
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("deterministic")
 

@@ -261,29 +261,27 @@ class _Outer(NamedTuple):
 def _outer_step(setup: _Setup, ctx: Context, before: _Outer, number: Array, lost: Array, *, loss_known: bool) -> _Outer:
     hyperparams, guard = ctx.hyperparams, setup.guard
     result = _phases.estimate(setup.estimator, before.estimator, ctx)
-    size = tree.scaled_norm(result.hypergrad)
     updates, state = update_with(
         "outer_optimizer", setup.outer_tx, result.hypergrad, before.state, hyperparams, value=result.value
     )
     updates, state = tree.match_dtypes(updates, hyperparams), tree.match_dtypes(state, before.state)
-    reason, kept = jnp.zeros((), jnp.int32), result.state
+    info = _guard.settle(
+        guard,
+        result,
+        before.estimator,
+        ctx.at.inner_loss if loss_known else None,
+        lost=lost,
+        number=number,
+        num_skipped=before.info.num_skipped,
+        changes=(
+            (SkipReason.HYPERPARAMS, optax.apply_updates(hyperparams, updates), hyperparams),
+            (SkipReason.OUTER_STATE, state, before.state),
+        ),
+    )
     if guard is not None:
-        reasons = _guard.reasons_of_estimate(guard, result, size, ctx.at.inner_loss, loss_known=loss_known)
-        reasons += [
-            (tree.newly_bad(optax.apply_updates(hyperparams, updates), hyperparams), SkipReason.HYPERPARAMS),
-            (tree.newly_bad(state, before.state), SkipReason.OUTER_STATE),
-            (lost | tree.newly_bad(result.state, before.estimator), SkipReason.ESTIMATOR_STATE),
-        ]
-        reason = _guard.first_reason(reasons)
-        taken = reason == SkipReason.NONE
-        updates, state = optax.tree.where(taken, (updates, state), (before.updates, before.state))
-        kept = optax.tree.where(
-            _guard.keeps_state(reason, result.state, before.estimator), result.state, before.estimator
-        )
+        updates, state = optax.tree.where(info.skipped, (before.updates, before.state), (updates, state))
     validate.same_structure("the estimator's info", result.info, "the blank info of its init", before.info.method)
-    skipped = before.info.num_skipped + (reason > 0).astype(jnp.int32)
-    losses = result.value, jnp.asarray(ctx.at.inner_loss), size
-    info = HypergradInfo(number, *losses, reason, skipped, result.info)
+    kept, info = info.state, info._replace(inner_loss=jnp.asarray(ctx.at.inner_loss), state=(), aux=())
     return _Outer(updates, state, kept, tree.match_dtypes(info, before.info))
 
 

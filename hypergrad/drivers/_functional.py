@@ -11,13 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from hypergrad import data, tree, validate
 from hypergrad.drivers import _guard, _phases
-from hypergrad.drivers._guard import Guard, HypergradInfo, SkipReason
+from hypergrad.drivers._guard import Guard, HypergradInfo
 from hypergrad.estimators import Estimate, Estimator
 from hypergrad.problem import BilevelParams, check_model_state, check_variables
 from hypergrad.training import INIT, Context, Trained, resolve_optimizer, split_keys
@@ -244,20 +242,8 @@ def _compiled(estimator: Estimator, inner_optimizer: Any, guard: Guard | None) -
         ctx = _context(estimator, inner_optimizer, guard, variables.hyperparams, start, inner_batch, outer_batch, key)
         advanced, ctx, _, lost = _phases.train_and_advance(estimator, guard, state, ctx)
         result = _phases.estimate(estimator, advanced, ctx)
-        size = tree.scaled_norm(result.hypergrad)
-        reason, kept = jnp.zeros((), jnp.int32), result.state
-        if guard is not None:
-            reasons = _guard.reasons_of_estimate(guard, result, size, ctx.at.inner_loss, loss_known=trains)
-            bad_state = lost | tree.newly_bad(result.state, advanced)
-            reason = _guard.first_reason([*reasons, (bad_state, SkipReason.ESTIMATOR_STATE)])
-            kept = optax.tree.where(_guard.keeps_state(reason, result.state, advanced), result.state, advanced)
-        float_type = jnp.zeros((), float).dtype
-        loss = jnp.asarray(ctx.at.inner_loss, float_type) if trains else jnp.zeros((), float_type)
-        count = (reason > 0).astype(jnp.int32)
-        numbers = result.value.astype(float_type), loss, size.astype(float_type)
-        info = HypergradInfo(jnp.array(-1, jnp.int32), *numbers, reason, count, result.info, kept, result.aux)
-        at = ctx.at._replace(inner_loss=loss)
-        return result, at, info
+        info = _guard.settle(guard, result, advanced, ctx.at.inner_loss if trains else None, lost=lost)
+        return result, ctx.at._replace(inner_loss=info.inner_loss), info
 
     return init, run
 

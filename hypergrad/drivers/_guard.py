@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from hypergrad import tree, validate
 from hypergrad.estimators import Estimate
@@ -25,10 +26,8 @@ __all__ = [
     "Guard",
     "HypergradInfo",
     "SkipReason",
-    "first_reason",
     "guard",
-    "keeps_state",
-    "reasons_of_estimate",
+    "settle",
     "solves_in",
 ]
 
@@ -132,31 +131,53 @@ def solves_in(info: PyTree) -> list[SolveInfo]:
     return [leaf for leaf in leaves if isinstance(leaf, SolveInfo)]
 
 
-def reasons_of_estimate(
-    guard: Guard, estimate: Estimate, size: Array, inner_loss: Any, *, loss_known: bool
-) -> list[tuple[Array, SkipReason]]:
-    """Return the conditions that an estimate itself must pass; ``size`` is the norm of its hypergradient."""
-    bad_solve = jnp.array(False)
-    for solve in solves_in(estimate.info):
+def settle(
+    guard: Guard | None,
+    estimate: Estimate,
+    advanced: PyTree,
+    inner_loss: Any,
+    *,
+    lost: Array,
+    number: Any = -1,
+    num_skipped: Any = 0,
+    changes: Sequence[tuple[SkipReason, PyTree, PyTree]] = (),
+) -> HypergradInfo:
+    """Return the info of an outer step: whether it is taken, and the estimator's state that is kept.
+
+    Args:
+      guard: None takes every step.
+      estimate: what the estimator returned.
+      advanced: the estimator's state after ``advance``.
+      inner_loss: of the last inner step; None where it is unknown, and then 0 in the info.
+      lost: whether the state had to return to the call's start.
+      number: of the ``update`` call.
+      num_skipped: outer steps skipped before.
+      changes: (reason, new, old) of what the step would change: a reason where ``new`` is newly not finite.
+    """
+    size, reason, kept = tree.scaled_norm(estimate.hypergrad), jnp.zeros((), jnp.int32), estimate.state
+    if guard is not None:
+        state_lost = tree.newly_bad(estimate.state, advanced)
+        reasons = [
+            (SkipReason.OUTER_LOSS, ~jnp.isfinite(estimate.value)),
+            (SkipReason.INNER_LOSS, False if inner_loss is None else ~jnp.isfinite(inner_loss)),
+            (SkipReason.SOLVE, _bad_solve(guard, estimate.info)),
+            (SkipReason.HYPERGRAD, ~jnp.isfinite(size)),
+            *((reason, tree.newly_bad(new, old)) for reason, new, old in changes),
+            (SkipReason.ESTIMATOR_STATE, lost | state_lost),
+        ]
+        for code, holds in reversed(reasons):  # the first counts
+            reason = jnp.where(holds, jnp.array(code, jnp.int32), reason)
+        keeps = (reason == SkipReason.NONE) | ((reason == SkipReason.SOLVE) & ~state_lost)
+        kept = optax.tree.where(keeps, estimate.state, advanced)
+    float_type = jnp.zeros((), float).dtype
+    losses = (jnp.asarray(x, float_type) for x in (estimate.value, 0.0 if inner_loss is None else inner_loss, size))
+    counts = reason, jnp.asarray(num_skipped, jnp.int32) + (reason > 0).astype(jnp.int32)
+    return HypergradInfo(jnp.asarray(number, jnp.int32), *losses, *counts, estimate.info, kept, estimate.aux)
+
+
+def _bad_solve(guard: Guard, info: PyTree) -> Array:
+    bad = jnp.array(False)
+    for solve in solves_in(info):
         bad_status = (solve.status == Status.DIVERGED) | (solve.status == Status.NOT_FINITE)
-        bad_solve = bad_solve | bad_status | (solve.residual > guard.max_residual)
-    bad_inner = [(~jnp.isfinite(inner_loss), SkipReason.INNER_LOSS)] if loss_known else []
-    return [
-        (~jnp.isfinite(estimate.value), SkipReason.OUTER_LOSS),
-        *bad_inner,
-        (bad_solve, SkipReason.SOLVE),
-        (~jnp.isfinite(size), SkipReason.HYPERGRAD),
-    ]
-
-
-def first_reason(reasons: Sequence[tuple[Array, SkipReason]]) -> Array:
-    """Return the first reason that holds, or NONE, as int32."""
-    result = jnp.array(SkipReason.NONE, jnp.int32)
-    for bad, reason in reversed(reasons):
-        result = jnp.where(bad, jnp.array(reason, jnp.int32), result)
-    return result
-
-
-def keeps_state(reason: Array, new: PyTree, advanced: PyTree) -> Array:
-    """Return whether the state that ``estimate`` returned is kept, else that after ``advance``."""
-    return (reason == SkipReason.NONE) | ((reason == SkipReason.SOLVE) & ~tree.newly_bad(new, advanced))
+        bad = bad | bad_status | (solve.residual > guard.max_residual)
+    return bad

@@ -105,7 +105,7 @@ class WarmStart(NamedTuple):
 
 
 class ScaledSystem(NamedTuple):
-    """What a solver's own file is asked to solve: (A + δI) x = b, the largest entry of b being about 1, or 0.
+    """What a solver's own file is asked to solve: (A + δI) x = b with ‖b‖ between 0.5 and 2, or b = 0.
 
     ``matvec`` includes the damping, ``size`` is ‖b‖, ``limit`` the given tolerance over ‖b‖, or None.
     """
@@ -161,14 +161,12 @@ def assemble(
         system: LinearSystem, b: PyTree, state: PyTree, *, tolerance: Any = None
     ) -> tuple[PyTree, PyTree, SolveInfo]:
         b = tree.promote(b)
-        top = tree.max_abs(b)
-        finite = jnp.isfinite(top)
-        usable = finite & (top >= jnp.finfo(top.dtype).tiny)
-        power = _power_of_two(jnp.where(usable, top, 1.0))
-        # A quotient of scalars: XLA computes it once, where it would repeat a select inside every leaf's kernel.
-        shrink = jnp.where(usable, 1.0, 0.0).astype(power.dtype) / power
-        b = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x * shrink.astype(x.dtype), 0.0), b)
-        size, limit = tree.norm(b), None
+        size = tree.scaled_norm(b)
+        finite = jnp.isfinite(size)
+        usable = finite & (size >= jnp.finfo(size.dtype).tiny)
+        power = _power_of_two(jnp.where(usable, size, 1.0))
+        b = jax.tree.map(lambda x: jnp.where(usable, x / power.astype(x.dtype), 0.0), b)
+        size, limit = jnp.where(usable, size, 0.0) / power, None
         if tolerance is not None:
             validate.number("tolerance", tolerance, low=0.0)
             limit = divide(jnp.asarray(tolerance, size.dtype) / power, size)
@@ -179,7 +177,7 @@ def assemble(
         residual = undamped = jnp.where(size > 0, residual, 0.0).astype(size.dtype)
         if remainder is not None and not _is_zero(damping):
             undamped = divide(tree.norm(tree.add_scaled(remainder, damping, x)), size)
-        sound = finite & jnp.isfinite(tree.max_abs(x) * power) & (status != Status.NOT_FINITE)
+        sound = finite & tree.all_finite(tree.scale(x, power)) & (status != Status.NOT_FINITE)
         sound &= jnp.isfinite(residual) | (remainder is None)
         x = jax.tree.map(lambda leaf: jnp.where(sound, leaf * power.astype(leaf.dtype), 0.0), x)
         residual, undamped = jnp.where(sound, residual, jnp.inf), jnp.where(sound, undamped, jnp.inf)

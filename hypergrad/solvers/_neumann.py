@@ -138,12 +138,9 @@ def _power(scaled: ScaledSystem, direction: PyTree, unroll: int | bool) -> _Powe
 
     def step(c: _Power) -> _Power:
         image = scaled.matvec(c.direction)
-        peak = tree.max_abs(image)
-        image = normalized(image, peak)  # so that its square does not underflow
-        length = tree.norm(image)
-        top = peak * length
+        top = tree.scaled_norm(image)
         usable = jnp.isfinite(top) & (top > 0)
-        moved = optax.tree.where(usable, normalized(image, length), c.direction)
+        moved = optax.tree.where(usable, normalized(image, top), c.direction)
         return _Power(moved, jnp.where(usable, top, 0.0), c.num_products + 1, ~usable | (c.num_products + 1 >= steps))
 
     start = _Power(normalized(mixed, size), jnp.zeros_like(size), jnp.zeros((), jnp.int32), size == 0)
