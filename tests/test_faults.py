@@ -2,6 +2,8 @@
 
 import functools
 import gc
+import pathlib
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +176,14 @@ def test_a_state_of_other_weights_is_refused_by_leaf(variables):
         tx.update(None, state, variables, inner_batch=(), outer_batch=())
 
 
+def resident_mib():
+    """Return the process's memory: what it holds now where the system tells, else its peak."""
+    statm = pathlib.Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def test_eager_calls_compile_once_and_leak_nothing():
     traces = []
 
@@ -182,16 +192,22 @@ def test_eager_calls_compile_once_and_leak_nothing():
         return outer(w, h, b, k)
 
     fn = hg.value_and_hypergrad(hg.implicit(hg.BilevelProblem(inner, counted), hg.solvers.neumann(3)))
+
+    def calls(number, grad, info):
+        for i in range(number):
+            state = None if i % 2 else info.state  # fresh and given: one program
+            (_, _), info = fn(ONE, grad * i, (), (), key=None, state=state)
+
     (_, grad), info = fn(ONE, jnp.zeros(3), (), (), key=None)
+    calls(2, grad, info)
     seen = len(traces)
     gc.collect()
-    before = len(gc.get_objects())
-    for i in range(20):
-        state = None if i % 2 else info.state  # fresh and given: one program
-        _, info = fn(ONE, grad * i, (), (), key=None, state=state)
+    objects, memory = len(gc.get_objects()), resident_mib()
+    calls(500, grad, info)
     gc.collect()
     assert len(traces) == seen
-    assert len(gc.get_objects()) - before < 200
+    assert len(gc.get_objects()) - objects < 200
+    assert resident_mib() - memory < 20
 
 
 def test_a_state_warms_the_next_solve():
@@ -432,36 +448,60 @@ def test_guarded_inner_steps_are_dropped_where_they_are_not_finite():
     np.testing.assert_allclose(poisoned.params, two.params, rtol=1e-6)
 
 
+def batches_of(share, steps, rng):
+    """Return batches of one example and its weight, this share of them poisoned: NaN, inf, empty or 1e30."""
+    clean = np.stack([rng.normal(size=steps) * 0.01, np.ones(steps)], -1)
+    kinds = np.array([[np.nan, 1], [np.inf, 1], [-np.inf, 1], [0, 0], [1e30, 1]])
+    return np.where(rng.random((steps, 1)) < share, rng.choice(kinds, steps), clean).astype(np.float32)
+
+
 @functools.cache
-def poisoned_run(share, steps=10_000):
-    """Return the final loss and the number of skips of a run with this share of poisoned outer batches."""
-    rng = np.random.default_rng(0)
-    clean = rng.normal(size=(steps, 1)).astype(np.float32) * 0.01
-    kinds = np.array([np.nan, np.inf, -np.inf, 1e30], np.float32)
-    batches = np.where(rng.random((steps, 1)) < share, rng.choice(kinds, (steps, 1)), clean)
+def poisoned_run(inner_share, outer_share, inner_optimizer=None, steps=10_000):
+    """Return the final loss and the skips by reason, of a run with these shares of poisoned batches."""
 
-    def noisy(w, h, batch, key):
-        return jnp.sum((w - 1.0 - batch) ** 2)
+    def mean(values, batch):
+        return jnp.sum(values) * batch[1] / batch[1]  # NaN where the batch is empty
 
-    problem = hg.BilevelProblem(lambda w, h, b, k: inner(w, h, (), k), noisy)
-    tx = make(hg.implicit(problem, hg.solvers.cg(3)), outer_optimizer=optax.adam(0.01))
+    problem = hg.BilevelProblem(
+        lambda w, h, b, k: mean(0.5 * (w - h - b[0]) ** 2, b), lambda w, h, b, k: mean((w - 1.0 - b[0]) ** 2, b)
+    )
+    made = {"inner_optimizer": inner_optimizer} if inner_optimizer else {}
+    tx = make(hg.implicit(problem, hg.solvers.cg(3)), outer_optimizer=optax.adam(0.01), **made)
 
-    def body(carry, batch):
+    def body(carry, batches):
         variables, state = carry
-        updates, state = tx.update(None, state, variables, inner_batch=(), outer_batch=batch)
+        updates, state = tx.update(None, state, variables, inner_batch=batches[0], outer_batch=batches[1])
         variables = optax.apply_updates(variables, updates)
-        return (variables, state), jnp.isfinite(variables.hyperparams).all()
+        return (variables, state), (jnp.isfinite(variables.hyperparams).all(), state.info.skip_reason)
 
     start = hg.BilevelParams(ONE, jnp.zeros(3))
-    (variables, state), finite = jax.jit(lambda c: jax.lax.scan(body, c, batches))((start, tx.init(start)))
+    rng = np.random.default_rng(0)
+    batches = batches_of(inner_share, steps, rng), batches_of(outer_share, steps, rng)
+    (variables, _), (finite, reasons) = jax.jit(lambda c: jax.lax.scan(body, c, batches))((start, tx.init(start)))
     assert finite.all()
-    return float(jnp.sum((variables.params - 1.0) ** 2)), int(state.info.num_skipped)
+    numbers = {reason.name: int((reasons == reason).sum()) for reason in hg.SkipReason}
+    return float(jnp.sum((variables.params - 1.0) ** 2)), {name: n for name, n in numbers.items() if n}
 
 
 def test_ten_thousand_outer_steps_with_poisoned_batches():
     """NaN and inf are skipped; 1e30 is finite in the loss's gradient and is cut by Adam's scale-free steps."""
-    clean, none = poisoned_run(0.0)
-    loss, skipped = poisoned_run(0.05)
-    assert none == 0
-    assert 300 < skipped < 600
+    clean, reasons = poisoned_run(0.0, 0.0)
+    assert reasons == {"NONE": 10_000}
+    loss, reasons = poisoned_run(0.0, 0.05)
+    assert 400 < 10_000 - reasons["NONE"] < 600
     assert loss == pytest.approx(clean, rel=0.05)
+
+
+def test_ten_thousand_steps_with_poisoned_inner_batches():
+    """``apply_if_finite`` and clipping keep the weights; without them NaN stays, and every outer step is skipped."""
+    kept = optax.apply_if_finite(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), max_consecutive_errors=10_000
+    )
+    clean, _ = poisoned_run(0.0, 0.0, kept)
+    loss, reasons = poisoned_run(0.05, 0.0, kept)
+    assert 400 < reasons["INNER_LOSS"] < 600
+    assert reasons["NONE"] + reasons["INNER_LOSS"] == 10_000
+    assert loss == pytest.approx(clean, rel=0.05)
+    loss, reasons = poisoned_run(0.05, 0.0)
+    assert not np.isfinite(loss)
+    assert reasons["NONE"] < 200

@@ -1,5 +1,10 @@
 """A run that is saved, restored and resumed equals one that never stopped, to the last bit."""
 
+import pathlib
+import signal
+import subprocess
+import sys
+
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -63,6 +68,24 @@ def test_resume_is_bit_identical(through, training, tmp_path):
         np.testing.assert_array_equal(mine, theirs)
     assert int(there_state.step) == 6
     assert int(there_state.info.step) == 6
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was_saved(tmp_path):
+    """SIGKILL while a step is saved; the second process ends with the bits of a run that was never stopped."""
+    command, whole = ([sys.executable, "-m", "tests.killed_run", str(tmp_path / name)] for name in ("killed", "whole"))
+    options = {"cwd": pathlib.Path(__file__).parents[1], "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **options) as first:
+        for line in first.stdout:
+            if int(line) == 7:
+                first.kill()
+                break
+    assert first.wait() == -signal.SIGKILL
+    *steps, result = subprocess.run(command, check=True, **options).stdout.split()
+    assert 1 < int(steps[0]) < 12
+    *all_steps, wanted = subprocess.run(whole, check=True, **options).stdout.split()
+    assert steps == all_steps[-len(steps) :]
+    assert result == wanted
 
 
 def test_the_state_is_arrays_only(training):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hypergrad as hg
@@ -150,11 +150,13 @@ def test_two_processes_give_the_answer_of_one():
         assert result["residual"] == pytest.approx(want["residual"], rel=1e-3)
 
 
-def test_the_first_step_under_a_mesh_compiles_once():
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_the_first_step_under_a_mesh_compiles_once(kind):
     """Scalars that ``init`` makes live on the variables' mesh, so that the second step has the same shardings."""
-    mesh = Mesh(np.array(jax.devices()), ("d",))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(getattr(AxisType, kind),))
     problem, variables, batch = two_processes.problem()
-    variables = jax.device_put(variables, NamedSharding(mesh, P()))
+    axes = lambda x: P(*[None] * x.ndim) if kind == "Explicit" else P()  # noqa: E731
+    variables = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, axes(x))), variables)
     batch = jax.device_put(batch, NamedSharding(mesh, P("d")))
     tx = hg.bilevel(
         hg.implicit(problem, hg.solvers.neumann(2)), inner_optimizer=optax.adam(1e-2), outer_optimizer=optax.adam(1e-1)
@@ -165,8 +167,10 @@ def test_the_first_step_under_a_mesh_compiles_once():
         updates, state = tx.update(None, state, variables, inner_batch=batch, outer_batch=batch)
         return optax.apply_updates(variables, updates), state
 
-    state = tx.init(variables)
-    assert all(isinstance(leaf.sharding, NamedSharding) for leaf in jax.tree.leaves(state))
-    for _ in range(3):
-        variables, state = step(variables, state, batch)
+    with jax.set_mesh(mesh):
+        state = tx.init(variables)
+        assert all(isinstance(leaf.sharding, NamedSharding) for leaf in jax.tree.leaves(state))
+        for _ in range(3):
+            variables, state = step(variables, state, batch)
     assert step._cache_size() == 1
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(variables))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hypergrad import data, tree, validate
 from hypergrad.drivers import _guard, _phases
@@ -368,9 +368,15 @@ def _on_mesh(state: PyTree, variables: BilevelParams) -> PyTree:
     meshes = {s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1}
     if len(meshes) != 1:
         return state
-    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
-    place = lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere)  # noqa: E731
-    return jax.tree.map(lambda x: x if tree.is_traced(x) else place(x), state)
+    mesh = meshes.pop()
+
+    def place(x: Array) -> Array:
+        if tree.is_traced(x) or not x.sharding.is_fully_replicated:
+            return x
+        axes = [None] * x.ndim if AxisType.Explicit in mesh.axis_types else []  # as a compiled step returns it
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return jax.tree.map(place, state)
 
 
 def _once_if(due: Any, step: Callable[[Any], Any], start: Any) -> Any:
