@@ -15,7 +15,7 @@ from datasets import Split
 import hypergrad as hg
 
 NONE, DECAYS, HAND = "no augmentation", "no augmentation, best of 3 decays", "by hand, best of 5 strengths"
-START, CARRIED, RETRAINED = "network as it starts", "learned network, carried", "learned network, retrained"
+START, JOINT, RETRAINED = "network as it starts", "learned network, jointly trained", "learned network, retrained"
 NONE_ON_MORE, HAND_ON_MORE, LEARNED_ON_MORE = (
     f"{name}, on train + valid" for name in ("none", "by hand", "learned network")
 )
@@ -87,7 +87,7 @@ def compare(tools: Tools, settings: Settings, data: Data, *, seed: int) -> dict[
     best_decay, best_strength = note(DECAYS, none, 0)["decay"], note(HAND, by_hand, 0)["strength"]
     note(START, [train(START, tools.fixed, network)], 0)
     search = settings.learning_cost()
-    learned = note(CARRIED, [train(CARRIED, tools.learn, network)], search - steps)
+    learned = note(JOINT, [train(JOINT, tools.learn, network)], search - steps)
     note(RETRAINED, [train(RETRAINED, tools.fixed, learned, params=fresh)], search)
     note(NONE_ON_MORE, recipes(NONE_ON_MORE, [0.0], [best_decay], more), len(none) * steps, more)
     note(HAND_ON_MORE, recipes(HAND_ON_MORE, [best_strength], decays[:1], more), len(by_hand) * steps, more)

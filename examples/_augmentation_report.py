@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _augmentation_comparison import CARRIED, DECAYS, HAND, NONE, NONE_ON_MORE, RETRAINED, START, Outcome
+from _augmentation_comparison import DECAYS, HAND, JOINT, NONE, NONE_ON_MORE, RETRAINED, START, Outcome
 from _augmentation_training import Data
 from _augmentation_transforms import IDENTITY, Augmenter, RandomMap, by_hand
 from matplotlib.figure import Figure
 
 _NOTE = """mean ± standard deviation over seeds; gradients: of the training loss, with the search
 held-out loss: on the part of the validation split that no gradient sees; it stops runs and chooses among several"""
-_STYLES = {NONE: "tab:red", HAND: "tab:orange", START: "tab:gray", CARRIED: "tab:blue", RETRAINED: "tab:green"}
+_STYLES = {NONE: "tab:red", HAND: "tab:orange", START: "tab:gray", JOINT: "tab:blue", RETRAINED: "tab:green"}
 _DRAWS = 6
 
 
@@ -35,7 +35,7 @@ def summary(outcomes: Sequence[dict[str, Outcome]], data: Data) -> str:
     """Say from the numbers alone how the learned network compares, and how it changes the data's images."""
     lines = []
     for name, rivals in (
-        (CARRIED, (NONE, DECAYS, HAND, START, NONE_ON_MORE)),
+        (JOINT, (NONE, DECAYS, HAND, START, NONE_ON_MORE)),
         (RETRAINED, (NONE, DECAYS, HAND, START)),
     ):
         ours = np.asarray([outcome[name].test_loss for outcome in outcomes])
@@ -45,7 +45,7 @@ def summary(outcomes: Sequence[dict[str, Outcome]], data: Data) -> str:
             won = f"lower on {(ours < theirs).sum()} of {len(ours)} seeds"
             lines.append(f"  {rival}: {ours.mean() / theirs.mean():.2f} ({won})")
     lines.append("what the network does to an image, standard deviation over its noise, at first and learned")
-    first, learned = ([habits(outcome[row], data) for outcome in outcomes] for row in (START, CARRIED))
+    first, learned = ([habits(outcome[row], data) for outcome in outcomes] for row in (START, JOINT))
     for name in first[0]:
         before, after = (np.mean([one[name] for one in each]) for each in (first, learned))
         lines.append(f"  {name}: {before:.3g}, {after:.3g}")
@@ -72,7 +72,7 @@ def draw(outcomes: Sequence[dict[str, Outcome]], data: Data, title: str, path: P
     figure = Figure(figsize=(11, 7), layout="constrained")
     figure.suptitle(title)
     (first, top), (second, bottom) = figure.subplots(2, 2)
-    learned, recipe = (outcomes[0][name].run.variables.hyperparams for name in (CARRIED, HAND))
+    learned, recipe = (outcomes[0][name].run.variables.hyperparams for name in (JOINT, HAND))
     _mosaic(first, data, "learned", lambda x, key: Augmenter().apply({"params": learned}, x, key))
     _mosaic(second, data, "by hand", lambda x, key: by_hand(recipe["strength"], x, key))
     for name, style in _STYLES.items():

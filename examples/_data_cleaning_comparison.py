@@ -14,13 +14,13 @@ from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 from tqdm import tqdm
 
 ALL, STOPPED, JOINED = "all labels, to the end", "all labels, best decay and step", "all labels and validation"
-CARRIED, RETRAINED = "learned weights, carried", "learned weights, retrained"
+JOINT, RETRAINED = "learned weights, jointly trained", "learned weights, retrained"
 KEPT, KEPT_JOINED = "weight ≥ ½, retrained", "weight ≥ ½ and validation"
 VALID, FILTERED = "validation only", "labels that network agrees with"
 FILTERED_JOINED = "these labels and validation"
 ORACLE = "wrong labels left out (oracle)"
 BY_WEIGHT, BY_VALID, BY_ALL = "learned weight < ½", "validation only disagrees", "all labels, best disagrees"
-ROWS = (ALL, STOPPED, JOINED, VALID, FILTERED, FILTERED_JOINED, CARRIED, RETRAINED, KEPT, KEPT_JOINED, ORACLE)
+ROWS = (ALL, STOPPED, JOINED, VALID, FILTERED, FILTERED_JOINED, JOINT, RETRAINED, KEPT, KEPT_JOINED, ORACLE)
 FITS = 11  # trainings from scratch
 
 
@@ -80,7 +80,7 @@ def compare(
         return test(name, _at(fitted, at), examples)
 
     params, weights = learn(tools.init(first, data.train), data, key, f"seed {seed}/learned")
-    test(CARRIED, params, len(ones))
+    test(JOINT, params, len(ones))
     best(RETRAINED, weights)
     best(KEPT, weights >= 0.5, KEPT_JOINED)
     best(ORACLE, ~data.wrong)

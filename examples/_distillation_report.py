@@ -9,20 +9,20 @@ from matplotlib.figure import Figure
 
 import hypergrad as hg
 
-Audits = Mapping[str, Sequence[hg.diagnostics.Retrained]]
-_NAMES = {"jointly_trained": "jointly trained", "retrained": "retrained"}  # fields of an audit, as they are shown
+Tests = Mapping[str, Sequence[hg.diagnostics.Retrained]]
+_NAMES = {"jointly_trained": "jointly trained", "retrained": "retrained"}  # fields of a result, as they are shown
 
 
-def table(results: Audits) -> str:
+def table(results: Tests) -> str:
     """Return both accuracies for each kind of start; mean ± standard deviation over the seeds."""
     lines = ["test accuracy".ljust(12) + "".join(name.rjust(17) for name in _NAMES.values())]
-    for how, audits in results.items():
-        each = (_accuracies(audits, name) for name in _NAMES)
+    for how, tests in results.items():
+        each = (_accuracies(tests, name) for name in _NAMES)
         lines.append(how.ljust(13) + "".join(f"{a.mean():.3f} ± {a.std():.3f}".rjust(17) for a in each))
     return "\n".join([*lines, "mean ± standard deviation over seeds; chance is 0.1"])
 
 
-def draw(results: Audits, points: Mapping[str, np.ndarray], path: Path) -> None:
+def draw(results: Tests, points: Mapping[str, np.ndarray], path: Path) -> None:
     """Save the picture: the points of the first seed, and both accuracies of every seed."""
     figure = Figure(figsize=(8.5, 3.2), layout="constrained")
     count = len(next(iter(points.values())))
@@ -33,9 +33,9 @@ def draw(results: Audits, points: Mapping[str, np.ndarray], path: Path) -> None:
             axes.imshow(image.reshape(8, 8), cmap="gray_r")
             axes.set(xticks=[], yticks=[], ylabel=how if column == 0 else "")
     axes = figure.add_subplot(grid[:, count:])
-    for row, audits in enumerate(results.values()):
+    for row, tests in enumerate(results.values()):
         for shift, (name, shown), colour in zip((0.18, -0.18), _NAMES.items(), ("tab:blue", "tab:orange"), strict=True):
-            values = _accuracies(audits, name)
+            values = _accuracies(tests, name)
             axes.barh(-row + shift, values.mean(), 0.34, color=colour, alpha=0.75, label=shown if row == 0 else None)
             axes.plot(values, [-row + shift] * len(values), "k.", markersize=4)
     axes.axvline(1 / datasets.NUM_CLASSES, color="0.4", linestyle=":", linewidth=1)
@@ -46,5 +46,5 @@ def draw(results: Audits, points: Mapping[str, np.ndarray], path: Path) -> None:
     figure.savefig(path, dpi=95, pil_kwargs={"optimize": True})
 
 
-def _accuracies(audits: Sequence[hg.diagnostics.Retrained], name: str) -> np.ndarray:
-    return np.array([np.mean(getattr(audit, name)) for audit in audits])
+def _accuracies(tests: Sequence[hg.diagnostics.Retrained], name: str) -> np.ndarray:
+    return np.array([np.mean(getattr(test, name)) for test in tests])

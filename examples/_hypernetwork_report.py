@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import hypergrad as hg
 
 START, GRID, GLOBAL = "one decay, the first", "one decay, best of the grid", "one decay, global"
-EACH = ("a decay an input, local", "a decay a weight, local")
+EACH = ("a decay per input, local", "a decay per weight, local")
 
 Results: TypeAlias = dict[str, dict[str, Any]]
 """By row: ``hyperparams``, ``gradients``; one number a seed: ``valid_loss``, ``test_loss``, ``test_error``."""

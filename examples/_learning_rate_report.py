@@ -13,8 +13,8 @@ Results: TypeAlias = dict[str, dict[str, Any]]
 """By row: ``gradients`` of the search; one number a seed: ``valid_loss``, ``test_loss``, ``test_error``."""
 
 CONSTANT, COSINE = "constant, grid of 10", "cosine, grid of 10"
-WIDE, LEARNED = "wide grid, equal budget", "learned, one a step"
-LEARNED_EACH = "learned, one a step and array"
+WIDE, LEARNED = "wide grid, equal budget", "learned, one per step"
+LEARNED_EACH = "learned, one per step and array"
 _COLOURS = {
     CONSTANT: "tab:blue",
     COSINE: "tab:green",
@@ -102,7 +102,7 @@ def _draw_rates(axes: Axes, outcomes: Sequence[dict[str, Outcome]]) -> None:
             axes.plot(each.T, color=_COLOURS[name], linewidth=0.8, alpha=0.3)
         axes.plot(np.exp(np.log(np.maximum(each, 1e-12)).mean(0)), color=_COLOURS[name], linewidth=2)
     axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    axes.set_title("rates, one a step: geometric mean over seeds (thin: each)", fontsize="medium")
+    axes.set_title("rates, one per step: geometric mean over seeds (thin: each)", fontsize="medium")
     axes.grid(alpha=0.2)
 
 

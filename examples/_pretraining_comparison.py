@@ -19,7 +19,7 @@ import hypergrad as hg
 
 NOISE, TUNING, VALID = 0.4, 50, 150
 NONE, EQUAL, ORACLE = "no pre-training", "equal weights", "wrong labels left out (oracle)"
-CARRIED, RETRAINED = "learned weights, carried", "learned weights, retrained"
+JOINT, RETRAINED = "learned weights, jointly trained", "learned weights, retrained"
 _RATES = np.geomspace(0.003, 1.0, 6)
 _FIRST_RATE, LONGEST = 0.1, 100  # without pre-training, fine-tuning may take ten times as many steps
 _JOINED_RATE, _JOINED_STEPS = 0.2, 200
@@ -132,9 +132,9 @@ def compare(
     outcomes = {NONE: tools.test(params, tools.fine_tune(params, data, rates, 10 * LONGEST), data)}
     equal, tuned = pretrain(f"{here}/{EQUAL}", hg.BilevelParams(params, even), data, key, rates)
     outcomes[EQUAL] = tools.test(equal.params, tuned, data)
-    learned, tuned = pretrain(f"{here}/{CARRIED}", hg.BilevelParams(params, even), data, key)
+    learned, tuned = pretrain(f"{here}/{JOINT}", hg.BilevelParams(params, even), data, key)
     weights = np.asarray(jax.nn.sigmoid(learned.hyperparams["weights"]))
-    outcomes[CARRIED] = tools.test(learned.params, tuned, data, weights)
+    outcomes[JOINT] = tools.test(learned.params, tuned, data, weights)
     rate = jnp.exp(learned.hyperparams["rate"])[None]
     again, tuned = pretrain(f"{here}/{RETRAINED}", hg.BilevelParams(fresh, learned.hyperparams), data, key, rate)
     outcomes[RETRAINED] = tools.test(again.params, tuned, data, weights)

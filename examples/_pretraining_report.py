@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from _pretraining_comparison import CARRIED, EQUAL, TUNING, VALID, Outcome
+from _pretraining_comparison import EQUAL, JOINT, TUNING, VALID, Outcome
 from matplotlib.figure import Figure
 
 _NOTE = f"""mean ± standard deviation over seeds; {TUNING} clean examples to fine-tune on, {VALID} to fit all else to
@@ -24,12 +24,12 @@ def table(outcomes: Sequence[dict[str, Outcome]]) -> str:
 
 def summary(outcomes: Sequence[dict[str, Outcome]]) -> str:
     """Say from the numbers alone what learned weights are worth beside other uses of the validation examples."""
-    ours = np.asarray([outcome[CARRIED].test_error for outcome in outcomes])
+    ours = np.asarray([outcome[JOINT].test_error for outcome in outcomes])
     theirs = {
         "equal weights": [outcome[EQUAL].test_error for outcome in outcomes],
         "equal weights, joined": [outcome[EQUAL].joined_error for outcome in outcomes],
     }
-    head = "test error of learned weights, carried, as a ratio to that of"
+    head = "test error of learned weights, jointly trained, as a ratio to that of"
     ratios = [
         f"{name}: {ours.mean() / np.mean(errors):.2f} (lower on {(ours < errors).sum()} of {len(ours)} seeds)"
         for name, errors in theirs.items()
@@ -41,7 +41,7 @@ def draw(outcomes: Sequence[dict[str, Outcome]], path: Path) -> None:
     """Save the picture: learned weights of right and of wrong labels, and test errors."""
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    learned = [outcome[CARRIED] for outcome in outcomes]
+    learned = [outcome[JOINT] for outcome in outcomes]
     weights, wrong = (np.concatenate(parts) for parts in zip(*(one[-2:] for one in learned), strict=True))
     for label, chosen, colour in (("right label", ~wrong, "tab:green"), ("wrong label", wrong, "tab:red")):
         left.hist(weights[chosen], np.linspace(0, 1, 41), alpha=0.55, color=colour, label=label)

@@ -15,13 +15,18 @@ from matplotlib.ticker import LogLocator, NullFormatter
 Results: TypeAlias = dict[str, dict[str, Any]]
 """By row: ``hyperparams``, ``gradients``; one number a seed: ``valid_loss``, ``test_loss``, ``test_error``."""
 
-_LEARNED = ("per layer, carried", "per layer, retrained", "per weight, carried", "per weight, retrained")
+_LEARNED = (
+    "per layer, jointly trained",
+    "per layer, retrained",
+    "per weight, jointly trained",
+    "per weight, retrained",
+)
 _LINES = {
     "no decay": ("0.5", "-"),
     EQUAL_GRID: ("tab:blue", ":"),
     FULL_GRID: ("tab:blue", "-"),
-    "per layer, carried": ("tab:green", "-"),
-    "per weight, carried": ("tab:red", "-"),
+    "per layer, jointly trained": ("tab:green", "-"),
+    "per weight, jointly trained": ("tab:red", "-"),
     "per weight, retrained": ("tab:red", ":"),
 }
 
@@ -64,11 +69,11 @@ def summary(results: Results) -> str:
             beaten += [rival] * bool(ours.mean() < theirs.mean())
         lines.append((name, *cells))
         verdicts.append(f"{name}: lower mean test loss than {', '.join(beaten) or 'no rival'}")
-    carried, again = results["per weight, carried"], results["per weight, retrained"]
-    gap = np.mean(carried["test_loss"]) / np.mean(carried["valid_loss"])
-    ratio = np.mean(again["test_loss"]) / np.mean(carried["test_loss"])
+    joint, again = results["per weight, jointly trained"], results["per weight, retrained"]
+    gap = np.mean(joint["test_loss"]) / np.mean(joint["valid_loss"])
+    ratio = np.mean(again["test_loss"]) / np.mean(joint["test_loss"])
     verdicts.append(
-        f"one decay a weight: carried, its test loss is {gap:.1f} times the validation loss it was fitted to;\n"
+        f"one decay per weight: the test loss, jointly trained, is {gap:.1f} times the validation loss it was fitted to;\n"
         f"  retraining from scratch with its decays multiplies the test loss by {ratio:.2f}"
     )
     head = "Mean test loss as a ratio to a rival's (seeds on which it is lower):"
@@ -115,7 +120,7 @@ def _draw_curves(axes: Axes, outcomes: Sequence[dict[str, Outcome]]) -> None:
 
 
 def _draw_decays(axes: Axes, outcome: dict[str, Outcome], settings: Settings) -> None:
-    each, one = outcome["per weight, carried"].run.decay, outcome["per layer, carried"].run.decay
+    each, one = outcome["per weight, jointly trained"].run.decay, outcome["per layer, jointly trained"].run.decay
     bins = np.geomspace(settings.low, settings.high, 61)
     names = []
     for place, layer in enumerate(each):
@@ -131,7 +136,7 @@ def _draw_decays(axes: Axes, outcome: dict[str, Outcome], settings: Settings) ->
     axes.tick_params(axis="y", length=0)
     axes.set(xscale="log", xlim=(settings.low, settings.high), xlabel="weight decay c, in ½ c w²")
     axes.set_title("learned decays by layer (first seed)", fontsize="medium")
-    keys = {"one a weight": ("tab:red", "-"), "one a layer": ("tab:green", "-")}
+    keys = {"one per weight": ("tab:red", "-"), "one per layer": ("tab:green", "-")}
     for key, (colour, style) in (keys | {"best of the grid": ("tab:blue", "--"), "start": ("0.5", ":")}).items():
         axes.plot([], [], style, color=colour, label=f"decay: {key}")
 

@@ -75,8 +75,8 @@ def compare(
     }
     for name, hyperparams in starts.items():
         count = sum(leaf.size for leaf in jax.tree.leaves(hyperparams))
-        carried, retrained = f"{name}, carried", f"{name}, retrained"
-        learned = note(carried, learn(f"{here}/{carried}", params, hyperparams, splits, batches), count, budget)
+        joint, retrained = f"{name}, jointly trained", f"{name}, retrained"
+        learned = note(joint, learn(f"{here}/{joint}", params, hyperparams, splits, batches), count, budget)
         again = tools.train(f"{here}/{retrained}", fresh, learned.decay, splits, settings.steps, batches)
         note(retrained, again, count, budget + settings.steps)
     return outcomes

@@ -40,7 +40,7 @@ class Settings(NamedTuple):
     seeds: int = 3
     steps: int = 3000  # outer steps
     window: int = 10  # inner steps to an outer one, warm
-    restart: int = 100  # T, inner steps to an outer one, cold, and to an audited start
+    restart: int = 100  # T, inner steps to an outer one, cold, and to a retrained start
     rate: float = 0.5
     outer_rate: float = 0.01
     look: int = 250
@@ -108,7 +108,7 @@ def distil(how: str, settings: Settings, train: datasets.Split, seed: int, shown
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[hg.diagnostics.Retrained]]:
-    """Distil warm and cold, audit both, print the table, draw the picture; return each seed's audits by name."""
+    """Distil warm and cold, retrain both, print the table, draw the picture; return each seed's tests by name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=Settings().seeds, help="cuts of the digits, and first weights")
     parser.add_argument("--steps", type=int, default=Settings().steps, help="outer steps")
@@ -121,12 +121,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[hg.diagnostics.Ret
     with progress.progress(2 * settings.seeds * settings.steps, unit="outer step", log=args.log) as shown:
         for seed in range(settings.seeds):
             splits = datasets.load("digits", seed, train=TRAIN)
-            for how, audits in results.items():
+            for how, tests in results.items():
                 found = distil(how, settings, splits.train, seed, shown)
                 points.setdefault(how, np.asarray(found.hyperparams["x"]))
                 length = settings.steps * settings.window if how == WARM else settings.restart
                 options = {"inner_optimizer": optax.sgd(settings.rate), "num_steps": length, "key": seed}
-                audits.append(hg.diagnostics.retrain(PROBLEM, found, init, (), splits.test, score=accuracy, **options))
+                tests.append(hg.diagnostics.retrain(PROBLEM, found, init, (), splits.test, score=accuracy, **options))
     report.draw(results, points, args.out / "distillation.png")
     print(f"\n{report.table(results)}")
     print(f"\nretraining after the last warm run:\n{results[WARM][-1]}\n\npicture: {args.out / 'distillation.png'}")

@@ -2,7 +2,7 @@
 
     w ← Adam(∇ CE(w; a batch of the training split) + c ⊙ w)
 
-One compilation serves no decay, one decay, one a layer and one a weight, since decays are spread over the weights.
+One compilation serves no decay, one decay, one per layer and one per weight, since decays are spread over the weights.
 """
 
 import itertools

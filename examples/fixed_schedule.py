@@ -73,7 +73,7 @@ def make_problem(settings: Settings) -> hg.BilevelProblem:
 
 
 def inner_optimizer(rates: Any) -> optax.GradientTransformation:
-    """Return momentum SGD at rates (K,), or a tree of them: one a step, or one a step and array of weights."""
+    """Return momentum SGD at rates (K,), or a tree of them: one per step, or one per step and array of weights."""
     schedule = hg.optimizers.schedule(rates)
     return optax.chain(optax.trace(MOMENTUM), hg.optimizers.scale_by_learning_rate(schedule))
 

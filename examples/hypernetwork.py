@@ -4,7 +4,7 @@
              λ ← Adam on CE(w_φ(λ); validation), one gradient through w_φ                          1 step
     global:  the same with λ ~ p in place of λ + σε, for one single decay: w_φ then holds on the whole range
 
-w_φ(λ) = θ + h_φ(λ) are the weights of a softmax regression. For a decay an input or a weight h_φ is linear with a
+w_φ(λ) = θ + h_φ(λ) are the weights of a softmax regression. For a decay per input or per weight h_φ is linear with a
 bottleneck of 10: it learns few directions of λ, those that move the weights most. All of the (small) training split is
 one batch, since the noise of smaller ones would hide what a perturbation of a single decay does.
 
@@ -40,7 +40,7 @@ import hypergrad as hg
 
 
 def make_problem() -> hg.BilevelProblem:
-    """Return both losses. Decays are one number, or a tree like the weights with one an input or one a weight."""
+    """Return both losses. Decays are one number, or a tree like the weights with one per input or one per weight."""
 
     def cross_entropy(params: Any, split: datasets.Split) -> jax.Array:
         logits = split.x @ params["kernel"] + params["bias"]

@@ -5,7 +5,7 @@
 
 Beside it stand the best constant rate and the best cosine of small grids, and the best of a wide grid over peak,
 warm-up and final rate that may spend as many gradients as learning does: on a problem this small, a strong rival to
-one learned rate a step. So rates are learned one a step and array of weights too, where no grid follows. All train
+one learned rate per step. So rates are learned one per step and array of weights too, where no grid follows. All train
 for K steps, are chosen on the validation split, and are judged on starts and orders that none was chosen on; the test
 split is read once, at the end. A schedule gains most over a constant rate in short runs with small batches; with
 ``--steps 200 --batch 25`` expect less. Settings are chosen for digits: Fashion-MNIST takes them as they are.
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> report.Results:
         outcomes = [compare(settings, datasets.load(args.data, seed), seed, shown) for seed in range(settings.seeds)]
     results = report.collect(outcomes)
     picture = args.out / "learning_rate.png"
-    report.draw(outcomes, f"{settings.steps} learned learning rates, one a step ({args.data})", picture)
+    report.draw(outcomes, f"{settings.steps} learned learning rates, one per step ({args.data})", picture)
     print(f"\n{report.table(results)}\n\n{report.summary(results)}\n\npicture: {picture}")
     return results
 

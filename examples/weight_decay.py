@@ -3,7 +3,7 @@
     inner:  w*(c) = argmin_w  CE(w; training split) + ½ Σᵢ cᵢ wᵢ²        Adam
     outer:  min_c  CE(w*(c); validation split)                           Adam on the hypergradient, Neumann series
 
-Beside it stand no decay, the best single decay of a grid, one learned decay a layer, retraining from scratch with
+Beside it stand no decay, the best single decay of a grid, one learned decay per layer, retraining from scratch with
 the learned decays held fixed, and training on train + validation; the test split is read once, at the end.
 
     python examples/weight_decay.py                                            # scikit-learn digits
@@ -46,7 +46,7 @@ class MLP(nn.Module):
         return nn.Dense(datasets.NUM_CLASSES)(x)
 
 
-# Digits, and the outer steps of Fashion-MNIST: chosen for one decay a weight on other seeds, by the loss on a quarter
+# Digits, and the outer steps of Fashion-MNIST: chosen for one decay per weight on other seeds, by the loss on a quarter
 # of the validation split that was kept from the hypergradient. The rest of Fashion-MNIST is chosen for a short run.
 DEFAULTS = {
     "digits": Settings(hidden=64, steps=1000, batch=1000, outer_rate=0.01, every=10, num_terms=10, seeds=3),
@@ -57,7 +57,7 @@ DEFAULTS = {
 
 
 def make_problem(model: MLP) -> hg.BilevelProblem:
-    """Return both losses. Decays are one number, one number a layer or one number a weight."""
+    """Return both losses. Decays are one number, one number per layer or one number per weight."""
 
     def cross_entropy(params: Any, batch: datasets.Split) -> jax.Array:
         logits = model.apply({"params": params}, batch.x)
@@ -132,7 +132,9 @@ def main(argv: Sequence[str] | None = None) -> report.Results:
             outcomes.append(comparison.compare(learn, tools, settings, splits, seed=seed))
     results = report.collect(outcomes)
     picture = args.out / "weight_decay.png"
-    title = f"{results['per weight, carried']['hyperparams']:,} learned weight decays, one a weight ({args.data})"
+    title = (
+        f"{results['per weight, jointly trained']['hyperparams']:,} learned weight decays, one per weight ({args.data})"
+    )
     report.draw(outcomes, settings, title, picture)
     print(f"\n{report.table(results)}\n\n{report.summary(results)}\n\npicture: {picture}")
     return results

@@ -33,7 +33,7 @@ def hvp(fn: Callable[[Params], Array], params: Params) -> MatVec:
     """Return v ↦ ∇²fn(params) v, on trees shaped like ``params`` in the promoted dtypes.
 
     Right where ``fn`` is twice differentiable at ``params``; at a kink (ReLU at 0) JAX's one-sided
-    convention enters. Cost: about two gradients of ``fn`` a product.
+    convention enters. Cost: about two gradients of ``fn`` per product.
     """
     wide, widened = tree.promote(params), _widened(fn, params)
     if _has_custom_vjp(widened, wide):

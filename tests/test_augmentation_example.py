@@ -75,7 +75,7 @@ def test_augmentation(example, tmp_path, capsys):
         assert 0 < outcome.test_loss < 3
         assert 0 < outcome.test_error < 0.9
         assert outcome.images == (400 if "valid" in name else 200)
-    start, learned = (outcomes[name].run.variables.hyperparams for name in (comparison.START, comparison.CARRIED))
+    start, learned = (outcomes[name].run.variables.hyperparams for name in (comparison.START, comparison.JOINT))
     again = outcomes[comparison.RETRAINED].run.variables.hyperparams
     assert jax.tree.all(jax.tree.map(lambda a, b: (a != b).all(), start, learned))  # each had a hypergradient
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), learned, again))

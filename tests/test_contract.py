@@ -22,7 +22,7 @@ rows = pytest.mark.parametrize(
 
 @functools.cache
 def case():
-    """Return the shared problem: nested weights, data, decays one a weight."""
+    """Return the shared problem: nested weights, data, decays one per weight."""
     return network()
 
 

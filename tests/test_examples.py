@@ -29,7 +29,7 @@ ROWS = {
     "no decay",
     "grid of 10, equal total budget",
     "train + validation, grid's best",
-    *(f"per {what}, {how}" for what in ("layer", "weight") for how in ("carried", "retrained")),
+    *(f"per {what}, {how}" for what in ("layer", "weight") for how in ("jointly trained", "retrained")),
 }
 
 
@@ -39,8 +39,8 @@ def test_weight_decay(example, tmp_path, capsys):
     results = example("weight_decay.py")(tiny)
     assert set(results) >= ROWS
     assert all(len(row["test_loss"]) == 1 and row["test_loss"][0] > 0 for row in results.values())
-    assert results["per weight, carried"]["hyperparams"] == 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10
-    grid, learned = results["grid of 10, equal total budget"], results["per weight, carried"]
+    assert results["per weight, jointly trained"]["hyperparams"] == 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10
+    grid, learned = results["grid of 10, equal total budget"], results["per weight, jointly trained"]
     assert grid["gradients"] == pytest.approx(learned["gradients"], rel=0.1)
     assert (tmp_path / "weight_decay.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
@@ -48,7 +48,7 @@ def test_weight_decay(example, tmp_path, capsys):
     with log.open(newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
     assert {f"seed 0/{name}" for name in ROWS if "grid of" not in name} < set(rows)
-    for name in ("per layer, carried", "per weight, carried"):
+    for name in ("per layer, jointly trained", "per weight, jointly trained"):
         row = rows[f"seed 0/{name}"]
         assert int(row["step"]) == 20
         assert all(math.isfinite(float(row[figure])) for figure in ("loss", "outer_loss", "hypergrad_norm", "residual"))
@@ -65,7 +65,7 @@ def test_learning_rate(example, tmp_path, capsys):
     results = example("learning_rate.py")(tiny)
     assert set(results) == {
         *("constant, grid of 10", "cosine, grid of 10", "wide grid, equal budget"),
-        *("learned, one a step", "learned, one a step and array"),
+        *("learned, one per step", "learned, one per step and array"),
     }
     for row in results.values():
         assert row["gradients"] > 0

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-LEARNED = {"one decay, global": 1, "a decay an input, local": 65, "a decay a weight, local": 650}
+LEARNED = {"one decay, global": 1, "a decay per input, local": 65, "a decay per weight, local": 650}
 FIXED = {"one decay, the first": 1, "one decay, best of the grid": 1}
 DECAYS = FIXED | LEARNED | {f"{name}, retrained": count for name, count in LEARNED.items()}
 

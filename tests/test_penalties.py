@@ -20,12 +20,12 @@ def flat(tree):
 
 PREFIXES = {
     "one number": (0.7, lambda: np.full(10, 0.7)),
-    "one a layer": ({"first": 0.5, "second": jnp.array(2.0)}, lambda: np.r_[np.full(9, 0.5), 2.0]),
+    "one per layer": ({"first": 0.5, "second": jnp.array(2.0)}, lambda: np.r_[np.full(9, 0.5), 2.0]),
     "one a leaf": (
         {"first": {"kernel": 1.0, "bias": 2.0}, "second": 3.0},
         lambda: np.r_[np.full(3, 2.0), np.full(6, 1.0), 3.0],
     ),
-    "one a weight": (jax.tree.map(lambda w: jnp.abs(w) + 0.1, PARAMS), lambda: np.abs(flat(PARAMS)) + 0.1),
+    "one per weight": (jax.tree.map(lambda w: jnp.abs(w) + 0.1, PARAMS), lambda: np.abs(flat(PARAMS)) + 0.1),
     "one a row": (
         {"first": {"kernel": jnp.array([[1.0], [2.0]]), "bias": 0.0}, "second": 0.0},
         lambda: np.r_[np.zeros(3), np.full(3, 1.0), np.full(3, 2.0), 0.0],
@@ -44,7 +44,7 @@ def test_against_the_sum_written_out(name, hard_mode):
 
 
 def test_gradients_and_curvature():
-    c = PREFIXES["one a weight"][0]
+    c = PREFIXES["one per weight"][0]
     gradient = jax.grad(hg.penalties.l2)(PARAMS, c)
     np.testing.assert_allclose(flat(gradient), flat(c) * flat(PARAMS), rtol=1e-6)
     by_coefficient = jax.grad(hg.penalties.l2, argnums=1)(PARAMS, c)

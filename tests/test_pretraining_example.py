@@ -8,7 +8,7 @@ import sys
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-LEARNED = {"learned weights, carried", "learned weights, retrained"}
+LEARNED = {"learned weights, jointly trained", "learned weights, retrained"}
 ROWS = LEARNED | {"no pre-training", "equal weights", "wrong labels left out (oracle)"}
 
 
@@ -28,7 +28,7 @@ def test_pretraining(main, tmp_path, capsys):
         assert 0 < outcome.test_loss < 3
         assert 0 <= outcome.test_error < 0.9
         assert math.isnan(outcome.auc) == (name not in LEARNED)
-    learned = outcomes["learned weights, carried"]
+    learned = outcomes["learned weights, jointly trained"]
     assert learned.weights.shape == learned.wrong.shape == (1200,)
     assert 0.3 < learned.wrong.mean() < 0.5
     assert learned.auc > 0.6  # eleven outer steps tell right labels from wrong ones better than chance

@@ -36,7 +36,7 @@ MODES = {
 
 
 def optimizer_hyperparams(params):
-    """Return hyperparameters of the inner optimizer of each kind: one, one a layer, one a weight, one a step."""
+    """Return hyperparameters of the inner optimizer of each kind: one, one per layer, one per weight, one per step."""
     return {
         "rates": jnp.linspace(0.02, 0.06, STEPS),
         "layers": {name: jnp.array(0.5 + i) for i, name in enumerate(params)},
