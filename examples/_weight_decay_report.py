@@ -73,7 +73,7 @@ def summary(results: Results) -> str:
     gap = np.mean(joint["test_loss"]) / np.mean(joint["valid_loss"])
     ratio = np.mean(again["test_loss"]) / np.mean(joint["test_loss"])
     verdicts.append(
-        f"one decay per weight: the test loss, jointly trained, is {gap:.1f} times the validation loss it was fitted to;\n"
+        f"one decay per weight: jointly trained, the test loss is {gap:.1f} times the fitted validation loss;\n"
         f"  retraining from scratch with its decays multiplies the test loss by {ratio:.2f}"
     )
     head = "Mean test loss as a ratio to a rival's (seeds on which it is lower):"
