@@ -112,7 +112,7 @@ def _equations(equations: Iterable[Any]) -> Iterator[Any]:
 def _jaxprs(eqn: Any) -> list[Any]:
     """Return the jaxprs among the parameters of an equation, and in lists among them (the branches of a cond)."""
     lists = [p if isinstance(p, list | tuple) else [p] for p in eqn.params.values()]
-    inner = [getattr(item, "jaxpr", item) for items in lists for item in items]
+    inner = [_jaxpr(item) for items in lists for item in items]
     return [jaxpr for jaxpr in inner if hasattr(jaxpr, "eqns")]
 
 
@@ -134,21 +134,32 @@ def _follow(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
 def _outputs(eqn: Any, inputs: list[bool]) -> list[bool]:
     """Return the marks of an equation's outputs, given those of its inputs."""
     name, params = eqn.primitive.name, eqn.params
-    if name == "scan":
-        constants, start = params["num_consts"], params["num_consts"] + params["num_carry"]
-        return _loop(params["jaxpr"].jaxpr, inputs[:constants], inputs[constants:start], inputs[start:])
+    if name == "scan":  # its slices and what it stacks are told by rank: the parameters differ between versions of JAX
+        body = _jaxpr(params["jaxpr"])
+        start = len(inputs) - _stacked(eqn.invars, body.invars)
+        constants = start - (len(eqn.outvars) - _stacked(eqn.outvars, body.outvars))
+        return _loop(body, inputs[:constants], inputs[constants:start], inputs[start:])
     if name == "while":
         of_test, constants = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-        carry = _loop(params["body_jaxpr"].jaxpr, inputs[of_test:constants], inputs[constants:], [])
-        (goes_on,) = _follow(params["cond_jaxpr"].jaxpr, inputs[:of_test] + carry)
+        carry = _loop(_jaxpr(params["body_jaxpr"]), inputs[of_test:constants], inputs[constants:], [])
+        (goes_on,) = _follow(_jaxpr(params["cond_jaxpr"]), inputs[:of_test] + carry)
         return [goes_on or mark for mark in carry]
     if name == "cond":
-        branches = [_follow(branch.jaxpr, inputs[1:]) for branch in params["branches"]]
+        branches = [_follow(_jaxpr(branch), inputs[1:]) for branch in params["branches"]]
         return [inputs[0] or any(marks) for marks in zip(*branches, strict=True)]
     inner = _jaxprs(eqn)
     if [(len(jaxpr.invars), len(jaxpr.outvars)) for jaxpr in inner] == [(len(eqn.invars), len(eqn.outvars))]:
         return _follow(inner[0], inputs)
     return [True] * len(eqn.outvars)
+
+
+def _jaxpr(closed_or_open: Any) -> Any:
+    return getattr(closed_or_open, "jaxpr", closed_or_open)
+
+
+def _stacked(variables: Sequence[Any], of_body: Sequence[Any]) -> int:
+    """Return how many variables have a leading axis that those of the loop's body lack."""
+    return sum(len(v.aval.shape) > len(b.aval.shape) for v, b in zip(variables, of_body, strict=True))
 
 
 def _loop(body: Any, constants: list[bool], carry: list[bool], slices: list[bool]) -> list[bool]:
@@ -180,7 +191,7 @@ def _identity(value: Any) -> Hashable:
         return str(value.val), str(value.aval)
     if isinstance(value, list | tuple):
         return tuple(map(_identity, value))
-    if hasattr(getattr(value, "jaxpr", value), "eqns"):
+    if hasattr(_jaxpr(value), "eqns"):
         return str(value), tuple(map(id, getattr(value, "consts", ())))
     try:
         hash(value)
