@@ -62,17 +62,18 @@ def norm(tree: PyTree) -> Array:
 def scaled_norm(tree: PyTree) -> Array:
     """Return the Euclidean norm over all leaves, where squares overflow or underflow too; inf or NaN as entries are.
 
-    ‖x‖ = ‖s x‖/s with s = 1, and 2⁶⁴ or 2⁻⁶⁴ where that fails: a loop, because a norm written twice compiles twice.
+    ‖x‖ = s ‖x/s‖ with s = 1, and 2⁶⁴ or 2⁻⁶⁴ where that fails: a loop, because a norm written twice compiles twice.
+    It divides, because XLA turns (x f)(x f) into x² f² where x is constant, and both factors may leave the range.
     """
     tree = promote(tree)
     dtype = wider(*(x.dtype for x in jax.tree.leaves(tree)))
 
     def attempt(at: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        _, factor, count = at
-        size = norm(scale(tree, factor)).astype(dtype)
-        larger = jnp.where(size > 1, 2.0**-64, 2.0**64).astype(dtype)
+        _, unit, count = at
+        size = norm(jax.tree.map(lambda x: x / unit.astype(x.dtype), tree)).astype(dtype)
+        other = jnp.where(size > 1, 2.0**64, 2.0**-64).astype(dtype)
         usable = jnp.isfinite(size) & (size > 1e-15)
-        return size / factor, jnp.where(usable, factor, larger), jnp.where(usable, 2, count + 1)
+        return size * unit, jnp.where(usable, unit, other), jnp.where(usable, 2, count + 1)
 
     start = jnp.zeros((), dtype), jnp.ones((), dtype), jnp.zeros((), jnp.int32)
     return lax.while_loop(lambda at: at[2] < 2, attempt, start)[0]
