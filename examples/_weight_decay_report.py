@@ -15,12 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 Results: TypeAlias = dict[str, dict[str, Any]]
 """By row: ``hyperparams``, ``gradients``; one number a seed: ``valid_loss``, ``test_loss``, ``test_error``."""
 
-_LEARNED = (
-    "per layer, jointly trained",
-    "per layer, retrained",
-    "per weight, jointly trained",
-    "per weight, retrained",
-)
+_LEARNED = tuple(f"per {what}, {how}" for what in ("layer", "weight") for how in ("jointly trained", "retrained"))
 _LINES = {
     "no decay": ("0.5", "-"),
     EQUAL_GRID: ("tab:blue", ":"),

@@ -16,7 +16,16 @@ from jax.extend import core as jex_core
 from hypergrad import tree
 from hypergrad.types import PyTree
 
-__all__ = ["dependence", "independent_leaves", "merge_equal", "operations", "working_precision"]
+__all__ = ["always_zero", "dependence", "independent_leaves", "merge_equal", "operations", "working_precision"]
+
+_ZERO_IF_ANY = {"mul", "dot_general"}
+_ZERO_IF_FIRST = {"div", "dynamic_slice", "gather", "reduce_sum", "integer_pow"}
+_ZERO_IF_ALL = {
+    *("abs", "add", "add_any", "concatenate", "convert_element_type", "copy", "cumsum", "dynamic_update_slice", "max"),
+    *("min", "neg", "optimization_barrier", "pad", "reduce_max", "reduce_min", "reduce_precision", "reshape", "rev"),
+    *("select_and_scatter_add", "sign", "slice", "sqrt", "square", "squeeze", "stop_gradient", "sub", "transpose"),
+    *("broadcast_in_dim", "expand_dims", "split"),
+}
 
 
 def independent_leaves(fn: Callable[[PyTree], PyTree], argument: PyTree) -> list[int]:
@@ -39,6 +48,20 @@ def dependence(fn: Callable[[PyTree], PyTree], argument: PyTree) -> Callable[[Se
     """
     jaxpr = jax.make_jaxpr(fn)(argument).jaxpr
     return lambda marked: _follow(jaxpr, marked)
+
+
+def always_zero(fn: Callable[[PyTree], PyTree], argument: PyTree) -> list[bool]:
+    """Return which leaves of ``fn(argument)`` are zero by construction, whatever finite values the argument has.
+
+    Zeros are followed from constants: a product with a zero is zero, and so is a sum or a choice of zeros, also in
+    loops, in the branches of a condition and in functions that are called. Not every zero is found.
+
+    Args:
+      fn: a function of one pytree.
+      argument: the pytree, or ``jax.ShapeDtypeStruct`` leaves in its place.
+    """
+    jaxpr: Any = jax.make_jaxpr(fn)(argument).jaxpr
+    return _follow_zeros(jaxpr, [False] * len(jaxpr.invars))
 
 
 def merge_equal(
@@ -134,11 +157,8 @@ def _follow(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
 def _outputs(eqn: Any, inputs: list[bool]) -> list[bool]:
     """Return the marks of an equation's outputs, given those of its inputs."""
     name, params = eqn.primitive.name, eqn.params
-    if name == "scan":  # its slices and what it stacks are told by rank: the parameters differ between versions of JAX
-        body = _jaxpr(params["jaxpr"])
-        start = len(inputs) - _stacked(eqn.invars, body.invars)
-        constants = start - (len(eqn.outvars) - _stacked(eqn.outvars, body.outvars))
-        return _loop(body, inputs[:constants], inputs[constants:start], inputs[start:])
+    if name == "scan":
+        return _loop(*_scan_parts(eqn, inputs))
     if name == "while":
         of_test, constants = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         carry = _loop(_jaxpr(params["body_jaxpr"]), inputs[of_test:constants], inputs[constants:], [])
@@ -151,6 +171,58 @@ def _outputs(eqn: Any, inputs: list[bool]) -> list[bool]:
     if [(len(jaxpr.invars), len(jaxpr.outvars)) for jaxpr in inner] == [(len(eqn.invars), len(eqn.outvars))]:
         return _follow(inner[0], inputs)
     return [True] * len(eqn.outvars)
+
+
+def _follow_zeros(jaxpr: Any, zeros: Sequence[bool]) -> list[bool]:
+    known = {v for v, zero in zip(jaxpr.invars, zeros, strict=True) if zero}
+
+    def is_zero(v: Any) -> bool:
+        return bool(jnp.ndim(v.val) == 0 and v.val == 0) if isinstance(v, jex_core.Literal) else v in known
+
+    for eqn in jaxpr.eqns:
+        found = _zero_outputs(eqn, [is_zero(v) for v in eqn.invars])
+        known.update(v for v, zero in zip(eqn.outvars, found, strict=True) if zero)
+    return [is_zero(v) for v in jaxpr.outvars]
+
+
+def _zero_outputs(eqn: Any, zeros: list[bool]) -> list[bool]:
+    """Return which outputs of an equation are zero, given which inputs are."""
+    name, params, inner = eqn.primitive.name, eqn.params, _jaxprs(eqn)
+    if name in {"scan", "while"}:
+        if name == "scan":
+            body, constants, carry, slices = _scan_parts(eqn, zeros)
+        else:
+            of_test, start = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+            body, constants, carry, slices = _jaxpr(params["body_jaxpr"]), zeros[of_test:start], zeros[start:], []
+        while True:
+            outputs = _follow_zeros(body, [*constants, *carry, *slices])
+            kept = [a and b for a, b in zip(carry, outputs, strict=False)]
+            if kept == carry:
+                return outputs
+            carry = kept
+    if name == "cond":
+        branches = [_follow_zeros(_jaxpr(branch), zeros[1:]) for branch in params["branches"]]
+        return [all(found) for found in zip(*branches, strict=True)]
+    if [(len(jaxpr.invars), len(jaxpr.outvars)) for jaxpr in inner] == [(len(eqn.invars), len(eqn.outvars))]:
+        return _follow_zeros(inner[0], zeros)
+    every = (
+        (name in _ZERO_IF_ANY and any(zeros))
+        or (name in _ZERO_IF_FIRST and zeros[0] and params.get("y", 1) > 0)
+        or (name in _ZERO_IF_ALL and all(zeros))
+        or (name == "select_n" and all(zeros[1:]))
+    )
+    return [every] * len(eqn.outvars)
+
+
+def _scan_parts(eqn: Any, marks: list[bool]) -> tuple[Any, list[bool], list[bool], list[bool]]:
+    """Return a scan's body, and its marks on constants, carry and slices.
+
+    Slices and what it stacks are told by rank: the parameters of a scan differ between versions of JAX.
+    """
+    body = _jaxpr(eqn.params["jaxpr"])
+    start = len(marks) - _stacked(eqn.invars, body.invars)
+    constants = start - (len(eqn.outvars) - _stacked(eqn.outvars, body.outvars))
+    return body, marks[:constants], marks[constants:start], marks[start:]
 
 
 def _jaxpr(closed_or_open: Any) -> Any:

@@ -33,8 +33,10 @@ __all__ = [
     "Context",
     "Keys",
     "Trained",
+    "accepted_keywords",
     "depends_on_hyperparams",
     "inner_loss_fn",
+    "is_known",
     "outer_loss_fn",
     "resolve_optimizer",
     "split_keys",
@@ -169,7 +171,7 @@ def train_with_updates(
     hyperparams: Hyperparams = None,
     loss: InnerLoss | None = None,
     *,
-    grads: Params = None,
+    grads: tuple[Params, ModelState] | None = None,
     steps: slice | None = None,
     mixed: bool = False,
     checkpoint_every: float = math.inf,
@@ -177,7 +179,8 @@ def train_with_updates(
 ) -> tuple[Trained, Params]:
     """Return what ``train`` returns, and the sum of the updates: of one step as the optimizer gave it, else w_K − w_0.
 
-    Differences are taken in at least float32. ``grads`` are the gradients of a single step, handed in by the user.
+    Differences are taken in at least float32. ``grads`` are the gradients of a single step, handed in by the
+    user, and the model state after it.
     """
     start = ctx.start if start is None else start
     hyperparams = ctx.hyperparams if hyperparams is None else hyperparams
@@ -204,15 +207,17 @@ def train_with_updates(
         if grads is None:
             slope, (value, model_state) = gradient(at.params, hyperparams, at.model_state, drawn)
             line = lambda w: objective(w, hyperparams, at.model_state, drawn)[0]  # noqa: E731
-            keywords = _accepted(optimizer, {"value": value, "grad": slope, "value_fn": line})
+            keywords = accepted_keywords(optimizer, {"value": value, "grad": slope, "value_fn": line})
         else:
-            slope, value, model_state, keywords = grads, jnp.asarray(at.inner_loss), at.model_state, {}
+            (slope, model_state), value, keywords = grads, at.inner_loss, {}
+            if not is_known(value) and tree.refuses_nan():
+                value = objective(at.params, hyperparams, at.model_state, drawn)[0]
         slope = checkpoint_name(slope, _INNER_GRADIENT)
         updates, inner_state = update_with("inner_optimizer", optimizer, slope, at.inner_state, at.params, **keywords)
         inner_state = tree.match_dtypes(inner_state, at.inner_state)  # a float32 momentum widens bfloat16 traces
         new = Trained(optax.apply_updates(at.params, updates), inner_state, model_state)
         if ctx.guarded:
-            finite = tree.all_finite((slope, model_state)) & (jnp.isfinite(value) if grads is None else True)
+            finite = tree.all_finite((slope, model_state)) & (jnp.isfinite(value) if is_known(value) else True)
             new = optax.tree.where(finite, new, at._replace(inner_loss=new.inner_loss))
             updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
         return new, value, updates
@@ -291,12 +296,17 @@ def update_with(
         raise TypeError(validate.message(f"{name} to update from gradients, state and params", got, fix)) from error
 
 
-def _accepted(optimizer: optax.GradientTransformationExtraArgs, keywords: dict[str, Any]) -> dict[str, Any]:
+def accepted_keywords(optimizer: optax.GradientTransformationExtraArgs, keywords: dict[str, Any]) -> dict[str, Any]:
     """Return the keywords that the optimizer's update takes: line searches read them, optax.contrib.sam takes none."""
     names = inspect.signature(optimizer.update).parameters
     if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in names.values()):
         return keywords
     return {name: value for name, value in keywords.items() if name in names}
+
+
+def is_known(loss: Any) -> bool:
+    """Return whether a loss was computed or given: NaN as a Python number stands for an unknown one."""
+    return not (isinstance(loss, float) and math.isnan(loss))
 
 
 def _inner_loss(ctx: Context) -> InnerLoss:

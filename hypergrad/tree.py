@@ -27,6 +27,7 @@ __all__ = [
     "norm",
     "promote",
     "promoted_zeros_like",
+    "refuses_nan",
     "scale",
     "scaled_norm",
     "split_floating",
@@ -179,6 +180,11 @@ def total(terms: list[Array]) -> Array:
     for term in terms:
         result = result + term.astype(dtype)
     return result
+
+
+def refuses_nan() -> bool:
+    """Return whether ``jax_debug_nans`` is set, under which a NaN that stands for "not known" stops a program."""
+    return bool(jax.debug_nans.value)
 
 
 def is_traced(x: Any) -> bool:

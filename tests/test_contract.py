@@ -48,28 +48,31 @@ def functional(row, problem=None, hyperparams=None):
     estimator = row.make(problem or case().problem)
     inner_optimizer = optax.sgd(0.1) if estimator.train is not None else None
     batch = window_of(case().inner_batch, 3) if estimator.train is not None else case().inner_batch
-    return hg.value_and_hypergrad(estimator, inner_optimizer), (
-        *variables,
-        batch,
-        case().outer_batch,
-    )
+    return hg.value_and_hypergrad(estimator, inner_optimizer), (*variables, batch, case().outer_batch)
+
+
+@functools.cache
+def evaluated(row):
+    """Return the estimator's function, its arguments and its result."""
+    fn, args = functional(row)
+    return fn, args, fn(*args, key=0)
 
 
 def transformation(row, **kwargs):
-    """Return ``bilevel`` over the estimator."""
+    """Return ``bilevel`` over the estimator, with an outer step on every second call."""
     options = {
         "inner_optimizer": optax.adam(1e-2, eps_root=1e-8),
         "outer_optimizer": optax.adam(1e-1),
         "window": 1,
+        "every": 2,
         **kwargs,
     }
     return hg.bilevel(row.make(case().problem), **options)
 
 
-def stepper(tx, *, window=1, donate=False):
-    """Return a compiled training step without handed-in gradients."""
+def stepper(tx, *, window=1):
+    """Return a training step without handed-in gradients, which must be traced once."""
     batch = case().inner_batch if window == 1 else window_of(case().inner_batch, window)
-
     traces = []
 
     def step(variables, state):
@@ -78,7 +81,22 @@ def stepper(tx, *, window=1, donate=False):
         updates, state = tx.update(None, state, variables, inner_batch=batch, outer_batch=case().outer_batch)
         return optax.apply_updates(variables, updates), state
 
-    return jax.jit(step, donate_argnums=(0, 1) if donate else ())
+    return step
+
+
+@functools.cache
+def compiled(row, window=1):
+    """Return the transformation and its compiled step: one compilation for all tests of a row and window."""
+    tx = transformation(row, window=window)
+    return tx, jax.jit(stepper(tx, window=window))
+
+
+def four_calls(row, step, variables):
+    """Return variables and state after four calls."""
+    state = compiled(row)[0].init(variables)
+    for _ in range(4):
+        variables, state = step(variables, state)
+    return variables, state
 
 
 def copied(tree):
@@ -88,8 +106,7 @@ def copied(tree):
 
 @rows
 def test_structure_and_dtypes(row):
-    fn, args = functional(row)
-    (value, grad), info = jax.jit(functools.partial(fn, key=None))(*args)
+    _, _, ((value, grad), info) = evaluated(row)
     chex.assert_trees_all_equal_shapes_and_dtypes(grad, start(row).hyperparams)
     chex.assert_shape(value, ())
     assert float(info.outer_loss) == float(value)
@@ -101,18 +118,16 @@ def test_structure_and_dtypes(row):
 
 @rows
 def test_jit_equals_eager(row):
-    fn, args = functional(row)
-    (_, eager), _ = fn(*args, key=0)
+    fn, args, ((_, eager), _) = evaluated(row)
     (_, jitted), _ = jax.jit(functools.partial(fn, key=0))(*args)
     assert relative_error(jitted, eager) < 1e-5
 
 
 @rows
 def test_vmap_equals_a_loop(row):
-    fn, (params, hyper, inner_batch, outer_batch) = functional(row)
+    fn, (params, hyper, inner_batch, outer_batch), _ = evaluated(row)
     shifts = jnp.array([0.0, 0.5])
-    at = lambda s: optax.tree.add(hyper, jax.tree.map(lambda x: jnp.full_like(x, s), hyper))  # noqa: E731
-    run = jax.jit(lambda s: fn(params, at(s), inner_batch, outer_batch, key=None)[0][1])
+    run = lambda s: fn(params, jax.tree.map(lambda x: x + s, hyper), inner_batch, outer_batch, key=0)[0][1]  # noqa: E731
     batched = jax.jit(jax.vmap(run))(shifts)
     for i in range(2):
         one = jax.tree.map(lambda x, i=i: x[i], batched)
@@ -122,8 +137,7 @@ def test_vmap_equals_a_loop(row):
 @rows
 @pytest.mark.parametrize("window", [1, 3])
 def test_one_trace_and_a_state_that_keeps_its_form(row, window):
-    tx = transformation(row, every=2, window=window)
-    step = stepper(tx, window=window)
+    tx, step = compiled(row, window)
     variables, state = start(row), tx.init(start(row))
     first = state
     for _ in range(4):
@@ -139,34 +153,20 @@ def test_one_trace_and_a_state_that_keeps_its_form(row, window):
 
 @rows
 def test_scan_equals_a_loop_of_calls(row):
-    tx = transformation(row, every=2)
-    step = stepper(tx)
-    variables, state = start(row), tx.init(start(row))
-    for _ in range(4):
-        variables, state = step(variables, state)
-
-    def body(carry, _):
-        variables, state = carry
-        updates, state = tx.update(
-            None, state, variables, inner_batch=case().inner_batch, outer_batch=case().outer_batch
-        )
-        return (optax.apply_updates(variables, updates), state), None
-
-    first = (start(row), tx.init(start(row)))
-    scanned, scanned_state = jax.jit(lambda s: jax.lax.scan(body, s, None, length=4)[0])(first)
+    tx, step = compiled(row)
+    variables, _ = four_calls(row, step, start(row))
+    again = stepper(tx)
+    scan = jax.jit(lambda s: jax.lax.scan(lambda carry, _: (again(*carry), None), s, None, length=4)[0])
+    scanned, scanned_state = scan((start(row), tx.init(start(row))))
     assert relative_error(scanned, variables) < 1e-5
     assert int(scanned_state.step) == 4
 
 
 @rows
 def test_donated_buffers_change_nothing(row):
-    tx = transformation(row)
-    kept, donated = stepper(tx), stepper(tx, donate=True)
-    variables, state = start(row), tx.init(start(row))
-    mine, my_state = copied(start(row)), tx.init(start(row))
-    for _ in range(3):
-        variables, state = kept(variables, state)
-        mine, my_state = donated(mine, my_state)
+    tx, step = compiled(row)
+    variables, _ = four_calls(row, step, start(row))
+    mine, _ = four_calls(row, jax.jit(stepper(tx), donate_argnums=(0, 1)), copied(start(row)))
     assert relative_error(mine, variables) < 1e-6
     chex.assert_tree_all_finite(tx.init(start(row)))  # nothing that the closure keeps was deleted
 
@@ -182,50 +182,45 @@ def test_state_shares_no_buffer(row):
 
 @rows
 def test_vmap_over_whole_runs(row):
-    """Three runs from different hyperparameters at once equal three runs."""
-    tx, first = transformation(row, every=2), start(row)
+    """Two runs from different hyperparameters at once equal two runs."""
+    (tx, step), first = compiled(row), start(row)
+    again = stepper(tx)
+
+    def shifted(shift):
+        return hg.BilevelParams(first.params, jax.tree.map(lambda x: x + shift, first.hyperparams))
 
     def run(shift):
-        hyper = jax.tree.map(lambda x: x + shift, first.hyperparams)
-        variables = hg.BilevelParams(first.params, hyper)
-        state = tx.init(variables)
-        for _ in range(2):
-            updates, state = tx.update(
-                None, state, variables, inner_batch=case().inner_batch, outer_batch=case().outer_batch
-            )
-            variables = optax.apply_updates(variables, updates)
-        return variables
+        begun = shifted(shift), tx.init(shifted(shift))
+        return jax.lax.scan(lambda carry, _: (again(*carry), None), begun, None, length=4)[0][0]
 
     shifts = jnp.array([0.0, 0.3])
-    batched, alone = jax.jit(jax.vmap(run))(shifts), jax.jit(run)(shifts[1])
+    batched, (alone, _) = jax.jit(jax.vmap(run))(shifts), four_calls(row, step, shifted(shifts[1]))
     assert relative_error(jax.tree.map(lambda x: x[1], batched), alone) < 1e-4
 
 
 @rows
 def test_chains_with_optax_and_ignores_foreign_keywords(row):
-    tx = optax.chain(transformation(row), optax.scale(0.5))
-    state = tx.init(start(row))
+    (tx, step), variables = compiled(row), start(row)
+    chain = optax.chain(tx, optax.scale(0.5))
     batches = {"inner_batch": case().inner_batch, "outer_batch": case().outer_batch}
-    updates, state = jax.jit(tx.update)(None, state, start(row), **batches, colour=jnp.array(3.0))
-    plain = transformation(row)
-    want, _ = jax.jit(plain.update)(None, plain.init(start(row)), start(row), **batches)
-    assert relative_error(updates, optax.tree.scale(0.5, want)) < 1e-6
-    assert int(optax.tree.get(state, "info").step) == 1
+    update = jax.jit(lambda state: chain.update(None, state, variables, **batches, colour=jnp.array(3.0)))
+    state, plain_state = chain.init(variables), tx.init(variables)
+    for _ in range(2):
+        updates, state = update(state)
+        want, plain_state = step(variables, plain_state)
+    assert relative_error(optax.apply_updates(variables, optax.tree.scale(2.0, updates)), want) < 1e-6
+    assert int(optax.tree.get(state, "info").step) == 2
 
 
 @rows
 def test_same_key_same_run(row):
     noisy = network(dropout=0.5)
     first = begin(row, noisy.problem, noisy.variables.hyperparams)
-    results = []
-    for seed in (0, 0, 1):
-        tx = hg.bilevel(
-            row.make(noisy.problem), inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1), window=1, key=seed
-        )
-        state = tx.init(first)
-        update = jax.jit(tx.update)
-        updates, _ = update(None, state, first, inner_batch=noisy.inner_batch, outer_batch=noisy.outer_batch)
-        results.append(updates)
+    options = {"inner_optimizer": optax.sgd(0.1), "outer_optimizer": optax.sgd(0.1), "window": 1}
+    transformations = [hg.bilevel(row.make(noisy.problem), key=seed, **options) for seed in (0, 0, 1)]
+    update = jax.jit(transformations[0].update)
+    batches = {"inner_batch": noisy.inner_batch, "outer_batch": noisy.outer_batch}
+    results = [update(None, tx.init(first), first, **batches)[0] for tx in transformations]  # the key is in the state
     assert relative_error(results[0], results[1]) == 0.0
     assert relative_error(results[0], results[2]) > 0.0
 

@@ -103,12 +103,24 @@ def test_a_check_of_the_gradient(setting):
         assert hg.diagnostics.check_hypergrad(hg.implicit(problem, hg.solvers.cg(5)), at, (), (), key=None).passed
 
 
-def test_the_functional_form_with_nan_checks():
-    """Its unknown inner loss is NaN on purpose, which the setting must not find."""
+@pytest.mark.parametrize("solver", [hg.solvers.cg(5), hg.solvers.identity()])
+def test_what_is_not_known_with_nan_checks(solver):
+    """An inner loss that is not known, and a residual that is not measured, are NaN; the setting must find none."""
     problem = hg.BilevelProblem(lambda w, h, b, k: jnp.sum((w - h) ** 2), lambda w, h, b, k: jnp.sum(w**2))
+    estimator, w, h = hg.implicit(problem, solver), jnp.ones(2), jnp.zeros(2)
+    tx = hg.bilevel(estimator, inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1))
+    state = tx.init(hg.BilevelParams(w, h))
+
+    @jax.jit
+    def both(w, h, state):
+        _, info = hg.value_and_hypergrad(estimator)(w, h, (), (), key=None)
+        _, state = tx.update(jnp.ones(2), state, hg.BilevelParams(w, h), inner_batch=(), outer_batch=())
+        return info, state.info
+
+    for info in (hg.value_and_hypergrad(estimator)(w, h, (), (), key=None)[1], *both(w, h, state)):
+        assert np.isnan(info.inner_loss)
+    jax.clear_caches()
     with jax.debug_nans(True):
-        (_, grad), info = hg.value_and_hypergrad(hg.implicit(problem, hg.solvers.cg(5)))(
-            jnp.ones(2), jnp.ones(2), (), (), key=None
-        )
-    np.testing.assert_allclose(grad, 2.0 * np.ones(2), rtol=1e-5)
-    assert np.isnan(info.inner_loss)
+        for info in (hg.value_and_hypergrad(estimator)(w, h, (), (), key=None)[1], *both(w, h, state)):
+            assert float(info.inner_loss) == 2.0
+            assert not bool(info.skipped)

@@ -24,7 +24,7 @@ from hypergrad import data, tree, validate
 from hypergrad.drivers import _guard, _phases
 from hypergrad.drivers._guard import Guard, HypergradInfo, SkipReason
 from hypergrad.estimators import Estimator
-from hypergrad.problem import BilevelParams, check_model_state, check_variables
+from hypergrad.problem import BilevelParams, BilevelProblem, check_model_state, check_variables
 from hypergrad.training import INIT, Context, Trained, resolve_optimizer, split_keys, update_with, with_keywords
 from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
@@ -180,7 +180,7 @@ def bilevel(
         keys = split_keys(jax.random.fold_in(root, INIT))
         guarded = guard is not None and guard.inner
         ctx = Context(problem, variables.hyperparams, start, start, None, None, keys, inner_optimizer, guarded=guarded)
-        estimator_state, blank = estimator.init(ctx)
+        estimator_state, blank = _phases.first_state(estimator, ctx)
         zero, none = jnp.zeros((), float), jnp.zeros((), jnp.int32)
         state = BilevelState(
             step=none,
@@ -207,23 +207,41 @@ def bilevel(
         if params is None:
             fix = "Call tx.update(grads, state, variables, inner_batch=..., outer_batch=...)."
             raise ValueError(validate.message("params, the current BilevelParams, as third argument", "None", fix))
-        variables = check_variables(params)
+        check_variables(params)
+        if not isinstance(state, BilevelState):
+            raise TypeError(validate.message("a BilevelState", validate.describe(state), _STATE_FIX))
+        known = lambda x: x if tree.is_traced(x) else bool(x)  # noqa: E731
+        # Called eagerly, there is one program where an outer step is due, and one where none is.
+        due, missing = map(known, _is_due(setup, state.step + 1, outer_batch))
+        return run(due, missing, updates, state, params, inner_batch, outer_batch, model_state, extra)
+
+    @_phases.compile_once
+    def run(
+        due: Any,
+        missing: Any,
+        updates: Any,
+        state: BilevelState,
+        variables: BilevelParams,
+        inner_batch: Batch,
+        outer_batch: Batch,
+        model_state: ModelState,
+        extra: dict[str, Any],
+    ) -> tuple[BilevelParams, BilevelState]:
         _check_state(state, init, variables)
-        grads = _given_gradients(setup, updates, variables, model_state)
-        due, missing = _is_due(setup, state.step + 1, outer_batch)
-        ctx = _context(setup, state, variables, inner_batch, outer_batch, model_state, extra)._replace(due=due)
-        known = grads is None or "value" in extra
+        grads = _given_gradients(setup, updates, state, variables, model_state)
+        ctx = _context(setup, state, variables, inner_batch, outer_batch, grads, model_state, extra)._replace(due=due)
         advanced, ctx, moved, lost = _phases.train_and_advance(estimator, guard, state.estimator, ctx, grads)
 
         def outer_step(before: _Outer) -> _Outer:
-            return _outer_step(setup, ctx, before, state.step + 1, lost, loss_known=known)
+            return _outer_step(setup, ctx, before, state.step + 1, lost)
 
         zeros = tree.strip_weak_types(optax.tree.zeros_like(variables.hyperparams))
         after = _once_if(due, outer_step, _Outer(zeros, state.outer, advanced, state.info))
         info = after.info
         if missing is not False:
-            reason = jnp.where(missing, jnp.array(SkipReason.NO_OUTER_BATCH, jnp.int32), info.skip_reason)
-            info = info._replace(skip_reason=reason, num_skipped=info.num_skipped + missing.astype(jnp.int32))
+            reason, skipped = jnp.array(SkipReason.NO_OUTER_BATCH, jnp.int32), info.num_skipped + 1
+            lacking = info._replace(step=state.step + 1, skip_reason=reason, num_skipped=skipped)
+            info = optax.tree.where(missing, lacking, info)
         if moved is None:
             moved = jax.tree.map(
                 lambda new, old: tree.promote(new) - tree.promote(old), ctx.at.params, variables.params
@@ -258,7 +276,7 @@ class _Outer(NamedTuple):
     info: HypergradInfo
 
 
-def _outer_step(setup: _Setup, ctx: Context, before: _Outer, number: Array, lost: Array, *, loss_known: bool) -> _Outer:
+def _outer_step(setup: _Setup, ctx: Context, before: _Outer, number: Array, lost: Array) -> _Outer:
     hyperparams, guard = ctx.hyperparams, setup.guard
     result = _phases.estimate(setup.estimator, before.estimator, ctx)
     updates, state = update_with(
@@ -269,7 +287,7 @@ def _outer_step(setup: _Setup, ctx: Context, before: _Outer, number: Array, lost
         guard,
         result,
         before.estimator,
-        ctx.at.inner_loss if loss_known else None,
+        ctx.at.inner_loss,
         lost=lost,
         number=number,
         num_skipped=before.info.num_skipped,
@@ -281,7 +299,7 @@ def _outer_step(setup: _Setup, ctx: Context, before: _Outer, number: Array, lost
     if guard is not None:
         updates, state = optax.tree.where(info.skipped, (before.updates, before.state), (updates, state))
     validate.same_structure("the estimator's info", result.info, "the blank info of its init", before.info.method)
-    kept, info = info.state, info._replace(inner_loss=jnp.asarray(ctx.at.inner_loss), state=(), aux=())
+    kept, info = info.state, info._replace(state=(), aux=())
     return _Outer(updates, state, kept, tree.match_dtypes(info, before.info))
 
 
@@ -291,6 +309,7 @@ def _context(
     variables: BilevelParams,
     inner_batch: Batch,
     outer_batch: Batch,
+    grads: tuple[Params, ModelState] | None,
     model_state: ModelState,
     extra: dict[str, Any],
 ) -> Context:
@@ -304,12 +323,13 @@ def _context(
         if jax.tree.leaves(inner_batch):
             data.window_length(inner_batch, setup.window)
         batches = data.of_length(inner_batch, setup.window)
-    if model_state is None:
+    if grads is not None or model_state is None:
         model_state = state.model_state
     else:
-        check_model_state(problem, model_state)
-        validate.same_structure("model_state", model_state, "the state's", state.model_state)
-        model_state = tree.match_dtypes(model_state, state.model_state)
+        model_state = _same_model_state(problem, model_state, state)
+    if jnp.shape(extra.get("value", 0.0)) != ():
+        got = f"one of shape {jnp.shape(extra['value'])}"
+        raise ValueError(validate.message("value, the inner loss, to be one number", got, "Pass value=jnp.mean(...)."))
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=setup.key_impl), state.step)
     start = Trained(variables.params, state.inner, model_state, extra.get("value", math.nan))
     inner_optimizer = with_keywords(setup.inner_optimizer, extra)
@@ -317,7 +337,16 @@ def _context(
     return Context(problem, variables.hyperparams, *ends, guarded=guard is not None and guard.inner)
 
 
-def _given_gradients(setup: _Setup, grads: Any, variables: BilevelParams, model_state: ModelState) -> Params:
+def _same_model_state(problem: BilevelProblem, model_state: ModelState, state: BilevelState) -> ModelState:
+    check_model_state(problem, model_state)
+    validate.same_structure("model_state", model_state, "the state's", state.model_state)
+    return tree.match_dtypes(model_state, state.model_state)
+
+
+def _given_gradients(
+    setup: _Setup, grads: Any, state: BilevelState, variables: BilevelParams, model_state: ModelState
+) -> tuple[Params, ModelState] | None:
+    """Return the gradients that the user handed in, and the model state after their step."""
     if grads is None:
         return None
     problem, trains = setup.estimator.problem, setup.estimator.train is not None
@@ -330,18 +359,18 @@ def _given_gradients(setup: _Setup, grads: Any, variables: BilevelParams, model_
     if problem.stateful and model_state is None:
         fix = "Pass the model_state that your inner loss returned, or grads=None."
         raise ValueError(validate.message("model_state with the grads of a stateful problem", "None", fix))
-    return grads
+    return grads, state.model_state if model_state is None else _same_model_state(problem, model_state, state)
 
 
-def _check_state(state: Any, init: BilevelInit, variables: BilevelParams) -> None:
+_STATE_FIX = "Pass the state from tx.init(variables) or the last update, of a bilevel(...) with the same arguments."
+
+
+def _check_state(state: BilevelState, init: BilevelInit, variables: BilevelParams) -> None:
     """Refuse a state that ``init`` would not make: of other optimizers, another solver, weights of another form."""
-    fix = "Pass the state from tx.init(variables) or the last update, of a bilevel(...) with the same arguments."
-    if not isinstance(state, BilevelState):
-        raise TypeError(validate.message("a BilevelState", validate.describe(state), fix))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # init has warned already
         like = jax.eval_shape(init, variables)
-    validate.same_structure("state", state, "what init makes of these variables", like, dtypes=True, fix=fix)
+    validate.same_structure("state", state, "what init makes of these variables", like, dtypes=True, fix=_STATE_FIX)
 
 
 def _is_due(setup: _Setup, number: Array, outer_batch: Batch) -> tuple[Any, Any]:

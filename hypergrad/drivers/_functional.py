@@ -11,14 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from hypergrad import data, tree, validate
 from hypergrad.drivers import _guard, _phases
 from hypergrad.drivers._guard import Guard, HypergradInfo
 from hypergrad.estimators import Estimate, Estimator
 from hypergrad.problem import BilevelParams, check_model_state, check_variables
-from hypergrad.training import INIT, Context, Trained, resolve_optimizer, split_keys
+from hypergrad.training import INIT, Context, Trained, inner_loss_fn, resolve_optimizer, split_keys
 from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
 __all__ = ["best_response", "hypergrad", "one_estimate", "value_and_hypergrad"]
@@ -83,8 +82,6 @@ def value_and_hypergrad(
             fix = "Pass info.state of an earlier call of the same function, or None."
             validate.same_structure("state", state, "a fresh one", like, dtypes=True, fix=fix)
         result, _, info = run(variables, inner_batch, outer_batch, typed_key, state, model_state)
-        if inner_optimizer is None:  # unknown; not computed inside, where jax_debug_nans would stop at it
-            info = info._replace(inner_loss=jax.device_put(np.full((), np.nan, info.outer_loss.dtype)))
         return (result.value, result.hypergrad), info
 
     return fn
@@ -177,7 +174,7 @@ def best_response(estimator: Estimator, inner_optimizer: Any = None) -> Callable
         fix = "Use hg.implicit, hg.unrolled or hg.direct: a method that only estimates a gradient has no response."
         raise TypeError(validate.message("an estimator with a differentiable best response", "one without", fix))
 
-    @jax.jit
+    @_phases.compile_once
     def run(
         params: Params, hyperparams: Hyperparams, inner_batch: Batch, key: Array | None, model_state: ModelState
     ) -> Params:
@@ -227,9 +224,9 @@ def _compiled(estimator: Estimator, inner_optimizer: Any, guard: Guard | None) -
         start = Trained(variables.params, inner_state, model_state)
         init_key = None if key is None else jax.random.fold_in(key, INIT)
         ctx = _context(estimator, inner_optimizer, guard, variables.hyperparams, start, None, None, init_key)
-        return tree.strip_weak_types(estimator.init(ctx)[0])
+        return tree.strip_weak_types(_phases.first_state(estimator, ctx)[0])
 
-    @jax.jit
+    @_phases.compile_once
     def run(
         variables: BilevelParams,
         inner_batch: Batch,
@@ -241,8 +238,11 @@ def _compiled(estimator: Estimator, inner_optimizer: Any, guard: Guard | None) -
         start = Trained(variables.params, None if trains else (), model_state)
         ctx = _context(estimator, inner_optimizer, guard, variables.hyperparams, start, inner_batch, outer_batch, key)
         advanced, ctx, _, lost = _phases.train_and_advance(estimator, guard, state, ctx)
+        if not trains and tree.refuses_nan():
+            loss = inner_loss_fn(ctx)(variables.params, variables.hyperparams)
+            ctx = ctx._replace(at=ctx.at._replace(inner_loss=loss))
         result = _phases.estimate(estimator, advanced, ctx)
-        info = _guard.settle(guard, result, advanced, ctx.at.inner_loss if trains else None, lost=lost)
+        info = _guard.settle(guard, result, advanced, ctx.at.inner_loss, lost=lost)
         return result, ctx.at._replace(inner_loss=info.inner_loss), info
 
     return init, run

@@ -20,6 +20,7 @@ import optax
 from hypergrad import tree, validate
 from hypergrad.estimators import Estimate
 from hypergrad.solvers import SolveInfo, Status
+from hypergrad.training import is_known
 from hypergrad.types import Array, PyTree
 
 __all__ = [
@@ -148,7 +149,7 @@ def settle(
       guard: None takes every step.
       estimate: what the estimator returned.
       advanced: the estimator's state after ``advance``.
-      inner_loss: of the last inner step; None where it is unknown, and then 0 in the info.
+      inner_loss: of the last inner step; a Python NaN where it is unknown.
       lost: whether the state had to return to the call's start.
       number: of the ``update`` call.
       num_skipped: outer steps skipped before.
@@ -159,7 +160,7 @@ def settle(
         state_lost = tree.newly_bad(estimate.state, advanced)
         reasons = [
             (SkipReason.OUTER_LOSS, ~jnp.isfinite(estimate.value)),
-            (SkipReason.INNER_LOSS, False if inner_loss is None else ~jnp.isfinite(inner_loss)),
+            (SkipReason.INNER_LOSS, ~jnp.isfinite(inner_loss) if is_known(inner_loss) else False),
             (SkipReason.SOLVE, _bad_solve(guard, estimate.info)),
             (SkipReason.HYPERGRAD, ~jnp.isfinite(size)),
             *((reason, tree.newly_bad(new, old)) for reason, new, old in changes),
@@ -170,14 +171,16 @@ def settle(
         keeps = (reason == SkipReason.NONE) | ((reason == SkipReason.SOLVE) & ~state_lost)
         kept = optax.tree.where(keeps, estimate.state, advanced)
     float_type = jnp.zeros((), float).dtype
-    losses = (jnp.asarray(x, float_type) for x in (estimate.value, 0.0 if inner_loss is None else inner_loss, size))
-    counts = reason, jnp.asarray(num_skipped, jnp.int32) + (reason > 0).astype(jnp.int32)
-    return HypergradInfo(jnp.asarray(number, jnp.int32), *losses, *counts, estimate.info, kept, estimate.aux)
+    value, inner_loss, size = (jnp.asarray(x, float_type) for x in (estimate.value, inner_loss, size))
+    number, num_skipped = jnp.asarray(number, jnp.int32), jnp.asarray(num_skipped, jnp.int32)
+    num_skipped = num_skipped + (reason > 0).astype(jnp.int32)
+    losses = value, inner_loss, size
+    return HypergradInfo(number, *losses, reason, num_skipped, estimate.info, kept, estimate.aux)
 
 
 def _bad_solve(guard: Guard, info: PyTree) -> Array:
     bad = jnp.array(False)
     for solve in solves_in(info):
         bad_status = (solve.status == Status.DIVERGED) | (solve.status == Status.NOT_FINITE)
-        bad = bad | bad_status | (solve.residual > guard.max_residual)
+        bad = bad | jnp.any(bad_status) | jnp.any(solve.residual > guard.max_residual)
     return bad

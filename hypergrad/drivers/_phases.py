@@ -1,8 +1,12 @@
 """The phases of one call, for every driver: train, advance, estimate."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hypergrad import tree, validate
@@ -11,7 +15,44 @@ from hypergrad.estimators import Estimate, Estimator
 from hypergrad.training import Context, train_with_updates
 from hypergrad.types import Array, Params, PyTree
 
-__all__ = ["check_estimator", "estimate", "train_and_advance"]
+__all__ = ["check_estimator", "compile_once", "estimate", "first_state", "train_and_advance"]
+
+
+def compile_once(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile ``fn(*args)``, once for all arguments of the same form.
+
+    Leaves that are no numbers (strings, functions, True and False) are constants of the program: a loss may be handed
+    them in a batch.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(static: tuple[Any, tuple[tuple[int, Any], ...]], numbers: list[Any]) -> Any:
+        structure, constants = static
+        leaves = list(numbers)
+        for place, leaf in constants:
+            leaves.insert(place, leaf)
+        return fn(*jax.tree.unflatten(structure, leaves))
+
+    def call(*args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        constants = tuple((place, leaf) for place, leaf in enumerate(leaves) if not _is_number(leaf))
+        return run((structure, constants), [leaf for leaf in leaves if _is_number(leaf)])
+
+    return call
+
+
+def _is_number(leaf: Any) -> bool:
+    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    return is_array or (isinstance(leaf, int | float | complex) and not isinstance(leaf, bool))
+
+
+def first_state(estimator: Estimator, ctx: Context) -> tuple[PyTree, PyTree]:
+    """Return the estimator's first state and its blank info."""
+    made = estimator.init(ctx)
+    if type(made) is not tuple or len(made) != 2:
+        fix = "Return a pair; () for a method without a state or without an info."
+        raise TypeError(validate.message("init to return (state, blank_info)", validate.describe(made), fix))
+    return made
 
 
 def check_estimator(estimator: Any, guard: Any) -> None:
@@ -25,7 +66,7 @@ def check_estimator(estimator: Any, guard: Any) -> None:
 
 
 def train_and_advance(
-    estimator: Estimator, guard: Guard | None, state: PyTree, ctx: Context, grads: Params = None
+    estimator: Estimator, guard: Guard | None, state: PyTree, ctx: Context, grads: Any = None
 ) -> tuple[PyTree, Context, Params, Array]:
     """Take the inner steps and advance the estimator's state: what happens on every call.
 
@@ -58,7 +99,8 @@ def estimate(estimator: Estimator, state: PyTree, ctx: Context) -> Estimate:
         fix = "Return hg.Estimate(value, hypergrad, state, info, aux)."
         raise TypeError(validate.message("estimate to return an Estimate", validate.describe(result), fix))
     validate.same_structure("the hypergradient", result.hypergrad, "the hyperparameters", ctx.hyperparams)
-    return result._replace(state=same_form("the estimator's state after estimate", result.state, state))
+    value = validate.scalar_loss("value of the estimate", result.value, "Return one number.")
+    return result._replace(value=value, state=same_form("the estimator's state after estimate", result.state, state))
 
 
 def same_form(what: str, new: PyTree, old: PyTree) -> PyTree:

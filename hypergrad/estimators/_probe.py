@@ -25,6 +25,7 @@ from jax import lax
 from jax.extend import core as jex_core
 
 from hypergrad import dataflow, tree, validate
+from hypergrad.training import accepted_keywords
 from hypergrad.types import Array, Hyperparams, Params, PyTree
 
 __all__ = ["check_differentiable", "decays_weights", "untrained_leaves"]
@@ -135,25 +136,32 @@ def decays_weights(optimizer: optax.GradientTransformation | optax.MultiSteps, p
 def untrained_leaves(optimizer: optax.GradientTransformation | optax.MultiSteps, params: Params) -> PyTree:
     """Return a tree like ``params``, True for weights that gradients do not move: by data flow, without computation.
 
-    Their updates depend on no gradient: neither directly, nor in later steps through the optimizer's state or through
-    other weights. ``optax.set_to_zero`` inside ``optax.partition`` or ``optax.masked`` makes such weights;
-    ``optax.masked(optax.sgd(rate), mask)`` alone does not, since it passes other gradients on. All False for an
-    optimizer that cannot be traced because it wants keywords.
+    Their updates are zero by construction, or depend on no gradient: neither directly, nor in later steps through the
+    optimizer's state or through other weights. ``optax.set_to_zero`` inside ``optax.partition`` or ``optax.masked``
+    makes such weights; ``optax.masked(optax.sgd(rate), mask)`` alone does not, since it passes other gradients on. All
+    False for an optimizer that cannot be traced because it wants keywords of its own.
     """
     like = _small(params, None)
     leaves, structure = jax.tree.flatten(like)
 
     def updates(values: tuple[Params, Params]) -> Params:
         tx = validate.transformation("optimizer", optimizer)
-        return lax.scan(lambda at, grads: _step(tx, at, grads), _begin(tx, values[0]), values[1])[1]
+
+        def step(at: tuple[Params, PyTree], grads: Params) -> Any:
+            keywords = {"value": jnp.ones(()), "grad": grads, "value_fn": lambda w: tree.vdot(w, w)}
+            return _step(tx, at, grads, **accepted_keywords(tx, keywords))
+
+        return lax.scan(step, _begin(tx, values[0]), values[1])[1]
 
     def find() -> list[bool]:
         window = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), like)
         try:
             moved = dataflow.dependence(updates, (like, window))
+            zeros = dataflow.always_zero(updates, (like, window))
         except Exception:  # what is wrong with the optimizer shows in the real run
             return [False] * len(leaves)
-        return [not mark for mark in moved([False] * len(leaves) + [True] * len(leaves))]
+        moves = moved([False] * len(leaves) + [True] * len(leaves))
+        return [zero or not mark for mark, zero in zip(moves, zeros, strict=True)]
 
     return jax.tree.unflatten(structure, _cached("untrained_leaves", optimizer, like, find))
 
@@ -297,10 +305,10 @@ def _begin(optimizer: optax.GradientTransformation, params: Params) -> tuple[Par
 
 
 def _step(
-    optimizer: optax.GradientTransformation, at: tuple[Params, PyTree], grads: Params
+    optimizer: Any, at: tuple[Params, PyTree], grads: Params, **keywords: Any
 ) -> tuple[tuple[Params, PyTree], Params]:
     params, state = at
-    updates, new_state = optimizer.update(grads, state, params)
+    updates, new_state = optimizer.update(grads, state, params, **keywords)
     return (optax.apply_updates(params, updates), tree.match_dtypes(new_state, state)), updates
 
 

@@ -10,14 +10,17 @@ hyperparameters, arXiv 1511.06727.
 
 import jax.numpy as jnp
 
-from hypergrad.solvers._base import LinearSolver, Solution, assemble
+from hypergrad import tree
+from hypergrad.solvers._base import LinearSolver, ScaledSystem, Solution, assemble
+from hypergrad.types import PyTree
 
 
 def identity() -> LinearSolver:
     """Return b itself: x = b, the first Neumann term with step 1, without a product with A.
 
     Returns:
-      A ``LinearSolver`` whose residual is not measured: NaN, with status ``TRUNCATED``.
+      A ``LinearSolver`` whose residual is not measured: NaN, with status ``TRUNCATED``. Under
+      ``jax_debug_nans``, which stops at a NaN, it is measured by one product.
 
     Valid when A = I; often a descent direction otherwise.
 
@@ -29,4 +32,10 @@ def identity() -> LinearSolver:
 
     Reference: Luketina et al., arXiv 1511.06727.
     """
-    return assemble(lambda _: (), lambda scaled, state: Solution(scaled.b, state, 0, None, jnp.nan))
+
+    def solve_scaled(scaled: ScaledSystem, state: PyTree) -> Solution:
+        if tree.refuses_nan():
+            return Solution(scaled.b, state, 1, *scaled.measure(scaled.b))
+        return Solution(scaled.b, state, 0, None, jnp.nan)
+
+    return assemble(lambda _: (), solve_scaled)

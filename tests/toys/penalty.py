@@ -24,9 +24,10 @@ def penalty(problem: hg.BilevelProblem, *, sigma: float) -> hg.Estimator:
         if ctx.outer_batch is None:
             raise ValueError("penalty trains its second copy on the outer batch: pass outer_batch on every call")
 
+        outer = hg.outer_loss_fn(ctx)
+
         def loss(w: Any, h: Any, batch: Any, key: Any, model_state: Any) -> tuple[jax.Array, Any]:
-            inner = problem.inner_loss(w, h, batch, key)
-            return inner + problem.outer_loss(w, h, ctx.outer_batch, ctx.keys.advance) / sigma, model_state
+            return ctx.problem.inner_loss(w, h, batch, key) + outer(w, h)[0] / sigma, model_state
 
         return hg.train(ctx, start=copy, loss=loss)
 
