@@ -325,9 +325,16 @@ FROZEN = {
     "clipped": (optax.chain(optax.clip_by_global_norm(1.0), HALF), ONLY_A),
     "decayed": (optax.chain(HALF, optax.add_decayed_weights(-0.1)), ONLY_A),
     "through the state": (SHIFT, NONE),
-    "if finite": (optax.apply_if_finite(HALF, 3), NONE),
+    "if finite": (optax.apply_if_finite(HALF, 3), ONLY_A),
+    "clipped after": (optax.chain(HALF, optax.clip_by_global_norm(1.0)), ONLY_A),
+    "normalized after": (optax.chain(HALF, optax.normalize_by_update_norm()), ONLY_A),
+    "several steps": (optax.MultiSteps(HALF, 2, should_skip_update_fn=optax.skip_not_finite), ONLY_A),
+    "rate of zero": (by_path("'a'", optax.scale(0.0), optax.adam(0.1)), ONLY_A),
+    "rate that starts at zero": (optax.adam(optax.warmup_cosine_decay_schedule(0.0, 0.1, 100, 1000)), NONE),
+    "reads the loss": (optax.chain(HALF, optax.contrib.reduce_on_plateau()), ONLY_A),
     "set to zero": (optax.set_to_zero(), {"a": True, "b": {"c": True, "d": True}}),
     "wants a value": (optax.polyak_sgd(), NONE),
+    "searches a line": (optax.lbfgs(), NONE),
 }
 
 

@@ -211,12 +211,12 @@ def bilevel(
         if not isinstance(state, BilevelState):
             raise TypeError(validate.message("a BilevelState", validate.describe(state), _STATE_FIX))
         known = lambda x: x if tree.is_traced(x) else bool(x)  # noqa: E731
-        # Called eagerly, there is one program where an outer step is due, and one where none is.
         due, missing = map(known, _is_due(setup, state.step + 1, outer_batch))
-        return run(due, missing, updates, state, params, inner_batch, outer_batch, model_state, extra)
+        args = due, missing, updates, state, params, inner_batch, outer_batch, model_state, extra
+        # Called eagerly, it compiles itself: one program where an outer step is due, and one where none is.
+        return (step if any(map(tree.is_traced, jax.tree.leaves(args))) else compiled_step)(*args)
 
-    @_phases.compile_once
-    def run(
+    def step(
         due: Any,
         missing: Any,
         updates: Any,
@@ -251,6 +251,7 @@ def bilevel(
         )
         return BilevelParams(moved, after.updates), new_state
 
+    compiled_step = _phases.compile_once(step)
     pure_functions: tuple[Any, Any] = init, update
     return BilevelTransformation(*pure_functions)
 
