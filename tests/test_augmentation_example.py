@@ -65,6 +65,7 @@ def test_a_network_with_output_layers_of_zero_is_the_identity(transforms):
     np.testing.assert_allclose(augmenter.apply({"params": zero}, x, key), x, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_augmentation(example, tmp_path, capsys):
     log = tmp_path / "log.csv"
     arguments = ["--steps", "40", "--seeds", "1", "--out", str(tmp_path), "--log", str(log)]

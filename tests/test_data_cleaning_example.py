@@ -19,6 +19,7 @@ def main(monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_data_cleaning(main, tmp_path, capsys):
     arguments = ["--seeds", "1", "--steps", "60", "--train", "300", "--valid", "100", "--noise", "0.5"]
     (result,) = main([*arguments, "--out", str(tmp_path), "--log", str(tmp_path / "log.csv")])

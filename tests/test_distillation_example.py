@@ -20,6 +20,7 @@ def main(monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_warm_weights_remember_points_that_are_gone(main, tmp_path, capsys):
     log = tmp_path / "log.csv"
     results = main(["--steps", "400", "--seeds", "1", "--out", str(tmp_path), "--log", str(log)])

@@ -60,6 +60,7 @@ def test_weight_decay_says_what_to_set_for_larger_data(example):
         example("weight_decay.py")(["--data", "fashion_mnist", "--steps", "1"])
 
 
+@pytest.mark.slow
 def test_learning_rate(example, tmp_path, capsys):
     tiny = ["--steps", "12", "--outer-steps", "4", "--seeds", "1", "--hidden", "4", "--out", str(tmp_path)]
     results = example("learning_rate.py")(tiny)

@@ -22,6 +22,7 @@ def main(monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_hypernetwork(main, tmp_path, capsys):
     results = main(["--steps", "200", "--seeds", "1", "--grid", "3", "--out", str(tmp_path)])
     assert {name: row["hyperparams"] for name, row in results.items()} == DECAYS

@@ -21,6 +21,7 @@ def main(monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_pretraining(main, tmp_path, capsys):
     (outcomes,) = main(["--steps", "60", "--seeds", "1", "--out", str(tmp_path)])
     assert set(outcomes) == ROWS

@@ -65,6 +65,7 @@ def test_it_was_committed_as_it_ran():
     assert not any(text in content for text in (os.sep + "tmp" + os.sep, str(pathlib.Path.home()), "Warning"))
 
 
+@pytest.mark.slow
 def test_it_runs_on_two_devices(execute):
     ran = execute(JAX_NUM_CPU_DEVICES="2", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     assert "devices: 2, outer loss" in printed(ran)

@@ -274,6 +274,7 @@ def test_examples_of_a_group_share_a_perturbation(groups, each):
     assert len(set(by_group[:, 0])) == len(by_group) == 6 // each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "steps", "tolerance"), [("delta", 2000, 0.01), ("stn", 4000, 0.03)])
 def test_a_linear_network_learns_its_exact_response(variant, steps, tolerance):
     """Two linear layers with a Jacobian penalty per input: w*(λ) in closed form, which gates can represent.
@@ -347,6 +348,7 @@ def test_batch_norm_keeps_its_statistics(variant):
         assert relative_error(variables.params.params, w) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_rate_through_which_nothing_differentiates_gets_the_exact_hypergradient():
     """Dropout at rate p on the inputs of a linear model is ridge regression, in closed form (Wager et al., 1307.1493).
 

@@ -20,6 +20,7 @@ def main(monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_self_tuning_lm(main, tmp_path, capsys):
     sizes = {"steps": 40, "words": 1000, "vocabulary": 50, "width": 8, "batch": 4, "looks": 4}
     runs = main([*(f"--{name}={value}" for name, value in sizes.items()), "--out", str(tmp_path)])

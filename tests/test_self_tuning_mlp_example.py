@@ -19,6 +19,7 @@ def main(monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_self_tuning_mlp(main, tmp_path, capsys):
     results = main(["--steps", "90", "--hidden", "8", "--out", str(tmp_path)])
     assert set(results) == {

@@ -38,7 +38,8 @@ def sharded_over(mesh, variables, batch):
 
 
 @pytest.mark.parametrize(
-    ("name", "window"), [("neumann", 1), pytest.param("cg", 2, marks=pytest.mark.slow), ("unrolled", 4)]
+    ("name", "window"),
+    [("neumann", 1), *(pytest.param(*row, marks=pytest.mark.slow) for row in (("cg", 2), ("unrolled", 4)))],
 )
 def test_eight_devices_give_the_answer_of_one(name, window):
     assert jax.device_count() == 8
@@ -126,6 +127,7 @@ def test_init_keeps_shardings_in_the_solver_state():
     assert jax.tree.all(same)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_answer_of_one():
     """Two processes of two devices each, over ``jax.distributed`` on loopback."""
     with socket.socket() as probe:

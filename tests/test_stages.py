@@ -105,6 +105,7 @@ def test_an_unrolled_response_is_differentiable_in_both(mode):
     assert float(forward) == pytest.approx(float(optax.tree.vdot(wrt_params, weigh)), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_steps_before_an_implicit_response():
     """With an optimizer: K steps first, then the response, and its derivative, where they end."""
     base, length = logistic(), 5
@@ -185,7 +186,8 @@ def test_a_second_stage_that_does_nothing_is_one_stage():
     assert relative_error(grad["examples"], want) < 1e-12
 
 
-@pytest.mark.parametrize("middle", ["implicit", pytest.param("unrolled", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("middle", ["implicit", "unrolled"])
 def test_three_levels_against_finite_differences(middle):
     """Weights w solve level one at (λ, μ), λ solves level two at μ through w, μ is judged through both."""
     rng = np.random.default_rng(1)
