@@ -168,7 +168,7 @@ def retrain(
         first = init(key)
         return first if problem.stateful else (first, ())
 
-    def judge(params: Params, hyperparams: Hyperparams, model_state: ModelState) -> PyTree:
+    def measure(params: Params, hyperparams: Hyperparams, model_state: ModelState) -> PyTree:
         if score is not None:
             return score(params, data.gathered(outer_batch), *([model_state] if problem.stateful else []))
         at = BilevelParams(params, hyperparams)
@@ -191,12 +191,14 @@ def retrain(
         steps, keys = jnp.arange(num_steps, dtype=jnp.int32), split_keys(None)._replace(inner=loss_key)
         ctx = Context(problem, hyperparams, start, start, steps, outer_batch, keys, inner_optimizer)
         at = train(ctx, loss=loss)
-        return judge(at.params, hyperparams, at.model_state), at.params, tree.all_finite(at.params)
+        return measure(at.params, hyperparams, at.model_state), at.params, tree.all_finite(at.params)
 
     keys = jax.random.split(jax.random.fold_in(root, 1), num_starts)
     scores, trained, finite = run(keys, hyperparams)
     others, _, others_finite = ((), (), np.zeros(0, bool)) if baseline is None else run(keys, baseline)
-    joint, scores, others = jax.tree.map(np.asarray, (jax.jit(judge)(params, hyperparams, model_state), scores, others))
+    joint, scores, others = jax.tree.map(
+        np.asarray, (jax.jit(measure)(params, hyperparams, model_state), scores, others)
+    )
     for path, leaf in zip(tree.leaf_names(joint), jax.tree.leaves(joint), strict=True):
         if leaf.ndim:
             raise ValueError(validate.message("score to return scalars", f"shape {leaf.shape} at {path}", "Reduce it."))

@@ -108,7 +108,9 @@ def guard(max_residual: float = 3.0, *, inner: bool = False) -> Guard:
       max_residual: > 0; ``math.inf`` for no limit. Residuals above 1 are normal for a few CG products: CG minimises
         the error in another norm.
       inner: drop inner steps, too, whose loss, gradient or model state is not finite. Costs about a tenth of a short
-        step; ``optax.apply_if_finite`` around the inner optimizer does as much for gradients.
+        step; ``optax.apply_if_finite`` around the inner optimizer does as much for gradients. Where ``unrolled``
+        differentiates a window in reverse mode, a dropped step makes the hypergradient NaN, and the outer step is
+        skipped: NaN times a cotangent of zero is NaN.
 
     Returns:
       A ``Guard``, for ``hg.bilevel(..., guard=...)``; ``guard=None`` there takes every step.

@@ -22,6 +22,21 @@ from jax import lax
 from hypergrad import tree, validate
 from hypergrad.types import Array, MatVec, PyTree
 
+__all__ = [
+    "LinearSolver",
+    "LinearSystem",
+    "ScaledSystem",
+    "SolveInfo",
+    "Solution",
+    "Status",
+    "WarmStart",
+    "assemble",
+    "blank_info",
+    "divide",
+    "iterate",
+    "normalized",
+]
+
 
 class Status(enum.IntEnum):
     """Why a solve ended. ``Status(int(info.status)).name`` is its printable name.

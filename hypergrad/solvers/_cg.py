@@ -33,6 +33,8 @@ from hypergrad.solvers._base import (
 )
 from hypergrad.types import Array, PyTree
 
+__all__ = ["cg"]
+
 
 def cg(
     max_products: int, rtol: float = 1e-5, *, damping: float = 0.0, warm_start: bool = False, unroll: int | bool = 1

@@ -14,6 +14,8 @@ from hypergrad import validate
 from hypergrad.solvers._base import LinearSolver, ScaledSystem, Solution, assemble, divide
 from hypergrad.types import Array, PyTree
 
+__all__ = ["dense"]
+
 _LARGEST = 10_000
 
 

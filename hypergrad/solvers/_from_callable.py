@@ -13,6 +13,8 @@ from hypergrad import tree, validate
 from hypergrad.solvers._base import LinearSolver, ScaledSystem, Solution, WarmStart, assemble, normalized
 from hypergrad.types import MatVec, PyTree
 
+__all__ = ["from_callable"]
+
 
 def from_callable(
     solve: Callable[[MatVec, PyTree, PyTree], PyTree],

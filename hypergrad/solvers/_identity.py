@@ -14,6 +14,8 @@ from hypergrad import tree
 from hypergrad.solvers._base import LinearSolver, ScaledSystem, Solution, assemble
 from hypergrad.types import PyTree
 
+__all__ = ["identity"]
+
 
 def identity() -> LinearSolver:
     """Return b itself: x = b, the first Neumann term with step 1, without a product with A.

@@ -19,6 +19,8 @@ from hypergrad import tree, validate
 from hypergrad.solvers._base import LinearSolver, ScaledSystem, Solution, Status, assemble, divide, iterate, normalized
 from hypergrad.types import Array, PyTree
 
+__all__ = ["neumann"]
+
 _FIRST_POWER_STEPS, _WARM_POWER_STEPS = 12, 2
 _EXPLORE = 0.1  # how much of b is mixed into the warm direction, so that a new top eigenvector is found
 _DIVERGED = 1e3  # a residual that grew this far only grows: ‖(I − αA)ᵏ b‖ is log-convex in k
