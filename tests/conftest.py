@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, 64-bit mode for those that ask, no plots on a screen."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -13,6 +14,7 @@ import jax
 import pytest
 from hypothesis import settings
 
+gc.set_threshold(200_000, 50, 100)  # traces are many objects that live long: the default takes a quarter of the time
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # the suite's time is compilation, of tiny programs
 # Workers and later runs share what they compile.

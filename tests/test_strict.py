@@ -75,8 +75,18 @@ def first_params():
     return MODEL.init(jax.random.key(0), X)["params"]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("case", [implicit, unrolled, self_tuning], ids=lambda case: case.__name__)
+ALL_CASES = ("debug_nans", "dtype_promotion")  # under the other settings all but the first case are slow tests
+
+
+@pytest.mark.parametrize(
+    ("case", "setting"),
+    [
+        pytest.param(case, name, marks=[pytest.mark.slow] * (case is not implicit and name not in ALL_CASES))
+        for case in (implicit, unrolled, self_tuning)
+        for name in SETTINGS
+    ],
+    ids=lambda part: part if isinstance(part, str) else part.__name__,
+)
 def test_a_run(case, setting):
     estimator, inner_optimizer, variables, window = case()
     tx = hg.bilevel(estimator, inner_optimizer=inner_optimizer, outer_optimizer=optax.sgd(1e-2), window=window, every=2)
