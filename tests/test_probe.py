@@ -284,6 +284,11 @@ class TestZeroGradients:
             check(lambda h: WRAPPERS["chain"](CLIPS[name](optax), h), ONE)
         check(lambda h: WRAPPERS["chain"](CLIPS[name](hg.optimizers), h), ONE)
 
+    def test_clipping_by_unit_is_refused_where_all_weights_are_vectors(self):
+        clip = optax.adaptive_grad_clip(0.1)
+        with pytest.raises(ValueError, match=r"with optax\.adaptive_grad_clip\. .* Leave it out"):
+            check(lambda h: WRAPPERS["chain"](clip, h), ONE)
+
     @pytest.mark.parametrize("around", WRAPPERS)
     def test_it_is_found_inside_other_transformations(self, around):
         with pytest.raises(ValueError, match=r"Use hg\.optimizers\.clip_by_block_rms"):

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -176,6 +177,7 @@ def _spread(trainable: PyTree, params: Params) -> PyTree:
         got = f"{jax.tree.structure(trainable)} for {jax.tree.structure(params)}"
         fix = "Pass True, False, or the weights' structure with bools in place of subtrees."
         raise ValueError(validate.message("trainable to be a tree prefix of params", got, fix)) from error
+    marks = jax.tree.map(lambda mark: bool(mark) if isinstance(mark, np.bool_) else mark, marks)
     for mark in jax.tree.leaves(marks):
         validate.flag("trainable", mark)
     return marks

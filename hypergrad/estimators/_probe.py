@@ -229,13 +229,14 @@ def _differentiate(trial: _Trial, steps: int, reverse: bool) -> _Refusal | None:
     found = [name for name in _TWINS if name in trial.pieces]
     if "scale_by_factored_rms" in trial.pieces and "clip_by_block_rms" in found:
         found.remove("clip_by_block_rms")  # adafactor's own
-    if found and not bool(has_derivative(h, weights, [g.at[0].set(0) for g in alive])):
+    by_norm = [*found, *(["adaptive_grad_clip"] if "adaptive_grad_clip" in trial.pieces else [])]
+    if by_norm and not bool(has_derivative(h, weights, [g.at[0].set(0) for g in alive])):
         wanted = "an inner optimizer whose update has a finite derivative where the whole gradient is zero"
-        fix = (
-            "A batch in which no example counts would make the hypergradient NaN. Use "
-            f"{' and '.join(f'hg.optimizers.{name}' for name in found)}: the same values, and this derivative."
+        twins = " and ".join(f"hg.optimizers.{name}" for name in found)
+        fix = "A batch in which no example counts would make the hypergradient NaN. " + (
+            f"Use {twins}: the same values, and this derivative." if twins else "Leave it out."
         )
-        return _refusal(wanted, f"NaN or infinity, with {' and '.join(f'optax.{name}' for name in found)}", fix)
+        return _refusal(wanted, f"NaN or infinity, with {' and '.join(f'optax.{name}' for name in by_norm)}", fix)
     return None
 
 
