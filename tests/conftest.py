@@ -6,6 +6,8 @@ import os
 import pathlib
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Workers and later runs share what they compile.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 if importlib.metadata.version("jaxlib").startswith(("0.9.", "0.10.")):
     # XLA's older code generator for CPUs compiles in half the time; later versions do without it, and refuse the flag.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
@@ -17,8 +19,6 @@ from hypothesis import settings
 gc.set_threshold(200_000, 50, 100)  # traces are many objects that live long: the default takes a quarter of the time
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # the suite's time is compilation, of tiny programs
-# Workers and later runs share what they compile.
-jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=25)

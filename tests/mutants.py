@@ -5,6 +5,7 @@ the package, against the test files of its module only. A mutant that survives i
 ``tests/mutants.md`` holds the last table.
 """
 
+import os
 import pathlib
 import shutil
 import subprocess
@@ -424,7 +425,11 @@ def run(mutant: Mutant) -> tuple[str, float]:
         ]
         begin = time.monotonic()
         done = subprocess.run(
-            command + (["-k", expression] if expression else []), cwd=copy, capture_output=True, check=False
+            command + (["-k", expression] if expression else []),
+            cwd=copy,
+            env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax")},
+            capture_output=True,
+            check=False,
         )
     verdict = {0: "SURVIVED", 1: "killed"}.get(done.returncode, f"pytest exit {done.returncode}")
     return verdict, time.monotonic() - begin
