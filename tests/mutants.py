@@ -162,10 +162,10 @@ MUTANTS = [
     ),
     Mutant(
         "drivers/_functional.py",
-        "info = info._replace(inner_loss=jax.device_put(np.full((), np.nan, info.outer_loss.dtype)))",
-        "pass",
-        "test_strict.py -k functional",
-        "silent zero",
+        "if not trains and tree.refuses_nan():",
+        "if False:",
+        "test_strict.py -k not_known",
+        "NaN under NaN checks",
     ),
     # the guard
     Mutant(
@@ -392,10 +392,38 @@ MUTANTS = [
     ),
     Mutant(
         "estimators/_probe.py",
-        "return [not mark for mark in moved(",
-        "return [mark for mark in moved(",
+        "return [zero or not mark for",
+        "return [zero or mark for",
         "test_faults.py",
         "swapped mark",
+    ),
+    Mutant(
+        "dataflow.py",
+        'name == "select_n" and all(zeros[1:])',
+        'name == "select_n" and zeros[1]',
+        "test_probe.py",
+        "one case of two",
+    ),
+    Mutant(
+        "dataflow.py",
+        "[a and b for a, b in zip(carry",
+        "[a for a, _ in zip(carry",
+        "test_probe.py",
+        "carry of a loop kept",
+    ),
+    Mutant(
+        "drivers/_phases.py",
+        "leaves.insert(place, leaf)",
+        "leaves.append(leaf)",
+        "test_faults.py",
+        "constant in a wrong place",
+    ),
+    Mutant(
+        "drivers/_bilevel.py",
+        "return grads, state.model_state if model_state is None else",
+        "return grads, state.model_state if True else",
+        "test_bilevel.py",
+        "given model state dropped",
     ),
 ]
 
