@@ -13,16 +13,15 @@ What is where:
 
 One log decay per weight, tuned by the validation loss while the weights train:
 
-    >>> import hypergrad as hg, jax, jax.numpy as jnp, optax
+    >>> import hypergrad as hg, jax.numpy as jnp, optax
     >>> error = lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
-    >>> train_loss = lambda w, log_decay, batch, key: error(w, batch) + hg.penalties.l2(w, jnp.exp(log_decay))
-    >>> problem = hg.BilevelProblem(train_loss, lambda w, log_decay, batch, key: error(w, batch))
+    >>> problem = hg.BilevelProblem(
+    ...     inner_loss=lambda w, decay, batch, key: error(w, batch) + hg.penalties.l2(w, jnp.exp(decay)),
+    ...     outer_loss=lambda w, decay, batch, key: error(w, batch))
     >>> tx = hg.bilevel(hg.implicit(problem, hg.solvers.cg(5)), inner_optimizer=optax.adam(1e-2),
     ...                 outer_optimizer=optax.adam(1e-2), every=10)
-    >>> variables = hg.BilevelParams(jnp.zeros(3), jnp.full(3, -3.0))
-    >>> state, batch = tx.init(variables), (jnp.eye(3), jnp.ones(3))
-    >>> updates, state = tx.update(None, state, variables, inner_batch=batch, outer_batch=batch)
-    >>> variables = optax.apply_updates(variables, updates)
+    >>> variables, batch = hg.BilevelParams(jnp.zeros(3), jnp.full(3, -3.0)), (jnp.eye(3), jnp.ones(3))
+    >>> updates, state = tx.update(None, tx.init(variables), variables, inner_batch=batch, outer_batch=batch)
 """
 
 from hypergrad import _installation  # noqa: F401, I001  first: it names a foreign package of the same name
