@@ -163,7 +163,6 @@ def test_one_step_is_the_second_order_gradient_of_darts():
     assert relative_error(grad, unravel_alpha(second_order(flat, flat_alpha))) < 1e-12
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_truncation_differentiates_the_last_steps_from_where_they_begin():
     optimizer = adam
