@@ -88,7 +88,11 @@ def unconstrain(bijectors: PyTree, values: PyTree) -> PyTree:
         if not tree.is_traced(value) and not np.all(np.isfinite(value)):
             at = np.asarray(x)[~np.isfinite(np.asarray(value))].ravel()[0]
             fix = "Move it inside the open interval that the bijector maps to."
-            raise ValueError(validate.message(f"hyperparams leaf {name} inside the bijector's range", f"{at:g}", fix))
+            raise ValueError(
+                validate.message(
+                    f"hyperparams{f' leaf {name}' * bool(name)} inside the bijector's range", f"{at:g}", fix
+                )
+            )
         return value
 
     return _spread("unconstrain", bijectors, values, inverse)

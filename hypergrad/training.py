@@ -183,6 +183,9 @@ def train_with_updates(
     user, and the model state after it.
     """
     start = ctx.start if start is None else start
+    if not isinstance(start, Trained):
+        fix = "Pass hg.Trained(params, inner_state), e.g. the copy of ctx.start that init kept."
+        raise TypeError(validate.message("start to be a Trained", validate.describe(start), fix))
     hyperparams = ctx.hyperparams if hyperparams is None else hyperparams
     if ctx.inner_optimizer is None:
         fix = "Pass inner_optimizer=optax.sgd(...), and batches with a leading window axis."
@@ -342,6 +345,9 @@ def inner_loss_fn(ctx: Context) -> Callable[[Params, Hyperparams], Array]:
 def outer_loss_fn(ctx: Context) -> Callable[[Params, Hyperparams], tuple[Array, Any]]:
     """Return (w, λ) ↦ (L_out, aux) on the outer batch, with ``keys.outer`` and the model state reached.
 
+    Raises:
+      ValueError: the call has no outer batch, as ``bilevel`` allows where no outer step is due.
+
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> problem = hg.BilevelProblem(lambda w, h, b, k: b * w * h, lambda w, h, b, k: b * w)
     >>> at = hg.Trained(jnp.array(2.0), ())
@@ -350,6 +356,9 @@ def outer_loss_fn(ctx: Context) -> Callable[[Params, Hyperparams], tuple[Array, 
     >>> float(outer_loss_fn(ctx)(ctx.at.params, ctx.hyperparams)[0])
     8.0
     """
+    if ctx.outer_batch is None and ctx.due is not True:
+        fix = "This method needs it on every call; pass () for a loss without data."
+        raise ValueError(validate.message("outer_batch on a call where no outer step is due", "None", fix))
 
     def outer(params: Params, hyperparams: Hyperparams) -> tuple[Array, Any]:
         at = BilevelParams(params, hyperparams)

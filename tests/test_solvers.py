@@ -256,6 +256,16 @@ def test_a_state_that_is_not_finite_counts_as_a_fresh_one(row, bad):
     assert jax.tree.all(jax.tree.map(lambda p, q: bool((p == q).all()), again, fresh))
 
 
+@pytest.mark.parametrize("make", [hg.solvers.cg, hg.solvers.neumann], ids=["cg", "neumann"])
+def test_damping_leaves_a_residual_of_the_undamped_system(make, x64):
+    matvec, b, _, _ = system()
+    solver = make(40, damping=0.7)
+    x, _, info = solver.solve(LinearSystem(matvec), b, solver.init(b))
+    left = optax.tree.sub(b, matvec(x))
+    assert float(info.undamped_residual) == pytest.approx(float(optax.tree.norm(left) / optax.tree.norm(b)), rel=1e-8)
+    assert float(info.undamped_residual) > 0.1 > float(info.residual)
+
+
 @solving
 def test_matvec_of_another_structure_is_refused(row):
     solver = row.make()

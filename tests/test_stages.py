@@ -105,7 +105,6 @@ def test_an_unrolled_response_is_differentiable_in_both(mode):
     assert float(forward) == pytest.approx(float(optax.tree.vdot(wrt_params, weigh)), rel=1e-9)
 
 
-@pytest.mark.slow
 def test_steps_before_an_implicit_response():
     """With an optimizer: K steps first, then the response, and its derivative, where they end."""
     base, length = logistic(), 5

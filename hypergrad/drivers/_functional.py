@@ -39,7 +39,8 @@ def value_and_hypergrad(
       inner_optimizer: None: everything is evaluated at ``params``. An optax transformation, or a function of the
         constrained hyperparameters that returns one: leaves of ``inner_batch`` have a window axis K, and K steps from a
         fresh optimizer state are taken first.
-      guard: by which ``info.skip_reason`` and the returned state are decided. The hypergradient is returned as it is.
+      guard: decides ``info.skip_reason``. Where it skips, ``info.state`` is the given state (for a bad solve the new
+        one, if finite), and the hypergradient is returned as it is: apply it only where ``info.skipped`` is False.
 
     Returns:
       The function. ``info.state`` is the estimator's state: pass it as ``state=`` to the next call for a warm start;

@@ -34,7 +34,20 @@ __all__ = [
 
 
 class SkipReason(enum.IntEnum):
-    """Why an outer step was skipped: ``hg.SkipReason(int(info.skip_reason)).name``. The first that holds counts."""
+    """Why an outer step was skipped: ``hg.SkipReason(int(info.skip_reason)).name``. The first that holds counts.
+
+    Attributes:
+      NONE: it was taken.
+      OUTER_LOSS: the outer loss is not finite: a bad outer batch, or weights that are not finite already.
+      INNER_LOSS: the inner loss of the last inner step is not finite. It is unknown, and not looked at, where
+        gradients are given without ``value=``.
+      SOLVE: a linear solve diverged, is not finite, or has a residual above ``max_residual``.
+      HYPERGRAD: the hypergradient is not finite.
+      HYPERPARAMS: an entry of the new hyperparameters is not finite, and was.
+      OUTER_STATE: an entry of the new state of the outer optimizer is not finite, and was.
+      ESTIMATOR_STATE: an entry of the new state of the estimator is not finite, and was.
+      NO_OUTER_BATCH: a step was due under ``jit``, and ``outer_batch`` was None.
+    """
 
     NONE = 0
     OUTER_LOSS = 1
