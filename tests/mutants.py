@@ -286,7 +286,7 @@ MUTANTS = [
     ),
     Mutant(
         "estimators/_protocol.py",
-        "at=lax.stop_gradient(train(ctx, start=start, hyperparams=hyperparams))",
+        "at=train(ctx, start=start, hyperparams=hyperparams)",
         "at=train(ctx, start=ctx.start, hyperparams=ctx.hyperparams)",
         "test_keys.py test_stages.py -k response",
         "differentiated training",

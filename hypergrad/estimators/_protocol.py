@@ -66,4 +66,4 @@ def train_first(ctx: Context) -> Context:
     if ctx.inner_optimizer is None:
         return ctx
     start, hyperparams = lax.stop_gradient((ctx.start, ctx.hyperparams))
-    return ctx._replace(at=lax.stop_gradient(train(ctx, start=start, hyperparams=hyperparams)))
+    return ctx._replace(at=train(ctx, start=start, hyperparams=hyperparams))

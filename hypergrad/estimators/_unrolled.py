@@ -121,7 +121,6 @@ def _run_window(ctx: Context, mode: UnrollMode, hyperparams: Hyperparams) -> Tra
         head, tail = slice(length - mode.truncate), slice(length - mode.truncate, None)
         fixed, start = jax.lax.stop_gradient((hyperparams, start))
         start = train(ctx, start=start, hyperparams=fixed, steps=head, unroll=mode.unroll)
-        start = jax.lax.stop_gradient(start)
         length = mode.truncate
     options: dict[str, Any] = {"mixed": mode.mixed, "checkpoint_every": mode.interval(length), "unroll": mode.unroll}
     return train(ctx, start=start, hyperparams=hyperparams, steps=tail, **options)
