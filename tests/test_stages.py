@@ -307,3 +307,24 @@ def test_what_has_no_response_says_so():
         short(*base.variables, window_of(base.inner_batch, 5), key=None)
     with pytest.raises(TypeError, match="an Estimator; got BilevelProblem"):
         hg.best_response(base.problem)
+
+
+def test_a_response_that_is_trained_first_is_not_differentiated_through_its_training():
+    loss = lambda w, h, batch, key: jnp.sum((w - h) ** 2)  # noqa: E731
+    problem = hg.responses.with_response(hg.BilevelProblem(loss, loss), hg.responses.linear())
+    problem = hg.responses.perturbed(problem, scale=0.5)
+    h, rule = jnp.array([0.3, -0.2]), optax.sgd(0.1)
+    first = params = hg.responses.init(problem, 0, jnp.ones(2), h, ())
+    state, keys = rule.init(params), jax.random.split(jax.random.key(1), 5)
+    for i in range(3):
+        grads = jax.grad(problem.inner_loss)(params, h, (), jax.random.fold_in(keys[0], i))
+        updates, state = rule.update(grads, state)
+        params = optax.apply_updates(params, updates)
+
+    trains = hg.best_response(hg.direct(problem), rule)
+    steps = hg.IndexedBatch((), jnp.arange(3))
+    wanted = lambda h: hg.best_response(hg.direct(problem))(params, h, (), key=1)  # noqa: E731
+    found = lambda h: trains(first, h, steps, key=1)  # noqa: E731
+    assert relative_error(found(h), wanted(h)) < 1e-6
+    assert relative_error(jax.jacrev(found)(h), jax.jacrev(wanted)(h)) < 1e-6
+    assert float(jnp.abs(jax.jacrev(wanted)(h)).max()) > 1e-3
