@@ -233,6 +233,16 @@ def test_extra_keywords_reach_an_inner_optimizer_that_takes_them():
     assert relative_error(moved[1], optax.tree.scale(2.0, moved[0])) < 1e-5
 
 
+def test_a_given_keyword_counts_before_that_of_the_step():
+    seen = optax.GradientTransformationExtraArgs(
+        lambda p: jnp.zeros(()), lambda g, s, p, *, value, **_: (optax.tree.scale(-0.1, g), value.astype(jnp.float32))
+    )
+    tx = make(inner_optimizer=seen)
+    args = None, case().variables, tx.init(case().variables), case().inner_batch, case().outer_batch
+    assert float(runner(tx)(*args, {"value": jnp.array(7.0)})[1].inner) == 7.0
+    assert float(runner(tx)(*args)[1].inner) == float(case().problem.inner_loss(*case().variables, args[3], None))
+
+
 def test_the_outer_optimizer_is_handed_the_outer_loss():
     seen = optax.GradientTransformationExtraArgs(
         lambda p: jnp.zeros(()), lambda g, s, p, *, value, **_: (g, value.astype(jnp.float32))

@@ -13,6 +13,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.solvers import Status
+from hypergrad.tree import scaled_norm
 
 ONE = jnp.ones(3)
 SCALES = jnp.array([1.0, 3.0, 10.0])
@@ -109,6 +110,22 @@ def test_a_state_that_holds_infinity_by_design_is_no_reason_to_skip():
     rule = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
     _, state = run(make(outer_optimizer=rule), calls=2)
     assert int(state.info.num_skipped) == 0
+
+
+def test_a_decay_of_zero_by_a_logarithm_of_minus_infinity_stays():
+    start = jnp.array([0.0, -jnp.inf, 0.0])
+    variables, state = run(make(outer_optimizer=optax.adam(0.1)), ONE, start, calls=3)
+    assert int(state.info.num_skipped) == 0
+    assert (jnp.isinf(variables.hyperparams) == jnp.isinf(start)).all()
+    assert (jnp.abs(variables.hyperparams)[jnp.array([0, 2])] > 0.05).all()
+
+
+def test_the_inner_loss_of_a_window_is_that_of_its_last_step():
+    problem = hg.BilevelProblem(lambda w, h, b, k: inner(w, h, (), k) + jnp.sum(b[0]), outer)
+    batches = (jnp.array([[10.0], [20.0], [30.0]]),)
+    _, state = run(make(hg.implicit(problem, hg.solvers.cg(5)), window=3), inner_batch=batches)
+    two, _ = run(make(hg.implicit(problem, hg.solvers.cg(5)), window=2, every=5), inner_batch=(batches[0][:2],))
+    np.testing.assert_allclose(state.info.inner_loss, inner(two.params, jnp.zeros(3), (), None) + 30.0, rtol=1e-6)
 
 
 def test_without_a_guard_every_step_is_taken():
@@ -281,8 +298,16 @@ def test_norms_of_small_and_large_gradients(scale):
     assert not bool(info.skipped)
 
 
-def test_applied_updates_reach_the_weights_of_a_low_precision_window():
-    tx = make(inner_optimizer=optax.sgd(0.05), window=3)
+def test_norms_of_entries_on_both_sides_of_what_squares_hold():
+    """Half of the square is in entries whose own squares are below the smallest number of float32."""
+    x = jnp.concatenate([jnp.array([1.5e-19]), jnp.full(100, 2e-20)])
+    assert float(scaled_norm(x)) == pytest.approx((1.5e-19**2 + 100 * 2e-20**2) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["implicit", "unrolled"])
+def test_applied_updates_reach_the_weights_of_a_low_precision_window(method):
+    estimator = hg.unrolled(PROBLEM) if method == "unrolled" else None
+    tx = make(estimator, inner_optimizer=optax.sgd(0.05), window=3)
     start = hg.BilevelParams(jnp.array([1.0, 3.0, 0.01], jnp.bfloat16), jnp.zeros(3))
     updates, _ = jax.jit(tx.update)(None, tx.init(start), start, inner_batch=(), outer_batch=())
     assert updates.params.dtype == jnp.float32

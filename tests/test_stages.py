@@ -309,6 +309,18 @@ def test_what_has_no_response_says_so():
         hg.best_response(base.problem)
 
 
+@pytest.mark.parametrize("trainable", [None, {"a": True, "b": False}])
+def test_the_derivative_of_an_implicit_response_in_the_weights_is_zero(trainable):
+    """Also in those that are not solved for, though the solution depends on them."""
+    inner = lambda w, h, batch, key: 0.5 * jnp.sum((w["a"] * w["b"] - h) ** 2) + 0.5 * jnp.sum(w["a"] ** 2)  # noqa: E731
+    problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w["a"]))
+    response = hg.best_response(hg.implicit(problem, hg.solvers.dense(), trainable=trainable))
+    w, h = {"a": jnp.array([0.5]), "b": jnp.array([1.0])}, jnp.array([1.0])
+    of_w, of_h = jax.grad(lambda w, h: jnp.sum(response(w, h, (), key=None)["a"]), argnums=(0, 1))(w, h)
+    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(of_w))
+    assert float(jnp.abs(of_h)[0]) > 0.1
+
+
 def test_a_response_that_is_trained_first_is_not_differentiated_through_its_training():
     loss = lambda w, h, batch, key: jnp.sum((w - h) ** 2)  # noqa: E731
     problem = hg.responses.with_response(hg.BilevelProblem(loss, loss), hg.responses.linear())

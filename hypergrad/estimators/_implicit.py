@@ -110,10 +110,8 @@ def implicit(problem: BilevelProblem, solver: LinearSolver, *, trainable: PyTree
         return Estimate(value, hypergrad, state, info, aux)
 
     def best_response(ctx: Context) -> Params:
-        params = lax.stop_gradient(ctx.start.params)
-        unknowns = _Unknowns(ctx, trainable)
-        ctx = train_first(ctx._replace(start=ctx.start._replace(params=params)))
-        params, key = ctx.at.params, ctx.keys.estimate
+        unknowns, ctx = _Unknowns(ctx, trainable), train_first(ctx)
+        params, key = lax.stop_gradient(ctx.at.params), ctx.keys.estimate
         inner = unknowns.restrict(inner_loss_fn(ctx), params)
 
         def slope(solved: Params) -> Params:
