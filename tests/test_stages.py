@@ -315,7 +315,7 @@ def test_the_derivative_of_an_implicit_response_in_the_weights_is_zero(trainable
     inner = lambda w, h, batch, key: 0.5 * jnp.sum((w["a"] * w["b"] - h) ** 2) + 0.5 * jnp.sum(w["a"] ** 2)  # noqa: E731
     problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w["a"]))
     response = hg.best_response(hg.implicit(problem, hg.solvers.dense(), trainable=trainable))
-    w, h = {"a": jnp.array([0.5]), "b": jnp.array([1.0])}, jnp.array([1.0])
+    w, h = {"a": jnp.array([0.4]), "b": jnp.array([2.0])}, jnp.array([1.0])
     of_w, of_h = jax.grad(lambda w, h: jnp.sum(response(w, h, (), key=None)["a"]), argnums=(0, 1))(w, h)
     assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(of_w))
     assert float(jnp.abs(of_h)[0]) > 0.1
