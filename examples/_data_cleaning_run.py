@@ -37,7 +37,7 @@ class Settings(NamedTuple):
     every: int = 5  # steps of training an outer step, after a warm-up of a twentieth of all steps
     num_terms: int = 20  # of the Neumann series
     rate: float = 3e-3
-    decay: float = 3e-3  # where weights are trained along; one of DECAYS
+    decay: float = 3e-3  # where weights are jointly trained; one of DECAYS
     outer_rate: float = 0.1
     look: int = 100
 

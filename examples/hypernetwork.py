@@ -8,7 +8,7 @@ w_φ(λ) = θ + h_φ(λ) are the weights of a softmax regression. For a decay pe
 bottleneck of 10: it learns few directions of λ, those that move the weights most. All of the (small) training split is
 one batch, since the noise of smaller ones would hide what a perturbation of a single decay does.
 
-Beside it stand the first decay held fixed, the best single decay of a grid, and every learned decay held fixed in
+The table also has the first decay held fixed, the best single decay of a grid, and every learned decay held fixed in
 training from scratch. Budgets differ: the table counts gradients. Read the retrained rows for what the decays are
 worth: weights that were trained under perturbations are regularised by these too. The test split is read once.
 

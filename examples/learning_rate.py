@@ -3,7 +3,7 @@
     inner:  w_K(α) = K steps of momentum SGD from a random start, step i at rate αᵢ, minibatches in random order
     outer:  min_α  E CE(w_K(α); validation split), over starts and orders      Adam on the hypergradient, log rates
 
-Beside it stand the best constant rate and the best cosine of small grids, and the best of a wide grid over peak,
+The table also has the best constant rate and the best cosine of small grids, and the best of a wide grid over peak,
 warm-up and final rate that may spend as many gradients as learning does: on a problem this small, a strong rival to
 one learned rate per step. So rates are learned one per step and array of weights too, where no grid follows. All train
 for K steps, are chosen on the validation split, and are judged on starts and orders that none was chosen on; the test

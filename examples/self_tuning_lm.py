@@ -5,7 +5,7 @@
     outer:     min_λ  CE(w(λ); validation text), without noise; one gradient through the response; Adam
 
 Rates of dropout on the input, between layers, on the output, of word types, and of recurrent weights; α and β. Nothing
-differentiates through a mask, and no run is repeated. Beside it stand the same model with the first hyperparameters
+differentiates through a mask, and no run is repeated. The table also has the same model with the first hyperparameters
 held fixed, and with the learned ones held fixed from scratch, for the same number of gradients.
 
     HYPERGRAD_DATA=... python examples/self_tuning_lm.py        # War and Peace; without it, a few thousand words

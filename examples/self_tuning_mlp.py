@@ -5,7 +5,7 @@
     every few steps:  λ ← Adam on CE(net without noise; validation batch), through the response
 
 λ: three dropout rates, the input's noise, label smoothing. The model is an ordinary Flax module; what makes it tune
-itself is in ``self_tune``. Beside it stand none of them, their first and their last values, held fixed for as many
+itself is in ``self_tune``. The table also has none of them, their first and their last values, held fixed for as many
 gradients. The lowest validation loss of a run chooses its weights; the test split is read once, at the end.
 
     python examples/self_tuning_mlp.py                                            # scikit-learn digits

@@ -3,7 +3,7 @@
     inner:  w*(c) = argmin_w  CE(w; training split) + ½ Σᵢ cᵢ wᵢ²        Adam
     outer:  min_c  CE(w*(c); validation split)                           Adam on the hypergradient, Neumann series
 
-Beside it stand no decay, the best single decay of a grid, one learned decay per layer, retraining from scratch with
+The table also has no decay, the best single decay of a grid, one learned decay per layer, retraining from scratch with
 the learned decays held fixed, and training on train + validation; the test split is read once, at the end.
 
     python examples/weight_decay.py                                            # scikit-learn digits

@@ -112,7 +112,7 @@ def all_finite(tree: PyTree) -> Array:
     The sum of 0·x is NaN where an entry is inf or NaN; it compiles in half the time of a reduction over ``isfinite``.
     """
     sums = [jnp.sum(0 * leaf) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)]
-    return functools.reduce(lambda sound, s: sound & ~jnp.isnan(s), sums, jnp.array(True))
+    return functools.reduce(lambda is_finite, s: is_finite & ~jnp.isnan(s), sums, jnp.array(True))
 
 
 def strip_weak_types(tree: PyTree) -> PyTree:

@@ -182,11 +182,11 @@ def _read(found: _Lanczos) -> Spectrum:
     last = jnp.abs(found.off_diagonal[found.num_steps - 1] * vectors[found.num_steps - 1]) + _noise(values)
     share = jnp.where(values < -_noise(values), vectors[0] ** 2, 0.0).sum()
     widest = jnp.maximum(jnp.abs(values[top]), jnp.abs(values[bottom]))
-    sound = jnp.isfinite(widest)
+    is_valid = jnp.isfinite(widest)
     figures = Spectrum(
         values[top], last[top], values[bottom], last[bottom], 1.0 / widest, jnp.clip(share, 0.0, 1.0), found.num_steps
     )
-    return jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan) if x.dtype != jnp.int32 else x, figures)
+    return jax.tree.map(lambda x: jnp.where(is_valid, x, jnp.nan) if x.dtype != jnp.int32 else x, figures)
 
 
 def _noise(values: Array) -> Array:

@@ -192,12 +192,12 @@ def assemble(
         residual = undamped = jnp.where(size > 0, residual, 0.0).astype(size.dtype)
         if remainder is not None and not _is_zero(damping):
             undamped = divide(tree.norm(tree.add_scaled(remainder, damping, x)), size)
-        sound = finite & tree.all_finite(tree.scale(x, power)) & (status != Status.NOT_FINITE)
-        sound &= jnp.isfinite(residual) | (remainder is None)
-        x = jax.tree.map(lambda leaf: jnp.where(sound, leaf * power.astype(leaf.dtype), 0.0), x)
-        residual, undamped = jnp.where(sound, residual, jnp.inf), jnp.where(sound, undamped, jnp.inf)
+        is_valid = finite & tree.all_finite(tree.scale(x, power)) & (status != Status.NOT_FINITE)
+        is_valid &= jnp.isfinite(residual) | (remainder is None)
+        x = jax.tree.map(lambda leaf: jnp.where(is_valid, leaf * power.astype(leaf.dtype), 0.0), x)
+        residual, undamped = jnp.where(is_valid, residual, jnp.inf), jnp.where(is_valid, undamped, jnp.inf)
         status = jnp.where(residual <= (rtol if limit is None else limit), Status.CONVERGED, status)
-        status = jnp.where(sound, status, Status.NOT_FINITE).astype(jnp.int32)
+        status = jnp.where(is_valid, status, Status.NOT_FINITE).astype(jnp.int32)
         info = jnp.asarray(num_products, jnp.int32), residual, undamped, jnp.asarray(damping, size.dtype), status
         return x, state, SolveInfo(*info)
 
