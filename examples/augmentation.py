@@ -4,7 +4,7 @@
     outer:  min_φ  CE(w*(φ); validation images as they are)           Adam on the hypergradient, Neumann series
 
 a_φ is a Flax network: from noise an affine warp around the identity, from noise and image a small change of each pixel.
-The table also has no augmentation, a fixed recipe at the best of five strengths, the network before it learned anything,
+The table also has no augmentation, a fixed recipe at the best of five strengths, the network before it learned,
 a new classifier trained with the learned network held fixed, and all of them on the outer loss's images as well.
 
     python examples/augmentation.py                                            # scikit-learn digits
