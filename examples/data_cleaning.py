@@ -6,8 +6,8 @@
 All weights start at ½, so that the sign of all that an example's weight has moved is the verdict on its label: below
 ½ it is suspected. The table compares the jointly trained network with networks trained from scratch: on all labels,
 with the learned weights held fixed, on the examples that were kept, on the validation examples, on these and others,
-and on the right labels alone (the oracle). Wrong labels are also searched for without hypergradients, as those that a network
-trained on the validation examples, or on all labels, disagrees with.
+and on the right labels alone (the oracle). Wrong labels are also searched for without hypergradients, as those that a
+network trained on the validation examples, or on all labels, disagrees with.
 
     python examples/data_cleaning.py                                            # scikit-learn digits
     HYPERGRAD_DATA=... python examples/data_cleaning.py --data fashion_mnist    # or mnist
