@@ -16,7 +16,7 @@ from jax.extend import core as jex_core
 from hypergrad import tree
 from hypergrad.types import PyTree
 
-__all__ = ["always_zero", "dependence", "independent_leaves", "merge_equal", "operations", "working_precision"]
+__all__ = ["dependence", "independent_leaves", "merge_equal", "operations", "unmoved", "working_precision"]
 
 _ZERO_IF_ANY = {"mul", "dot_general"}
 _ZERO_IF_FIRST = {"div", "dynamic_slice", "gather", "reduce_sum", "integer_pow"}
@@ -50,18 +50,21 @@ def dependence(fn: Callable[[PyTree], PyTree], argument: PyTree) -> Callable[[Se
     return lambda marked: _follow(jaxpr, marked)
 
 
-def always_zero(fn: Callable[[PyTree], PyTree], argument: PyTree) -> list[bool]:
-    """Return which leaves of ``fn(argument)`` are zero by construction, whatever finite values the argument has.
+def unmoved(fn: Callable[[PyTree], PyTree], argument: PyTree, marked: Sequence[bool]) -> list[bool]:
+    """Return which leaves of ``fn(argument)`` no marked leaf can change: independent of them, or zero by construction.
 
     Zeros are followed from constants: a product with a zero is zero, and so is a sum or a choice of zeros, also in
-    loops, in the branches of a condition and in functions that are called. Not every zero is found.
+    loops, in the branches of a condition and in functions that are called, as long as all values are finite. Not every
+    zero is found.
 
     Args:
       fn: a function of one pytree.
       argument: the pytree, or ``jax.ShapeDtypeStruct`` leaves in its place.
+      marked: one mark per leaf of ``argument``, as for ``dependence``.
     """
     jaxpr: Any = jax.make_jaxpr(fn)(argument).jaxpr
-    return _follow_zeros(jaxpr, [False] * len(jaxpr.invars))
+    zeros = _follow_zeros(jaxpr, [False] * len(marked))
+    return [zero or not mark for mark, zero in zip(_follow(jaxpr, marked), zeros, strict=True)]
 
 
 def merge_equal(

@@ -389,7 +389,7 @@ MUTANTS = [
         "centre differentiated",
     ),
     Mutant(
-        "estimators/_probe.py",
+        "dataflow.py",
         "return [zero or not mark for",
         "return [zero or mark for",
         "test_faults.py",

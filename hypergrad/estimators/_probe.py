@@ -156,12 +156,9 @@ def untrained_leaves(optimizer: optax.GradientTransformation | optax.MultiSteps,
     def find() -> list[bool]:
         window = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), like)
         try:
-            moved = dataflow.dependence(updates, (like, window))
-            zeros = dataflow.always_zero(updates, (like, window))
+            return dataflow.unmoved(updates, (like, window), [False] * len(leaves) + [True] * len(leaves))
         except Exception:  # what is wrong with the optimizer shows in the real run
             return [False] * len(leaves)
-        moves = moved([False] * len(leaves) + [True] * len(leaves))
-        return [zero or not mark for mark, zero in zip(moves, zeros, strict=True)]
 
     return jax.tree.unflatten(structure, _cached("untrained_leaves", optimizer, like, find))
 
