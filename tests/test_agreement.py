@@ -53,10 +53,14 @@ def test_closed_form_and_oracle_against_finite_differences(name):
 
 @pytest.mark.parametrize(
     ("solver", "tolerance"),
-    [(hg.solvers.cg(100, 1e-11), 1e-8), (hg.solvers.neumann(3000), 1e-8), (hg.solvers.neumann(3000, 0.5), 1e-8)],
+    [
+        (hg.solvers.cg(100, 1e-11), 1e-8),
+        (hg.solvers.neumann(3000), 1e-8),
+        pytest.param(hg.solvers.neumann(3000, 0.5), 1e-8, marks=pytest.mark.slow),
+    ],
     ids=["cg", "neumann_auto", "neumann"],
 )
-@pytest.mark.parametrize("name", ["ridge", "logistic"])
+@pytest.mark.parametrize("name", [pytest.param("ridge", marks=pytest.mark.slow), "logistic"])
 def test_iterative_solvers_reach_the_dense_oracle(name, solver, tolerance):
     case = example(name)
     oracle, _ = estimate(case, hg.solvers.dense())
@@ -65,7 +69,9 @@ def test_iterative_solvers_reach_the_dense_oracle(name, solver, tolerance):
     assert bool(info.solver.converged)
 
 
-@pytest.mark.parametrize("num_terms", [1, 5, 25])
+@pytest.mark.parametrize(
+    "num_terms", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(25, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ["ridge", "logistic"])
 def test_neumann_equals_its_truncated_sum_in_the_hypergradient(name, num_terms):
     """The series written out with the dense Hessian and the mixed block, both by jax.jacobian."""
@@ -96,7 +102,9 @@ def test_neumann_equals_its_truncated_sum_in_the_hypergradient(name, num_terms):
     assert float(info.solver.residual) == pytest.approx(float(residual), rel=1e-10)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 20])
+@pytest.mark.parametrize(
+    "steps", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(20, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ["ridge", "logistic"])
 def test_k_neumann_terms_equal_k_unrolled_steps_at_the_optimum(name, steps):
     case, alpha = example(name), 0.3
@@ -162,6 +170,7 @@ def test_the_hypergradient_vanishes_at_the_grid_optimum():
     assert np.all(np.sign(slopes[best + 1 :]) == 1)
 
 
+@pytest.mark.slow
 def test_a_shared_key_makes_the_estimate_deterministic():
     """Dropout is the same mask in all products of one solve: two solves with one key agree to the last bit."""
     case = network(dropout=0.5)

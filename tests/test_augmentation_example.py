@@ -49,6 +49,7 @@ def test_a_whole_pixel_shift_moves_the_image(transforms, side, shift):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_warp_agrees_with_finite_differences(x64, transforms):
     x, weights = (jax.random.normal(jax.random.key(n), (3, 49), jnp.float64) for n in (1, 2))
     # At a generic map no pixel is taken from a whole place, where bilinear interpolation has a kink.
@@ -57,6 +58,7 @@ def test_the_gradient_of_the_warp_agrees_with_finite_differences(x64, transforms
     check_grads(loss, (maps, x), order=1, modes=["fwd", "rev"], atol=1e-7, rtol=1e-7, eps=1e-6)
 
 
+@pytest.mark.slow
 def test_a_network_with_output_layers_of_zero_is_the_identity(transforms):
     augmenter, x, key = transforms.Augmenter(), images(8), jax.random.key(1)
     params = augmenter.init(key, x, key)["params"]

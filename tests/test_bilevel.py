@@ -65,6 +65,7 @@ def test_the_steps_written_out_by_hand():
         assert relative_error(variables.hyperparams, h) < 1e-6
 
 
+@pytest.mark.slow
 def test_gradients_may_come_in_three_forms():
     tx = make()
     step, state = runner(tx), tx.init(case().variables)
@@ -145,7 +146,7 @@ def test_products_are_not_computed_where_nothing_is_due():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("where", ["outer_loss", "hypergradient"])
+@pytest.mark.parametrize("where", [pytest.param("outer_loss", marks=pytest.mark.slow), "hypergradient"])
 def test_an_outer_step_that_is_not_finite_is_skipped(where):
     """NaN in the outer batch: hyperparameters and outer optimizer stay, weights go on, the info says so."""
     base = case().problem
@@ -191,6 +192,7 @@ def test_a_hypergradient_solve_that_diverges_is_finite_and_marked():
     assert bool(jnp.isfinite(state.info.hypergrad_norm))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The inner optimizer moves weights")  # adamw
 def test_every_inner_optimizer_of_the_kinds_that_optax_has():
     for inner in (
@@ -264,8 +266,10 @@ def test_frozen_parts_stay():
         assert relative_error(now["Dense_1"], before["Dense_1"]) > 0.0
 
 
-@pytest.mark.parametrize("window", [1, 3])
-@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize(
+    ("has_aux", "window"),
+    [(False, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 3), (True, 1))), (True, 3)],
+)
 def test_batch_statistics_flow(window, has_aux):
     problem, variables, stats, batch = batch_norm(has_aux=has_aux)
     # Not Adam: the bias before BatchNorm has gradient 0 up to rounding, which Adam would blow up to full steps.
@@ -312,7 +316,14 @@ def test_value_and_hypergrad_hands_back_aux():
 # Estimators that differentiate the inner steps
 
 
-@pytest.mark.parametrize(("window", "mode"), [(1, hg.reverse()), (3, hg.reverse(unroll=True)), (3, hg.forward())])
+@pytest.mark.parametrize(
+    ("window", "mode"),
+    [
+        pytest.param(1, hg.reverse(), marks=pytest.mark.slow),
+        pytest.param(3, hg.reverse(unroll=True), marks=pytest.mark.slow),
+        (3, hg.forward()),
+    ],
+)
 def test_a_rollout_estimator_takes_the_inner_steps_itself(window, mode):
     tx = make(estimator=hg.unrolled(case().problem, mode), inner_optimizer=optax.sgd(0.1), window=window, every=2)
     plain = make(inner_optimizer=optax.sgd(0.1), window=window, every=100)
@@ -327,7 +338,7 @@ def test_a_rollout_estimator_takes_the_inner_steps_itself(window, mode):
         assert (relative_error(variables.hyperparams, case().variables.hyperparams) > 0) == (call == 2)
 
 
-@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("window", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_keywords_reach_the_steps_that_are_differentiated(window):
     """The same update with and without an outer step."""
     inner = optax.GradientTransformationExtraArgs(
@@ -345,7 +356,7 @@ def test_keywords_reach_the_steps_that_are_differentiated(window):
     assert relative_error(plain.params, idle.params) > 0.0
 
 
-@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("window", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_schedule_of_a_window_starts_anew_with_every_window(window):
     """Rates by the step's number modulo the window's length, over several calls."""
     rates = jnp.array([0.1, 0.2, 0.4, 0.8])
@@ -400,6 +411,7 @@ def test_an_inner_optimizer_may_depend_on_the_hyperparameters(x64):
     assert int(state.info.step) == 1
 
 
+@pytest.mark.slow
 def test_a_hessian_that_is_not_finite_skips_the_outer_step():
     """|w|^1.5 has an infinite curvature at 0: the solve hands back x = 0, which must not pass as a hypergradient."""
     problem = hg.BilevelProblem(

@@ -22,6 +22,7 @@ def on(example, estimator, **options):
     return check(estimator, example.variables, example.inner_batch, example.outer_batch, key=None, **options)
 
 
+@pytest.mark.slow
 def test_passes_a_solved_problem_in_float64_also_from_float32():
     example = problems.ridge()
     found = on(example, hg.implicit(example.problem, CG))
@@ -126,6 +127,7 @@ def by_hand(problem, *, fresh):
     return hg.Estimator(problem, lambda ctx: ((), ()), estimate)
 
 
+@pytest.mark.slow
 def test_a_fresh_dropout_key_a_product_fails_and_one_key_passes():
     """In float32, where the masks are those of the user's program: float64 would draw others."""
     key = jax.random.key(3)
@@ -169,12 +171,14 @@ def test_unrolled_passes_and_a_truncated_unroll_fails():
     assert "truncated" in part.reasons[0]
 
 
+@pytest.mark.slow
 def test_model_state_is_followed_through_a_window():
     problem, variables, model_state, batch = problems.batch_norm()
     options = {"key": None, "rtol": 1e-5, "model_state": model_state, "inner_optimizer": optax.sgd(0.5)}
     assert check(hg.unrolled(problem), variables, problems.window_of(batch, 3), batch, **options).passed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_window_that_implicit_takes_first_is_taken():
     example = problems.ridge()
@@ -206,6 +210,7 @@ def test_one_wrong_leaf_is_named():
     assert "custom derivative" in found.reasons[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_wrong_leaf_that_hardly_counts_is_named():
     def backwards(state, ctx):
@@ -252,6 +257,7 @@ def relu_net(w, x):
     return x @ w["last"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_network_with_relus_passes():
     """A hundred large steps: φ has kinks closer than 1e-5."""
@@ -271,6 +277,7 @@ def test_a_network_with_relus_passes():
     assert found.step == 1e-7
 
 
+@pytest.mark.slow
 def test_what_casts_down_or_refuses_float64_is_checked_in_its_precision():
     example = problems.ridge()
 

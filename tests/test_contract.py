@@ -13,11 +13,17 @@ import hypergrad as hg
 from tests.catalogue import ESTIMATORS
 from tests.problems import network, relative_error, window_of
 
-# One row of each family runs each time.
-FAST = ("implicit_neumann", "unrolled", "direct_gated")
-rows = pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=[pytest.mark.slow] * (row.name not in FAST), id=row.name) for row in ESTIMATORS]
-)
+
+def rows_with(*fast):
+    """Return a mark of all rows, those that are not named slow."""
+    return pytest.mark.parametrize(
+        "row", [pytest.param(row, marks=[pytest.mark.slow] * (row.name not in fast), id=row.name) for row in ESTIMATORS]
+    )
+
+
+# One row of each family runs each time, and a single one of those where the wrapper matters more than the estimator.
+rows = rows_with("implicit_neumann", "unrolled", "direct_gated")
+single_row = rows_with("implicit_neumann")
 
 
 @functools.cache
@@ -135,7 +141,7 @@ def test_vmap_equals_a_loop(row):
 
 
 @rows
-@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("window", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_one_trace_and_a_state_that_keeps_its_form(row, window):
     tx, step = compiled(row, window)
     variables, state = start(row), tx.init(start(row))
@@ -151,7 +157,7 @@ def test_one_trace_and_a_state_that_keeps_its_form(row, window):
     assert relative_error(variables.params, start(row).params) > 0
 
 
-@rows
+@single_row
 def test_scan_equals_a_loop_of_calls(row):
     tx, step = compiled(row)
     variables, _ = four_calls(row, step, start(row))
@@ -162,7 +168,7 @@ def test_scan_equals_a_loop_of_calls(row):
     assert int(scanned_state.step) == 4
 
 
-@rows
+@single_row
 def test_donated_buffers_change_nothing(row):
     tx, step = compiled(row)
     variables, _ = four_calls(row, step, start(row))
@@ -180,7 +186,7 @@ def test_state_shares_no_buffer(row):
     assert len(pointers) == len(set(pointers))
 
 
-@rows
+@single_row
 def test_vmap_over_whole_runs(row):
     """Two runs from different hyperparameters at once equal two runs."""
     (tx, step), first = compiled(row), start(row)
@@ -198,7 +204,7 @@ def test_vmap_over_whole_runs(row):
     assert relative_error(jax.tree.map(lambda x: x[1], batched), alone) < 1e-4
 
 
-@rows
+@single_row
 def test_chains_with_optax_and_ignores_foreign_keywords(row):
     (tx, step), variables = compiled(row), start(row)
     chain = optax.chain(tx, optax.scale(0.5))
@@ -212,7 +218,7 @@ def test_chains_with_optax_and_ignores_foreign_keywords(row):
     assert int(optax.tree.get(state, "info").step) == 2
 
 
-@rows
+@single_row
 def test_same_key_same_run(row):
     noisy = network(dropout=0.5)
     first = begin(row, noisy.problem, noisy.variables.hyperparams)

@@ -145,6 +145,7 @@ def test_lanczos_of_small_and_of_definite_hessians():
     assert "not finite" in str(broken)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_lanczos_tells_the_safe_step_of_a_neumann_series():
     example = problems.ridge(spread=3.0)
@@ -354,6 +355,7 @@ def test_pictures_say_what_to_install(monkeypatch):
         D.plot_trajectories([0], [{"a": 1.0}])
 
 
+@pytest.mark.slow
 def test_networks_of_flax_are_looked_at_too():
     """Through a module with dropout: all products share the key, so two runs agree to the last bit."""
     model = nn.Sequential([nn.Dense(4), nn.tanh, nn.Dropout(0.5, deterministic=False), nn.Dense(1)])

@@ -147,7 +147,9 @@ def coverage(length, size):
     return ((pixel >= start) & (pixel < start + size)).mean(1)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 20])
+@pytest.mark.parametrize(
+    "size", [pytest.param(1, marks=pytest.mark.slow), 2, 3, pytest.param(5, marks=pytest.mark.slow), 20]
+)
 def test_one_hole_covers_each_pixel_as_often_as_it_should(size):
     shape = (9, 7)
     draws = means(lambda key: hg.noise.cutout(key, jnp.ones((1, *shape)), float(size), 1.0, max_count=1)[0])
@@ -347,7 +349,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 def test_jit_vmap_grad_and_dtype(name, dtype, hard_mode):
     call, x = CALLS[name], jnp.linspace(0.5, 1.5, 60).reshape(3, 4, 5).astype(dtype)
     strength = jnp.float32(0.4)
@@ -386,6 +388,7 @@ def test_implicit_differentiation_refuses_a_dropout_rate():
         fn(jnp.ones(2), jnp.float32(0.0), jnp.ones((5, 2)), jnp.ones((5, 2)), key=KEY)
 
 
+@pytest.mark.slow
 def test_a_learned_response_tunes_what_implicit_differentiation_refuses():
     """The rates of a model's own collection are hyperparameters as they are, one perturbation an example."""
     model, x = Network(), jax.random.normal(KEY, (16, 4))

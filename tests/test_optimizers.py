@@ -105,7 +105,9 @@ def by_row(rows, common=COMMON):
     return [pytest.param(r, id=r.name, marks=[] if r.name in common else [pytest.mark.slow]) for r in rows]
 
 
-@pytest.mark.parametrize("row", by_row(row for row in ROWS if row.verdict != REFUSED))
+@pytest.mark.parametrize(
+    "row", by_row((row for row in ROWS if row.verdict != REFUSED), common={"adam", "sgd with momentum"})
+)
 def test_hypergradients_equal_finite_differences(row, x64):
     h = at(row)
     want = jax.jit(differences(row.make, h))
@@ -169,7 +171,11 @@ def updates_of_size(size, dtype=float):
 
 
 @pytest.mark.parametrize("name", TWINS)
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16], ids=lambda dtype: jnp.dtype(dtype).name)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(jnp.float64, marks=pytest.mark.slow), jnp.float32, jnp.bfloat16],
+    ids=lambda dtype: jnp.dtype(dtype).name,
+)
 def test_twins_have_the_values_of_optax(name, dtype, x64):
     """Bit by bit; what bfloat16 rounds in each operation is rounded once, so it may differ by two units."""
     ours, theirs = (getattr(where, name)(*TWINS[name]) for where in (hg.optimizers, optax))

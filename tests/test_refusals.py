@@ -272,6 +272,7 @@ def rated():
     return problem, {"decay": case().variables.hyperparams, "rate": jnp.array(0.1)}
 
 
+@pytest.mark.slow
 def test_an_unroll_that_a_hyperparameter_does_not_reach():
     problem, hyper = rated()
     with pytest.raises(ValueError, match=r"leaf \['rate'\], which enters neither.*Make inner_optimizer a function"):
@@ -288,6 +289,7 @@ def test_an_unroll_that_a_hyperparameter_does_not_reach():
         unroll(problem, hyper, late, steps=1)  # one step writes the rate to the state, which nobody reads
 
 
+@pytest.mark.slow
 def test_optimizers_that_cannot_be_differentiated():
     problem, hyper = rated()
     by_name = lambda tree: jax.tree.map_with_path(lambda path, _: "ab"["kernel" in str(path)], tree)  # noqa: E731
@@ -324,6 +326,7 @@ def test_optimizers_that_cannot_be_differentiated():
         unroll(problem, hyper, lambda h: optax.lbfgs(h["rate"]))
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_closes_over_traced_values_is_not_tried():
     problem, hyper = rated()
     grad = jax.jit(lambda h, b1: unroll(problem, h, lambda h: optax.adam(h["rate"], b1=b1, eps_root=1e-8)))(hyper, 0.8)

@@ -72,8 +72,15 @@ def arguments(problem, learned):
     return responses.init(problem, 0, params, h, batch), h, batch, jax.random.key(1)
 
 
+RARER = (("delta, nonlinear", False), ("linear", False), ("delta", True))
+
+
 @pytest.mark.parametrize(
-    ("name", "learned"), [*((name, False) for name in (*VARIANTS, *RESPONSES)), ("delta", True), ("gated", True)]
+    ("name", "learned"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * (case in RARER))
+        for case in (*((name, False) for name in (*VARIANTS, *RESPONSES)), ("delta", True), ("gated", True))
+    ],
 )
 def test_a_step_of_training_and_a_hypergradient_pass_all_checks_of_jax(name, learned):
     """The response learns and the hypergradient flows through it: nothing is zero because nothing ran."""

@@ -30,6 +30,8 @@ RESPONSES = {
 }
 CENTERED = [name for name in RESPONSES if "hypernetwork" not in name and "chunks" not in name]
 each = pytest.mark.parametrize("name", RESPONSES)
+RARER = ("encoded", "hypernetwork", "in chunks")
+common = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in RARER)) for n in RESPONSES])
 
 
 def _layers(*sizes):
@@ -50,7 +52,7 @@ def trained(name):
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), start)
 
 
-@each
+@common
 def test_hypergradients_by_two_other_routes(name):
     """Autodiff through the response = chain rule with its Jacobian = finite differences about a fixed centre."""
     problem = responses.with_response(case().problem, RESPONSES[name])
@@ -83,7 +85,7 @@ def test_a_response_begins_at_the_given_weights_and_shares_no_buffer(name):
         assert relative_error(weights, case().variables.params) == 0.0
 
 
-@each
+@common
 def test_deployable_params_are_those_that_the_response_applies(name):
     learned, h = trained(name), case().variables.hyperparams
     plain = responses.deployable_params(hg.BilevelParams(learned, h))
@@ -134,6 +136,7 @@ def test_a_linear_response_to_a_quadratic_problem_learns_the_exact_jacobian():
     assert relative_error(gradient, case().exact) < 0.05
 
 
+@pytest.mark.slow
 def test_ridge_ends_at_the_optimum_of_a_grid():
     """One log decay, tuned by ``direct`` over a learned linear response, against a grid over closed-form solutions."""
     inner_batch, outer_batch = case().inner_batch, case().outer_batch
@@ -170,6 +173,7 @@ def test_ridge_ends_at_the_optimum_of_a_grid():
     assert abs(float(variables.hyperparams - best)) < 0.05
 
 
+@pytest.mark.slow
 def test_perturbations_are_averaged_over():
     """S samples are the mean of single ones at their keys, and no scale at all is the plain loss."""
     problem = responses.with_response(case().problem, RESPONSES["dense"])

@@ -86,7 +86,7 @@ def linen(name):
         return (lambda w, x: model.apply({"params": w}, x)), params, x
 
 
-RARER = ("LSTMCell", "GRUCell", "MGUCell", "SimpleCell")
+RARER = ("transformer", "LSTMCell", "GRUCell", "MGUCell", "SimpleCell")
 
 
 @pytest.mark.parametrize("name", [pytest.param(m, marks=[pytest.mark.slow] * (m in RARER)) for m in MODELS])
@@ -102,7 +102,7 @@ def test_gates_an_example_equal_weights_an_example(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", "cnn", pytest.param("transformer", marks=pytest.mark.slow), "OptimizedLSTMCell"]
+    "name", ["mlp", *(pytest.param(m, marks=pytest.mark.slow) for m in ("cnn", "transformer", "OptimizedLSTMCell"))]
 )
 def test_the_linearized_loss_trains_weights_plainly_and_the_response_on_one_jvp(name):
     """Its gradient by definition: of L(net(x; 0); λ) in the weights, of L(o + ȯ; λ + σε) in the response."""
@@ -162,6 +162,7 @@ def test_exported_weights_are_those_of_the_unmodified_model(variant):
     assert (relative_error(weights, params) == 0.0) == (variant != "stn")
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_agree_with_the_definition():
     """Module surgery leaves the state as it was, and adds the same response as the interceptor does."""
     model = NnxModel(nnx.Rngs(0))
@@ -313,7 +314,7 @@ def test_a_linear_network_learns_its_exact_response(variant, steps, tolerance):
         assert relative_error(end(learned.params), solve(h)) < 1e-5
 
 
-@pytest.mark.parametrize("variant", [pytest.param("stn", marks=pytest.mark.slow), "delta", "delta, nonlinear"])
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] * (v != "delta")) for v in VARIANTS])
 def test_batch_norm_keeps_its_statistics(variant):
     model, x = Normalized(), inputs("vectors", 8)
     first = jax.jit(model.init)(jax.random.key(0), x)
@@ -574,6 +575,7 @@ class OwnCell(nn.OptimizedLSTMCell):
         return carry, output + 7.0 * inputs
 
 
+@pytest.mark.slow
 def test_odd_names_own_cells_and_normalised_weights():
     """Layers that cannot respond do not change; the others have one gate per output unit, with or without bias."""
     model, ids = Named(), inputs("tokens")

@@ -152,7 +152,7 @@ def test_two_processes_give_the_answer_of_one():
         assert result["residual"] == pytest.approx(want["residual"], rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow)])
 def test_the_first_step_under_a_mesh_compiles_once(kind):
     """Scalars that ``init`` makes live on the variables' mesh, so that the second step has the same shardings."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(getattr(AxisType, kind),))

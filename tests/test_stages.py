@@ -60,6 +60,7 @@ def test_an_implicit_response_has_the_derivative_of_the_solution(name):
     assert relative_error(wrt_hyper, finite_differences(truth, base.variables.hyperparams)) < 1e-7
 
 
+@pytest.mark.slow
 def test_the_outer_loss_of_a_response_gives_the_estimators_hypergradient():
     base = logistic()
     solver = hg.solvers.cg(60, 1e-12)
@@ -160,7 +161,7 @@ def two_stages(fine_tuning_steps):
     return problem, hg.BilevelParams(pretrained(hyper), hyper), batches, value
 
 
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_two_stages_against_finite_differences(steps):
     problem, variables, batches, value = two_stages(steps)
     fn = jax.jit(functools.partial(hg.value_and_hypergrad(hg.implicit(problem, hg.solvers.cg(40, 1e-12))), key=None))
@@ -171,6 +172,7 @@ def test_two_stages_against_finite_differences(steps):
     assert bool(info.solver.converged)
 
 
+@pytest.mark.slow
 def test_a_second_stage_that_does_nothing_is_one_stage():
     """Fine-tuning at rate zero."""
     problem, variables, batches, _ = two_stages(3)
@@ -259,6 +261,7 @@ def test_a_stage_without_hyperparameters():
     assert float(slope) == pytest.approx(0.5**3)
 
 
+@pytest.mark.slow
 def test_stages_train_behind_bilevel():
     problem, variables, batches, value = two_stages(2)
     tx = hg.bilevel(
@@ -282,6 +285,7 @@ def test_stages_train_behind_bilevel():
     assert float(value(learned.hyperparams)) < before - 0.01
 
 
+@pytest.mark.slow
 def test_stateful_problems_and_keys_reach_the_response():
     with jax.enable_x64(False):
         problem, variables, stats, batch = batch_norm()

@@ -75,13 +75,13 @@ def first_params():
     return MODEL.init(jax.random.key(0), X)["params"]
 
 
-ALL_CASES = ("debug_nans", "dtype_promotion")  # under the other settings all but the first case are slow tests
+ALWAYS = (unrolled, "debug_nans")  # the first case runs under all settings; all others are slow tests
 
 
 @pytest.mark.parametrize(
     ("case", "setting"),
     [
-        pytest.param(case, name, marks=[pytest.mark.slow] * (case is not implicit and name not in ALL_CASES))
+        pytest.param(case, name, marks=[pytest.mark.slow] * (case is not implicit and (case, name) != ALWAYS))
         for case in (implicit, unrolled, self_tuning)
         for name in SETTINGS
     ],
@@ -101,7 +101,10 @@ def test_a_run(case, setting):
     assert not bool(state.info.skipped)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param(s, marks=[pytest.mark.slow] * (s not in ("debug_nans", "dtype_promotion"))) for s in SETTINGS],
+)
 def test_a_check_of_the_gradient(setting):
     inner = lambda w, h, b, k: jnp.sum(jnp.float32(0.5) * jnp.exp(h) * w**2 - w)  # noqa: E731
     problem = hg.BilevelProblem(inner, lambda w, h, b, k: jnp.sum(w))
@@ -113,7 +116,7 @@ def test_a_check_of_the_gradient(setting):
         assert hg.diagnostics.check_hypergrad(hg.implicit(problem, hg.solvers.cg(5)), at, (), (), key=None).passed
 
 
-@pytest.mark.parametrize("solver", [hg.solvers.cg(5), hg.solvers.identity()])
+@pytest.mark.parametrize("solver", [pytest.param(hg.solvers.cg(5), marks=pytest.mark.slow), hg.solvers.identity()])
 def test_what_is_not_known_with_nan_checks(solver):
     """An inner loss that is not known, and a residual that is not measured, are NaN; the setting must find none."""
     problem = hg.BilevelProblem(lambda w, h, b, k: jnp.sum((w - h) ** 2), lambda w, h, b, k: jnp.sum(w**2))

@@ -33,6 +33,9 @@ MODES = {
     "no loop": hg.reverse(2, unroll=True),
     "forward": hg.forward(),
 }
+others_are_slow = pytest.mark.parametrize(
+    "mode", ["default", *(pytest.param(m, marks=pytest.mark.slow) for m in ("two levels", "autodiff", "forward"))]
+)
 
 
 def optimizer_hyperparams(params):
@@ -118,8 +121,10 @@ def differences(name, optimizer):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("name", "optimizer"), [("ridge", momentum), ("logistic", adam)])
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=[pytest.mark.slow] * (m == "one segment")) for m in MODES])
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [pytest.param("ridge", momentum, marks=pytest.mark.slow), ("logistic", adam)]
+)
 def test_all_modes_against_autodiff_and_finite_differences(name, optimizer, mode):
     problem, args = case(name)
     (_, grad), info = run(hg.unrolled(problem, MODES[mode]), optimizer, args)
@@ -130,7 +135,10 @@ def test_all_modes_against_autodiff_and_finite_differences(name, optimizer, mode
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("name", "steps"), [("ridge", 1), ("ridge", 60), ("logistic", 20)])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("ridge", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ridge", 60), ("logistic", 20)))],
+)
 def test_k_steps_equal_k_neumann_terms_at_the_optimum(name, steps):
     base, rate = {"ridge": ridge, "logistic": logistic}[name](), 0.3
     args = (*base.variables, window_of(base.inner_batch, steps), base.outer_batch)
@@ -142,6 +150,7 @@ def test_k_steps_equal_k_neumann_terms_at_the_optimum(name, steps):
         assert relative_error(grad, terms) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_one_step_is_the_second_order_gradient_of_darts():
     """∂_α L_val(w', α) − ξ ∂²_{α,w} L_train(w, α) ∇_w' L_val(w', α),  w' = w − ξ ∇L_train(w, α)."""
@@ -190,6 +199,7 @@ def test_truncation_differentiates_the_last_steps_from_where_they_begin():
     assert relative_error(grad, whole) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_estimate_carries_what_the_window_reached():
     noisy = network(dropout=0.3)
     tx = optax.adam(1e-2, eps_root=1e-8)
@@ -215,7 +225,7 @@ def test_the_estimate_carries_what_the_window_reached():
     assert result.info == ()
 
 
-@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("window", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_no_second_forward_pass(window):
     """The inner loss runs once a step and call, whether or not an outer step is due."""
     base, calls = network(), []
@@ -237,7 +247,7 @@ def test_no_second_forward_pass(window):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mode", ["default", pytest.param("two levels", marks=pytest.mark.slow), "autodiff", "forward"])
+@others_are_slow
 def test_model_state_is_differentiated_through(mode):
     """The outer loss reads running statistics that the inner steps wrote: they depend on weights and decay."""
     problem, variables, stats, batch = jax.tree.map(
@@ -274,6 +284,7 @@ def test_models_with_a_custom_vjp_get_plain_autodiff():
         assert relative_error(grad, differences) < 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_derivatives_of_a_hypergradient():
     """The mixed rule may itself be differentiated in reverse: a Hessian of the outer loss in λ."""
@@ -285,7 +296,7 @@ def test_derivatives_of_a_hypergradient():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mode", ["default", "two levels", "autodiff", "forward"])
+@others_are_slow
 def test_a_loss_may_close_over_traced_values(mode):
     """Under jit, vmap and scan, and differentiated in what it closes over; integers too."""
     start, batches = jnp.array([0.3, 0.7]), jnp.linspace(0.1, 0.5, 6)
@@ -368,8 +379,14 @@ INDEXED = {
 }
 
 
-@pytest.mark.parametrize("name", INDEXED)
-@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize(
+    ("window", "name"),
+    [
+        pytest.param(w, name, marks=[pytest.mark.slow] * ((w, name) not in ((1, "implicit"), (3, "unrolled"))))
+        for w in (1, 3)
+        for name in INDEXED
+    ],
+)
 def test_batches_by_index_equal_batches(name, window):
     base = network()
     indices = jnp.asarray(np.random.default_rng(0).integers(0, 16, (3, 5)))
@@ -429,6 +446,7 @@ def scratch(mode, length, *, indexed=False, learned=False):
     return compiled.memory_analysis().temp_size_in_bytes, sum(4 * w.size for w in params.values())
 
 
+@pytest.mark.slow
 def test_memory_grows_as_promised():
     """Copies of the weights: K for a checkpoint a step, K/c + c and a few for two levels, a few for forward mode."""
     length, few = 64, 12
@@ -463,7 +481,7 @@ def test_the_default_interval_divides_the_window_if_it_can(length):
         assert length % every == 0
 
 
-@pytest.mark.parametrize("length", [53, 50])
+@pytest.mark.parametrize("length", [53, pytest.param(50, marks=pytest.mark.slow)])
 def test_long_windows_of_awkward_length(length):
     base = network()
     args = (*base.variables, window_of(base.inner_batch, length), base.outer_batch)
@@ -472,6 +490,7 @@ def test_long_windows_of_awkward_length(length):
     assert relative_error(grad, want) < 1e-5
 
 
+@pytest.mark.slow
 def test_low_precision_weights_keep_float32_hyperparameters():
     base = network(dtype=jnp.bfloat16)
     optimizer = lambda h: optax.sgd(h["rate"], momentum=h["momentum"])  # noqa: E731
