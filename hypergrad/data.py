@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hypergrad import tree, validate
 from hypergrad.types import Array, Batch, PyTree
@@ -117,8 +116,8 @@ def _gather(part: IndexedBatch) -> PyTree:
 
 
 def _is_array(x: Any) -> bool:
-    """Return whether a leaf is data: a loss may be handed a string or a function, too, the same in each step."""
-    return isinstance(x, jax.Array | np.ndarray | np.generic | int | float | complex)
+    """Return whether a leaf is data: a loss may be handed strings, flags and functions too, the same in each step."""
+    return tree.is_number(x)
 
 
 def _is_indexed(x: Any) -> bool:

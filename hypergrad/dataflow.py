@@ -50,21 +50,27 @@ def dependence(fn: Callable[[PyTree], PyTree], argument: PyTree) -> Callable[[Se
     return lambda marked: _follow(jaxpr, marked)
 
 
-def unmoved(fn: Callable[[PyTree], PyTree], argument: PyTree, marked: Sequence[bool]) -> list[bool]:
-    """Return which leaves of ``fn(argument)`` no marked leaf can change: independent of them, or zero by construction.
+def unmoved(
+    begin: Callable[[PyTree], PyTree], step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], start: PyTree
+) -> list[bool]:
+    """Return which leaves of the outputs no input can change, in any number of steps from ``begin(start)``.
 
-    Zeros are followed from constants: a product with a zero is zero, and so is a sum or a choice of zeros, also in
-    loops, in the branches of a condition and in functions that are called, as long as all values are finite. Not every
-    zero is found.
-
-    Args:
-      fn: a function of one pytree.
-      argument: the pytree, or ``jax.ShapeDtypeStruct`` leaves in its place.
-      marked: one mark per leaf of ``argument``, as for ``dependence``.
+    ``carry, output = step(carry, input)`` with inputs like ``start``. An output is unmoved if it is independent of all
+    inputs, or zero by construction. Zeros are followed from constants: a product with a zero is zero, and so is a sum
+    or a choice of zeros, also in loops, in the branches of a condition and in functions that are called, as long as all
+    values are finite. Not every zero is found. A zero of the carry that a step passes on as it is counts as unknown:
+    somebody may set it between two steps, as a rate that ``optax.inject_hyperparams`` keeps there.
     """
-    jaxpr: Any = jax.make_jaxpr(fn)(argument).jaxpr
-    zeros = _follow_zeros(jaxpr, [False] * len(marked))
-    return [zero or not mark for mark, zero in zip(_follow(jaxpr, marked), zeros, strict=True)]
+    first: Any = jax.make_jaxpr(begin)(start).jaxpr
+    carry = jax.eval_shape(begin, start)
+    body: Any = jax.make_jaxpr(step)(carry, start).jaxpr
+    size, inputs = len(jax.tree.leaves(carry)), len(jax.tree.leaves(start))
+    passed = [a is b for a, b in zip(body.outvars[:size], body.invars[:size], strict=True)]
+    zeros = _follow_zeros(first, [False] * inputs)
+    zeros = [zero and not same for zero, same in zip(zeros, passed, strict=True)]
+    zero_outputs = _zeros_of_loop(body, [], zeros, [False] * inputs)[size:]
+    moved = _loop(body, [], [False] * size, [True] * inputs)[size:]
+    return [zero or not mark for mark, zero in zip(moved, zero_outputs, strict=True)]
 
 
 def merge_equal(
@@ -176,20 +182,30 @@ def _outputs(eqn: Any, inputs: list[bool]) -> list[bool]:
     return [True] * len(eqn.outvars)
 
 
-def _follow_zeros(jaxpr: Any, zeros: Sequence[bool]) -> list[bool]:
+def _follow_zeros(jaxpr: Any, zeros: Sequence[bool], numbers: Sequence[Any] = ()) -> list[bool]:
+    """Return which outputs are zero, given which inputs are, and the inputs that are known numbers (None elsewhere)."""
     known = {v for v, zero in zip(jaxpr.invars, zeros, strict=True) if zero}
+    values = {v: x for v, x in zip(jaxpr.invars, numbers, strict=False) if x is not None}
+
+    def number(v: Any) -> Any:
+        if isinstance(v, jex_core.Literal):
+            return v.val if jnp.ndim(v.val) == 0 else None
+        return values.get(v)
 
     def is_zero(v: Any) -> bool:
-        return bool(jnp.ndim(v.val) == 0 and v.val == 0) if isinstance(v, jex_core.Literal) else v in known
+        return bool(number(v) == 0) if isinstance(v, jex_core.Literal) else v in known
 
     for eqn in jaxpr.eqns:
-        found = _zero_outputs(eqn, [is_zero(v) for v in eqn.invars])
+        given = [number(v) for v in eqn.invars]
+        found = _zero_outputs(eqn, [is_zero(v) for v in eqn.invars], given)
         known.update(v for v, zero in zip(eqn.outvars, found, strict=True) if zero)
+        if eqn.primitive.name in {"convert_element_type", "broadcast_in_dim"} and given[0] is not None:
+            values[eqn.outvars[0]] = given[0]
     return [is_zero(v) for v in jaxpr.outvars]
 
 
-def _zero_outputs(eqn: Any, zeros: list[bool]) -> list[bool]:
-    """Return which outputs of an equation are zero, given which inputs are."""
+def _zero_outputs(eqn: Any, zeros: list[bool], numbers: list[Any]) -> list[bool]:
+    """Return which outputs of an equation are zero, given which inputs are, and which are known numbers."""
     name, params, inner = eqn.primitive.name, eqn.params, _jaxprs(eqn)
     if name in {"scan", "while"}:
         if name == "scan":
@@ -197,17 +213,15 @@ def _zero_outputs(eqn: Any, zeros: list[bool]) -> list[bool]:
         else:
             of_test, start = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
             body, constants, carry, slices = _jaxpr(params["body_jaxpr"]), zeros[of_test:start], zeros[start:], []
-        while True:
-            outputs = _follow_zeros(body, [*constants, *carry, *slices])
-            kept = [a and b for a, b in zip(carry, outputs, strict=False)]
-            if kept == carry:
-                return outputs
-            carry = kept
+        return _zeros_of_loop(body, constants, carry, slices)
     if name == "cond":
         branches = [_follow_zeros(_jaxpr(branch), zeros[1:]) for branch in params["branches"]]
         return [all(found) for found in zip(*branches, strict=True)]
     if [(len(jaxpr.invars), len(jaxpr.outvars)) for jaxpr in inner] == [(len(eqn.invars), len(eqn.outvars))]:
-        return _follow_zeros(inner[0], zeros)
+        return _follow_zeros(inner[0], zeros, numbers)
+    if name in {"max", "min"} and any(zeros):  # clipping keeps a zero between bounds on both sides of it
+        bounds = [x for x, zero in zip(numbers, zeros, strict=True) if not zero]
+        return [all(x is not None and (x <= 0 if name == "max" else x >= 0) for x in bounds)]
     every = (
         (name in _ZERO_IF_ANY and any(zeros))
         or (name in _ZERO_IF_FIRST and zeros[0] and params.get("y", 1) > 0)
@@ -215,6 +229,16 @@ def _zero_outputs(eqn: Any, zeros: list[bool]) -> list[bool]:
         or (name == "select_n" and all(zeros[1:]))
     )
     return [every] * len(eqn.outvars)
+
+
+def _zeros_of_loop(body: Any, constants: list[bool], carry: list[bool], slices: list[bool]) -> list[bool]:
+    """Return which of a loop's carry and of what it stacks are zero after any number of rounds, none included."""
+    while True:
+        outputs = _follow_zeros(body, [*constants, *carry, *slices])
+        kept = [a and b for a, b in zip(carry, outputs, strict=False)]
+        if kept == carry:
+            return kept + outputs[len(carry) :]
+        carry = kept
 
 
 def _scan_parts(eqn: Any, marks: list[bool]) -> tuple[Any, list[bool], list[bool], list[bool]]:

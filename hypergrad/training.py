@@ -396,6 +396,6 @@ def with_keywords(inner_optimizer: Any, keywords: Mapping[str, Any]) -> Any:
     optimizer = resolve_optimizer(inner_optimizer, None)
 
     def update(updates: Params, state: PyTree, params: Params | None = None, **others: Any) -> tuple[Params, PyTree]:
-        return optimizer.update(updates, state, params, **{**others, **keywords})
+        return optimizer.update(updates, state, params, **accepted_keywords(optimizer, {**others, **keywords}))
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 
@@ -18,6 +19,7 @@ from hypergrad.types import Array, PyTree
 __all__ = [
     "add_scaled",
     "all_finite",
+    "is_number",
     "is_traced",
     "labels",
     "leaf_names",
@@ -63,17 +65,21 @@ def norm(tree: PyTree) -> Array:
 def scaled_norm(tree: PyTree) -> Array:
     """Return the Euclidean norm over all leaves, where squares overflow or underflow too; inf or NaN as entries are.
 
-    ‖x‖ = s ‖x/s‖ with s = 1, and 2⁶⁴ or 2⁻⁶⁴ where that fails: a loop, because a norm written twice compiles twice.
+    ‖x‖ = s ‖x/s‖ with s = 1, and the root of the largest number (2⁶⁴ in float32) or of the smallest where that fails: a
+    loop, because a norm written twice compiles twice.
     It divides, because XLA turns (x f)(x f) into x² f² where x is constant, and both factors may leave the range.
     """
     tree = promote(tree)
     dtype = wider(*(x.dtype for x in jax.tree.leaves(tree)))
+    limits = jnp.finfo(dtype)
+    root = 2.0 ** (int(limits.maxexp) // 2)
+    floor = float(limits.tiny) ** 0.5 / float(limits.eps) ** 0.5  # squares below lose digits
 
     def attempt(at: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         _, unit, count = at
         size = norm(jax.tree.map(lambda x: x / unit.astype(x.dtype), tree)).astype(dtype)
-        other = jnp.where(size > 1, 2.0**64, 2.0**-64).astype(dtype)
-        usable = jnp.isfinite(size) & (size > 1e-15)
+        other = jnp.where(size > 1, root, 1.0 / root).astype(dtype)
+        usable = jnp.isfinite(size) & (size > floor)
         return size * unit, jnp.where(usable, unit, other), jnp.where(usable, 2, count + 1)
 
     start = jnp.zeros((), dtype), jnp.ones((), dtype), jnp.zeros((), jnp.int32)
@@ -185,6 +191,13 @@ def total(terms: list[Array]) -> Array:
 def refuses_nan() -> bool:
     """Return whether ``jax_debug_nans`` is set, under which a NaN that stands for "not known" stops a program."""
     return bool(jax.debug_nans.value)
+
+
+def is_number(x: Any) -> bool:
+    """Return whether a leaf is a number or an array: not a Python flag, a string or a function."""
+    if isinstance(x, np.ndarray | np.generic):
+        return x.dtype.kind not in "OSU"
+    return isinstance(x, jax.Array | int | float | complex) and not isinstance(x, bool)
 
 
 def is_traced(x: Any) -> bool:

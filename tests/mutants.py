@@ -37,7 +37,7 @@ MUTANTS = [
         KEYS,
         "one key for all calls",
     ),
-    Mutant("drivers/_bilevel.py", "jax.random.fold_in(root, INIT)", "root", KEYS, "wrong key"),
+    Mutant("drivers/_bilevel.py", "_fold_in(root, INIT)", "root", KEYS, "wrong key"),
     Mutant("drivers/_functional.py", "jax.random.fold_in(key, INIT)", "key", KEYS, "wrong key"),
     Mutant(
         "training.py",
@@ -121,14 +121,14 @@ MUTANTS = [
     ),
     Mutant(
         "drivers/_bilevel.py",
-        "number % setup.every == 0",
-        "number % setup.every == 1",
+        "number % of == 0",
+        "number % of == 1",
         "test_bilevel.py -k due",
         "off by one in due",
     ),
     Mutant(
         "drivers/_bilevel.py",
-        "_is_due(setup, state.step + 1, outer_batch)",
+        "_is_due(setup, _next(state.step), outer_batch)",
         "_is_due(setup, state.step, outer_batch)",
         "test_bilevel.py -k due",
         "off by one in due",
@@ -230,7 +230,7 @@ MUTANTS = [
         "no rollback",
     ),
     Mutant("tree.py", "jnp.abs(b) < jnp.inf, 0 * a", "True, 0 * a", FAULTS, "inf by design counts"),
-    Mutant("tree.py", "size > 1e-15)", "size > 0)", f"{FAULTS} -k norms", "unscaled norm"),
+    Mutant("tree.py", "size > floor)", "size > 0)", f"{FAULTS} -k norms", "unscaled norm"),
     # estimators
     Mutant(
         "estimators/_implicit.py",
@@ -411,8 +411,8 @@ MUTANTS = [
     ),
     Mutant(
         "drivers/_phases.py",
-        "leaves.insert(place, leaf)",
-        "leaves.append(leaf)",
+        "filled.insert(place, leaf)",
+        "filled.append(leaf)",
         "test_faults.py",
         "constant in a wrong place",
     ),
@@ -423,6 +423,37 @@ MUTANTS = [
         "test_bilevel.py",
         "given model state dropped",
     ),
+    Mutant("drivers/_phases.py", "else id(leaf))", "else hash(leaf))", FAULTS, "object by equality"),
+    Mutant(
+        "dataflow.py",
+        "zero and not same for",
+        "zero for",
+        "test_probe.py -k untrained",
+        "zero that may be set",
+    ),
+    Mutant(
+        "dataflow.py",
+        "return kept + outputs[len(carry) :]",
+        "return outputs[: len(carry)] + outputs[len(carry) :]",
+        "test_probe.py -k untrained",
+        "no round",
+    ),
+    Mutant(
+        "solvers/_base.py",
+        "optax.tree.where(is_valid, state, given)",
+        "state",
+        FAULTS,
+        "cold after a bad batch",
+    ),
+    Mutant("solvers/_base.py", "is_valid |= is_zero", "pass", FAULTS, "zero of a singular system"),
+    Mutant(
+        "training.py",
+        "**accepted_keywords(optimizer, {**others, **keywords})",
+        "**{**others, **keywords}",
+        FAULTS,
+        "foreign keyword",
+    ),
+    Mutant("tree.py", "int(limits.maxexp) // 2", "64", FAULTS + " -k norms", "range of float32"),
 ]
 
 

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.drivers import _phases
 from hypergrad.solvers import Status
 from hypergrad.tree import scaled_norm
 
@@ -571,3 +572,123 @@ def test_ten_thousand_steps_with_poisoned_inner_batches():
     loss, reasons = poisoned_run(0.05, 0.0)
     assert not np.isfinite(loss)
     assert reasons["NONE"] < 200
+
+
+def test_flags_in_a_batch_are_constants_of_the_program():
+    """In inner batches too, plain and in a window, eager and compiled."""
+
+    def switched(w, h, batch, key):
+        return inner(w, h, (batch["x"],), key) if batch["train"] else jnp.nan * jnp.sum(w)
+
+    problem = hg.BilevelProblem(switched, outer)
+    batch, variables = {"x": jnp.ones(2), "train": True}, hg.BilevelParams(ONE, jnp.zeros(3))
+    window = {"x": jnp.ones((2, 2)), "train": True}
+    fn = hg.value_and_hypergrad(hg.implicit(problem, hg.solvers.cg(3)))
+    assert np.isfinite(fn(*variables, batch, (), key=None)[1].hypergrad_norm)
+    assert np.isfinite(
+        jax.jit(lambda w: hg.best_response(hg.implicit(problem, hg.solvers.cg(3)))(w, ONE, batch, key=None))(ONE)
+    ).all()
+    for given, options in ((batch, {}), (window, {"window": 2})):
+        tx = make(hg.implicit(problem, hg.solvers.cg(3)), **options)
+        _, state = tx.update(None, tx.init(variables), variables, inner_batch=given, outer_batch=())
+        assert int(state.info.num_skipped) == 0
+
+
+def test_objects_handed_to_update_are_told_apart_by_identity():
+    """A bound method equals the same method of the same object, whose data may have changed."""
+
+    class Loss:
+        scale = 1.0
+
+        def value(self, w):
+            return self.scale * inner(w, jnp.zeros(3), (), None)
+
+    loss, variables = Loss(), hg.BilevelParams(ONE, jnp.zeros(3))
+    search = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5))
+    tx, found = make(inner_optimizer=search, every=1000), []
+    for loss.scale in (1.0, 1e-3):
+        value, grads = jax.value_and_grad(loss.value)(ONE)
+        given = {"value": value, "grad": grads, "value_fn": loss.value}
+        updates, _ = tx.update(grads, tx.init(variables), variables, inner_batch=(), **given)
+        expected, _ = search.update(grads, search.init(ONE), ONE, **given)
+        np.testing.assert_allclose(updates.params, expected, rtol=1e-6)
+        found.append(updates.params)
+    assert jax.tree.leaves(found[0])[0] is not found[1]
+
+
+def test_new_functions_leak_no_programs():
+    @_phases.compile_once
+    def apply(fn, x):
+        return fn(x)
+
+    gc.collect()
+    for i in range(12):
+        np.testing.assert_allclose(apply(lambda x, i=i: x + i, jnp.zeros(2)), i)
+    gc.collect()
+    kept = [
+        o
+        for o in gc.get_objects()
+        if type(o).__name__ == "PjitFunction" and "compile_once" in getattr(o, "__qualname__", "")
+    ]
+    assert len(kept) <= 6
+
+
+def test_keywords_that_an_optimizer_does_not_take_are_left_out():
+    seen = []
+
+    def update(grads, state, params=None, *, gain=1.0):
+        seen.append(gain)
+        return jax.tree.map(lambda g: -0.1 * gain * g, grads), state
+
+    own = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    tx, variables = make(inner_optimizer=own), hg.BilevelParams(ONE, jnp.zeros(3))
+    for grads, extra in ((None, {"gain": 2.0}), (ONE, {"value": 2.0}), (None, {"value": None}), (ONE, {"gain": 3.0})):
+        _, state = tx.update(grads, tx.init(variables), variables, inner_batch=(), outer_batch=(), **extra)
+        assert int(state.info.num_skipped) == 0
+    assert seen[-1] is not None
+
+
+def test_a_bad_batch_costs_no_warm_start():
+    fn = hg.value_and_hypergrad(hg.implicit(PROBLEM, hg.solvers.cg(5, warm_start=True)))
+    _, good = fn(0.5 * ONE, jnp.zeros(3), (), (), key=None)
+    poisoned = lambda w, h, batch, key: inner(w, h, (), key) * jnp.mean(batch)  # noqa: E731
+    bad_fn = hg.value_and_hypergrad(hg.implicit(hg.BilevelProblem(poisoned, outer), hg.solvers.cg(5, warm_start=True)))
+    _, bad = bad_fn(0.5 * ONE, jnp.zeros(3), jnp.full(2, jnp.nan), (), key=None, state=good.state)
+    assert hg.SkipReason(int(bad.skip_reason)).name == "SOLVE"
+    np.testing.assert_array_equal(bad.state.solution, good.state.solution)
+
+
+def test_eager_updates_under_a_transfer_guard():
+    variables = hg.BilevelParams(ONE, jnp.zeros(3))
+    for every in (1, 2):
+        tx = make(every=every)
+        state = tx.init(variables)
+        with jax.transfer_guard("disallow"):
+            tx.update(None, state, variables, inner_batch=(), outer_batch=())
+
+
+@pytest.mark.parametrize("solver", [hg.solvers.cg(50), hg.solvers.neumann(100), hg.solvers.dense()])
+def test_products_in_low_precision_do_not_claim_more(solver):
+    """Float32 weights, a loss in bfloat16: a recurrence in float32 knows nothing of the products' rounding."""
+    half = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)  # noqa: E731
+    low = lambda w, h, b, k: jnp.sum(half(SCALES * w * w)) + jnp.sum(jnp.exp(h) * w**2) - jnp.sum(w)  # noqa: E731
+    fn = hg.value_and_hypergrad(hg.implicit(hg.BilevelProblem(low, outer), solver))
+    _, info = fn(0.3 * ONE, jnp.zeros(3), (), (), key=None)
+    assert float(info.solver.residual) >= float(jnp.finfo(jnp.bfloat16).eps)
+    assert Status(int(info.solver.status)) == Status.TRUNCATED
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-160, 1.0, 1e160, 1e200])
+def test_norms_in_float64_have_its_whole_range(size):
+    with jax.enable_x64(True):
+        assert float(scaled_norm(jnp.full(4, size, jnp.float64))) == pytest.approx(2 * size, rel=1e-12)
+        b, solver = jnp.full(3, size, jnp.float64), hg.solvers.cg(5)
+        x, _, info = solver.solve(hg.LinearSystem(lambda v: 2 * v), b, solver.init(b))
+        np.testing.assert_allclose(x / size, 0.5, rtol=1e-12)
+        assert bool(info.converged)
+
+
+def test_a_zero_right_hand_side_of_a_singular_system():
+    _, _, info = hg.solvers.dense().solve(hg.LinearSystem(lambda v: 0 * v), jnp.zeros(3), ())
+    assert Status(int(info.status)) == Status.CONVERGED
+    assert float(info.residual) == 0.0

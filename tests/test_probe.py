@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import hypergrad as hg
 from hypergrad import validate
@@ -321,6 +322,10 @@ class TestZeroGradients:
 SHIFT = optax.GradientTransformation(  # the gradient of two steps ago
     lambda params: (optax.tree.zeros_like(params),) * 2, lambda grads, state, params=None: (state[1], (grads, state[0]))
 )
+NO_ROUND = optax.stateless(  # a loop whose body makes zeros, and which never runs
+    lambda g, p: jax.tree.map(lambda x: lax.while_loop(lambda c: c.sum() > 1e6, lambda c: 0 * c, x), g)
+)
+LIFTED = optax.stateless(lambda g, p: jax.tree.map(lambda x: jnp.maximum(x, 0.1), g))
 FROZEN = {
     "sgd": (optax.sgd(0.1), NONE),
     "partition": (HALF, ONLY_A),
@@ -335,6 +340,13 @@ FROZEN = {
     "normalized after": (optax.chain(HALF, optax.normalize_by_update_norm()), ONLY_A),
     "several steps": (optax.MultiSteps(HALF, 2, should_skip_update_fn=optax.skip_not_finite), ONLY_A),
     "rate of zero": (by_path("'a'", optax.scale(0.0), optax.adam(0.1)), ONLY_A),
+    "rate of zero that may be set": (
+        by_path("'a'", optax.inject_hyperparams(optax.sgd)(0.0), optax.adam(0.1)),
+        NONE,
+    ),
+    "clipped, if finite": (optax.apply_if_finite(optax.chain(HALF, optax.clip(1e3)), 3), ONLY_A),
+    "lifted, if finite": (optax.apply_if_finite(optax.chain(HALF, LIFTED), 3), NONE),
+    "a loop of no round": (NO_ROUND, NONE),
     "rate that starts at zero": (optax.adam(optax.warmup_cosine_decay_schedule(0.0, 0.1, 100, 1000)), NONE),
     "reads the loss": (optax.chain(HALF, optax.contrib.reduce_on_plateau()), ONLY_A),
     "set to zero": (optax.set_to_zero(), {"a": True, "b": {"c": True, "d": True}}),

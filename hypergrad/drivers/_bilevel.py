@@ -177,7 +177,7 @@ def bilevel(
             validate.same_structure("inner_state", inner_state, "inner_optimizer.init(params)", made, dtypes=True)
             made = jax.tree.map(jnp.copy, inner_state)
         start = Trained(variables.params, made, first_model_state)
-        keys = split_keys(jax.random.fold_in(root, INIT))
+        keys = split_keys(_fold_in(root, INIT))
         guarded = guard is not None and guard.inner
         ctx = Context(problem, variables.hyperparams, start, start, None, None, keys, inner_optimizer, guarded=guarded)
         estimator_state, blank = _phases.first_state(estimator, ctx)
@@ -211,7 +211,8 @@ def bilevel(
         if not isinstance(state, BilevelState):
             raise TypeError(validate.message("a BilevelState", validate.describe(state), _STATE_FIX))
         known = lambda x: x if tree.is_traced(x) else bool(x)  # noqa: E731
-        due, missing = map(known, _is_due(setup, state.step + 1, outer_batch))
+        extra = {name: value for name, value in extra.items() if value is not None}
+        due, missing = map(known, _is_due(setup, _next(state.step), outer_batch))
         args = due, missing, updates, state, params, inner_batch, outer_batch, model_state, extra
         # Called eagerly, it compiles itself: one program where an outer step is due, and one where none is.
         return (step if any(map(tree.is_traced, jax.tree.leaves(args))) else compiled_step)(*args)
@@ -254,6 +255,12 @@ def bilevel(
     compiled_step = _phases.compile_once(step)
     pure_functions: tuple[Any, Any] = init, update
     return BilevelTransformation(*pure_functions)
+
+
+# Compiled, so that their constants are no transfers, which jax.transfer_guard may forbid.
+_next = jax.jit(lambda step: step + 1)
+_is_multiple = jax.jit(lambda number, of: number % of == 0, static_argnums=1)
+_fold_in = jax.jit(jax.random.fold_in, static_argnums=1)
 
 
 class _Setup(NamedTuple):
@@ -383,7 +390,7 @@ def _is_due(setup: _Setup, number: Array, outer_batch: Batch) -> tuple[Any, Any]
             fix = "Return a scalar bool, e.g. (n > 1000) & (n % 10 == 0)."
             raise TypeError(validate.message("every(n) to return a scalar bool", validate.describe(due), fix))
     else:
-        due = True if setup.every == 1 else number % setup.every == 0
+        due = True if setup.every == 1 else _is_multiple(number, setup.every)
     if outer_batch is not None:
         return due, False
     if due is True or callable(setup.every) or (not tree.is_traced(due) and bool(due)):

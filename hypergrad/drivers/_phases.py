@@ -1,12 +1,10 @@
 """The phases of one call, for every driver: train, advance, estimate."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from hypergrad import tree, validate
@@ -18,32 +16,46 @@ from hypergrad.types import Array, Params, PyTree
 __all__ = ["check_estimator", "compile_once", "estimate", "first_state", "train_and_advance"]
 
 
+_KEPT_PROGRAMS = 4
+
+
 def compile_once(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Compile ``fn(*args)``, once for all arguments of the same form.
 
-    Leaves that are no numbers (strings, functions, True and False) are constants of the program: a loss may be handed
-    them in a batch.
+    Leaves that are no numbers (strings, True and False, functions and other objects) are constants of the program: a
+    loss may be handed them in a batch, a line search its ``value_fn``. Objects are told apart by identity, not by
+    ``==``: a bound method of an object that changed is another one. A new function compiles anew; the programs of the
+    last four are kept.
     """
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(static: tuple[Any, tuple[tuple[int, Any], ...]], numbers: list[Any]) -> Any:
-        structure, constants = static
-        leaves = list(numbers)
-        for place, leaf in constants:
-            leaves.insert(place, leaf)
-        return fn(*jax.tree.unflatten(structure, leaves))
+    programs: dict[Any, tuple[Any, list[Any]]] = {}
 
     def call(*args: Any) -> Any:
         leaves, structure = jax.tree.flatten(args)
-        constants = tuple((place, leaf) for place, leaf in enumerate(leaves) if not _is_number(leaf))
-        return run((structure, constants), [leaf for leaf in leaves if _is_number(leaf)])
+        numbers = [leaf for leaf in leaves if tree.is_number(leaf)]
+        constants = [(place, leaf) for place, leaf in enumerate(leaves) if not tree.is_number(leaf)]
+        plain = all(isinstance(leaf, str | bool) for _, leaf in constants)
+        form = (
+            structure,
+            tuple((place, leaf if isinstance(leaf, str | bool) else id(leaf)) for place, leaf in constants),
+        )
+
+        def run(numbers: list[Any]) -> Any:
+            filled = list(numbers)
+            for place, leaf in constants:
+                filled.insert(place, leaf)
+            return fn(*jax.tree.unflatten(structure, filled))
+
+        if form not in programs:
+            programs[form] = (
+                jax.jit(run),
+                [] if plain else [leaf for _, leaf in constants],
+            )  # an id lives with its object
+            objects = [form for form, (_, kept) in programs.items() if kept]
+            for old in objects[:-_KEPT_PROGRAMS]:
+                del programs[old]
+        return programs[form][0](numbers)
 
     return call
-
-
-def _is_number(leaf: Any) -> bool:
-    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
-    return is_array or (isinstance(leaf, int | float | complex) and not isinstance(leaf, bool))
 
 
 def first_state(estimator: Estimator, ctx: Context) -> tuple[PyTree, PyTree]:

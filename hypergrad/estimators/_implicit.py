@@ -102,7 +102,8 @@ def implicit(problem: BilevelProblem, solver: LinearSolver, *, trainable: PyTree
         gradient = jax.value_and_grad(unknowns.restrict(outer, params), argnums=(0, 1), has_aux=True)
         (value, aux), (slope, direct) = gradient(solved, hyperparams)
         product = curvature.hvp(lambda w: inner(w, hyperparams), solved)
-        system = LinearSystem(product, key=ctx.keys.estimate, inner_state=ctx.at.inner_state)
+        precision = _lower_precision(lambda w: inner(w, hyperparams), solved)
+        system = LinearSystem(product, key=ctx.keys.estimate, inner_state=ctx.at.inner_state, precision=precision)
         solution, state, info = solver.solve(system, slope, state)
         # A solver returns a finite x, often 0, where slope or Hessian are not finite. It must not pass as a zero.
         finite = info.status != Status.NOT_FINITE
@@ -131,6 +132,13 @@ def implicit(problem: BilevelProblem, solver: LinearSolver, *, trainable: PyTree
         return unknowns.fill(lax.custom_root(slope, solved, lambda _slope, solved: solved, tangent_solve), params)
 
     return Estimator(problem, init, estimate, best_response=best_response)
+
+
+def _lower_precision(fn: Callable[[Params], Any], solved: Params) -> Any:
+    """Return the dtype in which ``fn`` computes where it is lower than that of the solve's vectors, else None."""
+    wide = tree.promote(solved)
+    found = dataflow.working_precision(lambda w: fn(optax.tree.cast_like(w, solved)), wide)
+    return None if found == tree.wider(*(leaf.dtype for leaf in jax.tree.leaves(wide))) else found
 
 
 class _Unknowns:

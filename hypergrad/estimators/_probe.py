@@ -144,19 +144,14 @@ def untrained_leaves(optimizer: optax.GradientTransformation | optax.MultiSteps,
     like = _small(params, None)
     leaves, structure = jax.tree.flatten(like)
 
-    def updates(values: tuple[Params, Params]) -> Params:
+    def step(at: tuple[Params, PyTree], grads: Params) -> Any:
         tx = validate.transformation("optimizer", optimizer)
-
-        def step(at: tuple[Params, PyTree], grads: Params) -> Any:
-            keywords = {"value": jnp.ones(()), "grad": grads, "value_fn": lambda w: tree.vdot(w, w)}
-            return _step(tx, at, grads, **accepted_keywords(tx, keywords))
-
-        return lax.scan(step, _begin(tx, values[0]), values[1])[1]
+        keywords = {"value": jnp.ones(()), "grad": grads, "value_fn": lambda w: tree.vdot(w, w)}
+        return _step(tx, at, grads, **accepted_keywords(tx, keywords))
 
     def find() -> list[bool]:
-        window = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), like)
         try:
-            return dataflow.unmoved(updates, (like, window), [False] * len(leaves) + [True] * len(leaves))
+            return dataflow.unmoved(lambda w: _begin(validate.transformation("optimizer", optimizer), w), step, like)
         except Exception:  # what is wrong with the optimizer shows in the real run
             return [False] * len(leaves)
 

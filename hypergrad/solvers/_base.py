@@ -64,6 +64,7 @@ class LinearSystem(NamedTuple):
       key: random key for solvers that draw numbers, or None.
       diagonal: ``() -> tree`` like b, an approximate diagonal of A; it returns None where none is known.
       inner_state: the state of the inner optimizer, for preconditioners that read it, or None.
+      precision: dtype in which products are computed, where it is lower than that of the vectors, or None.
     """
 
     matvec: MatVec
@@ -71,6 +72,7 @@ class LinearSystem(NamedTuple):
     key: Array | None = None
     diagonal: Callable[[], PyTree | None] = lambda: None
     inner_state: PyTree = None
+    precision: Any = None
 
 
 class SolveInfo(NamedTuple):
@@ -78,7 +80,8 @@ class SolveInfo(NamedTuple):
 
     Attributes:
       num_products: int32 scalar, products with A, set-up included; −1 where a wrapped solver does not tell.
-      residual: scalar, ‖b − (A + δI) x‖/‖b‖; 0 where b = 0, inf for ``NOT_FINITE``, NaN where not measured.
+      residual: scalar, ‖b − (A + δI) x‖/‖b‖; 0 where b = 0, inf for ``NOT_FINITE``, NaN where not measured. Where
+        products are computed in a lower precision than the vectors, at least the machine epsilon of it.
       undamped_residual: scalar, ‖b − A x‖/‖b‖, with the same exceptions.
       damping: scalar, δ.
       status: int32 scalar, a ``Status``.
@@ -187,14 +190,19 @@ def assemble(
             limit = divide(jnp.asarray(tolerance, size.dtype) / power, size)
 
         scaled = ScaledSystem(_damped(system.matvec, b, damping), b, size, limit, system)
-        state = optax.tree.where(tree.all_finite(state), state, init(b))
-        x, state, num_products, remainder, residual, status = solve_scaled(scaled, state)
+        given = optax.tree.where(tree.all_finite(state), state, init(b))
+        x, state, num_products, remainder, residual, status = solve_scaled(scaled, given)
+        if system.precision is not None:  # a recurrence tells nothing of the products' own rounding
+            residual = jnp.maximum(residual, float(jnp.finfo(system.precision).eps))
         residual = undamped = jnp.where(size > 0, residual, 0.0).astype(size.dtype)
         if remainder is not None and not _is_zero(damping):
             undamped = divide(tree.norm(tree.add_scaled(remainder, damping, x)), size)
         is_valid = finite & tree.all_finite(tree.scale(x, power)) & (status != Status.NOT_FINITE)
         is_valid &= jnp.isfinite(residual) | (remainder is None)
-        x = jax.tree.map(lambda leaf: jnp.where(is_valid, leaf * power.astype(leaf.dtype), 0.0), x)
+        is_zero = finite & (size == 0)
+        is_valid |= is_zero
+        state = optax.tree.where(is_valid, state, given)  # one bad batch must not cost a warm start
+        x = jax.tree.map(lambda leaf: jnp.where(is_valid & ~is_zero, leaf * power.astype(leaf.dtype), 0.0), x)
         residual, undamped = jnp.where(is_valid, residual, jnp.inf), jnp.where(is_valid, undamped, jnp.inf)
         status = jnp.where(residual <= (rtol if limit is None else limit), Status.CONVERGED, status)
         status = jnp.where(is_valid, status, Status.NOT_FINITE).astype(jnp.int32)
