@@ -4,8 +4,9 @@
 
 What is where:
 
-    problem       BilevelProblem, BilevelParams, reparameterize; bijectors, penalties, noise; IndexedBatch
-    estimators    implicit (with solvers), unrolled (reverse, forward), direct (with responses)
+    problem       BilevelProblem, BilevelParams, reparameterize; bijectors, penalties, noise; IndexedBatch;
+                  with_residual, residuals
+    estimators    implicit (with solvers, preconditioners), unrolled (reverse, forward), direct (with responses)
     drivers       bilevel (one optax transformation), value_and_hypergrad, hypergrad, best_response; guard
     diagnostics   check_hypergrad, compare, retrain, plots
     optimizers    pieces of inner optimizers whose settings are hyperparameters
@@ -18,7 +19,7 @@ One log decay per weight, tuned by the validation loss while the weights train:
     >>> problem = hg.BilevelProblem(
     ...     inner_loss=lambda w, decay, batch, key: error(w, batch) + hg.penalties.l2(w, jnp.exp(decay)),
     ...     outer_loss=lambda w, decay, batch, key: error(w, batch))
-    >>> tx = hg.bilevel(hg.implicit(problem, hg.solvers.cg(5)), inner_optimizer=optax.adam(1e-2),
+    >>> tx = hg.bilevel(hg.implicit(problem), inner_optimizer=optax.adam(1e-2),
     ...                 outer_optimizer=optax.adam(1e-2), every=10)
     >>> variables, batch = hg.BilevelParams(jnp.zeros(3), jnp.full(3, -3.0)), (jnp.eye(3), jnp.ones(3))
     >>> updates, state = tx.update(None, tx.init(variables), variables, inner_batch=batch, outer_batch=batch)
@@ -26,7 +27,7 @@ One log decay per weight, tuned by the validation loss while the weights train:
 
 from hypergrad import _installation  # noqa: F401, I001  first: it names a foreign package of the same name
 
-from hypergrad import bijectors, diagnostics, integrations, noise, optimizers, penalties, responses, solvers
+from hypergrad import bijectors, diagnostics, integrations, noise, optimizers, penalties, residuals, responses, solvers
 from hypergrad.bijectors import Bijector, constrain, unconstrain
 from hypergrad.data import IndexedBatch
 from hypergrad.drivers import (
@@ -42,8 +43,8 @@ from hypergrad.drivers import (
     value_and_hypergrad,
 )
 from hypergrad.estimators import Estimate, Estimator, UnrollMode, direct, forward, implicit, reverse, unrolled
-from hypergrad.problem import BilevelParams, BilevelProblem, reparameterize
-from hypergrad.solvers import LinearSolver, LinearSystem, SolveInfo
+from hypergrad.problem import BilevelParams, BilevelProblem, reparameterize, with_residual
+from hypergrad.solvers import LinearSolver, LinearSystem, SolveInfo, preconditioners
 from hypergrad.training import Context, Keys, Trained, inner_loss_fn, outer_loss_fn, train
 
 __version__ = "0.1.0"
@@ -54,6 +55,8 @@ __all__ = [
     "BilevelProblem",
     "IndexedBatch",
     "reparameterize",
+    "residuals",
+    "with_residual",
     # constrained hyperparameters
     "Bijector",
     "bijectors",
@@ -67,6 +70,7 @@ __all__ = [
     "forward",
     "implicit",
     "optimizers",
+    "preconditioners",
     "responses",
     "reverse",
     "solvers",

@@ -1,11 +1,12 @@
 """Second derivatives of a scalar function as linear maps, never as matrices.
 
-    hvp(f, w)           v ↦ (∂²f/∂w²) v  =  ∂_w ⟨∂f/∂w, v⟩          symmetric
-    mixed_vjp(f, w, λ)  q ↦ (∂²f/∂w∂λ)ᵀ q  =  ∂_λ ⟨∂f/∂w, q⟩        from weights to hyperparameters
+    hvp(f, w)              v ↦ (∂²f/∂w²) v  =  ∂_w ⟨∂f/∂w, v⟩          symmetric
+    mixed_vjp(f, w, λ)     q ↦ (∂²f/∂w∂λ)ᵀ q  =  ∂_λ ⟨∂f/∂w, q⟩        from weights to hyperparameters
+    residual_vjp(r, w, λ)  q ↦ (∂r/∂w)ᵀ q and (∂r/∂λ)ᵀ q           where a residual takes the place of ∂f/∂w
 
-Both are reverse over forward: the gradient of a directional derivative, which is one ``jvp``. The choice of mode
-is made here alone, by ``benchmarks/results/hessian_modes.md``: on CPU this mode is the fastest, or within a few per
-cent of it, on MLPs of every width (``linearize`` and ``jvp(grad)`` are about 1.5 times slower at 1.9 million
+The first two are reverse over forward: the gradient of a directional derivative, which is one ``jvp``. The choice of
+mode is made here alone, by ``benchmarks/results/hessian_modes.md``: on CPU this mode is the fastest, or within a few
+per cent of it, on MLPs of every width (``linearize`` and ``jvp(grad)`` are about 1.5 times slower at 1.9 million
 weights) and on an unrolled CNN, where ``vjp(grad)`` is 5 times slower; on a transformer it lies between ``linearize``
 and ``vjp(grad)``. Forward mode does not pass ``custom_vjp`` operations (some attention kernels): models that have
 one get ``vjp(grad)``, which by the Hessian's symmetry is the same product.
@@ -26,7 +27,7 @@ from jax.extend import core as jex_core
 from hypergrad import dataflow, tree
 from hypergrad.types import Array, Hyperparams, MatVec, ModelState, Params, PyTree
 
-__all__ = ["hvp", "mixed_mode_gradient", "mixed_vjp"]
+__all__ = ["hvp", "mixed_mode_gradient", "mixed_vjp", "residual_vjp"]
 
 
 def hvp(fn: Callable[[Params], Array], params: Params) -> MatVec:
@@ -57,6 +58,20 @@ def mixed_vjp(fn: Callable[[Params, Hyperparams], Array], params: Params, hyperp
         _, pull_back = jax.vjp(lambda h: jax.grad(at(h))(wide), hyperparams)
         return lambda vector: pull_back(vector)[0]
     return lambda vector: jax.grad(lambda h: jax.jvp(at(h), (wide,), (vector,))[1])(hyperparams)
+
+
+def residual_vjp(
+    residual: Callable[[Params, Hyperparams], Params], params: Params, hyperparams: Hyperparams
+) -> tuple[MatVec, MatVec]:
+    """Return q ↦ (∂r/∂w)ᵀ q and q ↦ (∂r/∂λ)ᵀ q for a residual r(w, λ) shaped like the weights."""
+    wide = tree.promote(params)
+
+    def widened(w: Params, h: Hyperparams) -> Params:
+        return tree.promote(residual(optax.tree.cast_like(w, params), h))
+
+    _, of_params = jax.vjp(lambda w: widened(w, hyperparams), wide)
+    _, of_hyperparams = jax.vjp(lambda h: widened(wide, h), hyperparams)
+    return (lambda q: of_params(q)[0]), (lambda q: of_hyperparams(q)[0])
 
 
 def mixed_mode_gradient(

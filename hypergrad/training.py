@@ -25,7 +25,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from hypergrad import curvature, data, tree, validate
-from hypergrad.problem import BilevelParams, BilevelProblem, evaluate_inner, evaluate_outer
+from hypergrad.problem import BilevelParams, BilevelProblem, evaluate_inner, evaluate_outer, evaluate_residual
 from hypergrad.types import Array, Batch, Hyperparams, ModelState, Params, PyTree
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "inner_loss_fn",
     "is_known",
     "outer_loss_fn",
+    "residual_fn",
     "resolve_optimizer",
     "split_keys",
     "train",
@@ -340,6 +341,17 @@ def inner_loss_fn(ctx: Context) -> Callable[[Params, Hyperparams], Array]:
         return evaluate_inner(ctx.problem, at, batch, ctx.keys.solve, ctx.at.model_state).value
 
     return inner
+
+
+def residual_fn(ctx: Context) -> Callable[[Params, Hyperparams], Params]:
+    """Return (w, λ) ↦ r, the residual of ``hg.with_residual``, on the same batch and key as ``inner_loss_fn``."""
+    batch = data.take(ctx.inner_batches, -1)
+
+    def residual(params: Params, hyperparams: Hyperparams) -> Params:
+        at = BilevelParams(params, hyperparams)
+        return evaluate_residual(ctx.problem, at, batch, ctx.keys.solve, ctx.at.model_state)
+
+    return residual
 
 
 def outer_loss_fn(ctx: Context) -> Callable[[Params, Hyperparams], tuple[Array, Any]]:

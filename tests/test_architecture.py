@@ -2,7 +2,7 @@
 
     L0  types, tree, validate, data, dataflow, curvature                    in this order
     L1  bijectors, penalties, optimizers, noise
-    L2  problem, training
+    L2  problem, then training, residuals
     L3  solvers/
     L4  estimators/, responses/
     L5  drivers/
@@ -21,7 +21,15 @@ import jax
 import pytest
 
 import hypergrad as hg
-from hypergrad import bijectors, diagnostics, noise, optimizers, penalties, responses, solvers
+from hypergrad import (
+    bijectors,
+    diagnostics,
+    noise,
+    optimizers,
+    penalties,
+    responses,
+    solvers,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "hypergrad"
@@ -38,6 +46,7 @@ LAYERS = {
     "optimizers": 1,
     "penalties": 1,
     "problem": 2.0,
+    "residuals": 2.1,
     "training": 2.1,
     "solvers": 3,
     "estimators": 4,

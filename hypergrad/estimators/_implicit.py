@@ -13,6 +13,7 @@ Reference: Lorraine, Vicol & Duvenaud, Optimizing millions of hyperparameters by
 arXiv 1911.02590; Pedregosa, arXiv 1602.02355.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -28,23 +29,45 @@ from hypergrad.estimators import _probe
 from hypergrad.estimators._paths import check_gradient_paths, check_outer_path
 from hypergrad.estimators._protocol import Estimate, Estimator, train_first
 from hypergrad.problem import BilevelProblem, check_problem
-from hypergrad.solvers import LinearSolver, LinearSystem, Status
+from hypergrad.solvers import LinearSolver, LinearSystem, Status, cg, gmres
 from hypergrad.solvers._base import blank_info
-from hypergrad.training import Context, depends_on_hyperparams, inner_loss_fn, outer_loss_fn, resolve_optimizer
-from hypergrad.types import MatVec, Params, PyTree
+from hypergrad.training import (
+    Context,
+    depends_on_hyperparams,
+    inner_loss_fn,
+    outer_loss_fn,
+    residual_fn,
+    resolve_optimizer,
+)
+from hypergrad.types import Hyperparams, MatVec, Params, PyTree
 
 __all__ = ["implicit"]
 
+_IN_TRAINING = cg(3, relative_damping=0.01, warm_start=True)
+_AT_SOLUTION = cg(100)
+_ASYMMETRIC = gmres(50, 25)
 
-def implicit(problem: BilevelProblem, solver: LinearSolver, *, trainable: PyTree = None) -> Estimator:
+
+def implicit(
+    problem: BilevelProblem,
+    solver: LinearSolver | None = None,
+    *,
+    diagonal: Callable[[Params, Hyperparams], PyTree] | None = None,
+    trainable: PyTree = None,
+) -> Estimator:
     """Differentiate through the inner optimum by the implicit function theorem.
 
     dL_out/dλ = ∂L_out/∂λ − (∂²L_in/∂w∂λ)ᵀ q with H q = ∂L_out/∂w solved by ``solver``.
 
     Args:
-      problem: inner loss twice differentiable in the weights.
-      solver: ``hg.solvers.neumann(20)`` for networks in training, ``hg.solvers.cg(50)`` near a minimum,
-        ``hg.solvers.dense()`` as the oracle.
+      problem: inner loss twice differentiable in the weights, or a residual (``hg.with_residual``), which takes the
+        place of ∇_w L_in.
+      solver: None: ``hg.solvers.cg(3, relative_damping=0.01, warm_start=True)``, three products per outer step, for
+        weights in training; ``hg.solvers.gmres(50, 25)`` where the problem has a residual. ``hg.solvers.cg(100)`` near
+        a minimum, where the exact hypergradient is wanted; ``hg.solvers.dense()`` as the oracle.
+      diagonal: ``diagonal(params, hyperparams) -> tree prefix of params``, an approximate diagonal of H from the
+        constrained hyperparameters, for solvers and preconditioners that use one. Where each weight has a decay
+        (``hg.penalties.l2``): ``lambda params, decay: decay``.
       trainable: tree prefix of bools over the weights: which ones the inner problem solves for. None: all; where an
         inner optimizer is known, all but those that it never moves (``optax.set_to_zero`` behind a mask or partition);
         all again where it moves none.
@@ -52,10 +75,12 @@ def implicit(problem: BilevelProblem, solver: LinearSolver, *, trainable: PyTree
     Returns:
       An ``Estimator`` whose state is the solver's and whose info is its ``SolveInfo``. In a window, H and the mixed
       product are taken on its last batch. Every product of a solve shares one batch, one random key and one model
-      state.
+      state. Matrix products run in full float32 precision, also where the default of the device is lower (TF32), unless
+      ``jax_default_matmul_precision`` is set. Without a solver, ``hg.best_response``, which is called once, uses
+      ``hg.solvers.cg(100)`` in place of three damped products.
 
     Raises:
-      TypeError: wrong ``problem`` or ``solver``.
+      TypeError: wrong ``problem``, ``solver`` or ``diagonal``.
       ValueError: ``trainable`` is no prefix, or leaves no weight; at an estimate, an outer loss that does not depend on
         the weights, or a hyperparameter leaf that enters neither ∇_w L_in nor the outer loss, and so would get zero: a
         learning rate, for instance.
@@ -66,7 +91,8 @@ def implicit(problem: BilevelProblem, solver: LinearSolver, *, trainable: PyTree
 
     Valid when ∇_w L_in = 0 and H is invertible, and ``info.solver.residual`` is small. Away from the optimum it
     is the derivative that the optimum would have if H and the mixed product were as they are here. Where b or the
-    solution is not finite (status ``NOT_FINITE``) the hypergradient is NaN.
+    solution is not finite (status ``NOT_FINITE``) the hypergradient is NaN. A loss with a kink at its solution (|w|, a
+    norm at 0, a hinge) is no minimum in this sense: use ``hg.residuals.proximal_gradient``.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: jnp.sum(0.5 * jnp.exp(h) * w ** 2 - w)      # w* = exp(-h)
@@ -78,33 +104,47 @@ def implicit(problem: BilevelProblem, solver: LinearSolver, *, trainable: PyTree
     Reference: Lorraine, Vicol & Duvenaud, arXiv 1911.02590.
     """
     check_problem(problem)
-    if not isinstance(solver, LinearSolver):
-        got, fix = validate.describe(solver), "Pass e.g. solver=hg.solvers.neumann(num_terms=20)."
-        raise TypeError(validate.message("solver to be a LinearSolver", got, fix))
+    if solver is not None and not isinstance(solver, LinearSolver):
+        got, fix = validate.describe(solver), "Pass e.g. solver=hg.solvers.cg(10), or leave it out for the default."
+        raise TypeError(validate.message("solver to be a LinearSolver or None", got, fix))
+    if diagonal is not None and not callable(diagonal):
+        fix = "Pass a function (params, hyperparams) -> tree prefix of params."
+        raise TypeError(validate.message("diagonal to be callable", validate.describe(diagonal), fix))
+    symmetric = problem.residual is None
+    in_training = solver or (_IN_TRAINING if symmetric else _ASYMMETRIC)
+    at_solution = solver or (_AT_SOLUTION if symmetric else _ASYMMETRIC)
 
     def init(ctx: Context) -> tuple[PyTree, PyTree]:
         _warn_of_decoupled_decay(ctx)
-        return solver.init(_Unknowns(ctx, trainable).of(ctx.start.params)), blank_info()
+        return in_training.init(_Unknowns(ctx, trainable).of(ctx.start.params)), blank_info()
 
     def estimate(state: PyTree, ctx: Context) -> Estimate:
+        with _full_precision():
+            return estimate_precisely(state, ctx)
+
+    def estimate_precisely(state: PyTree, ctx: Context) -> Estimate:
         params, hyperparams = ctx.at.params, ctx.hyperparams
         unknowns = _Unknowns(ctx, trainable)
-        outer = outer_loss_fn(ctx)
-        inner, solved = unknowns.restrict(inner_loss_fn(ctx), params), unknowns.of(params)
-        mixed = curvature.mixed_vjp(inner, solved, hyperparams)
+        outer, solved = outer_loss_fn(ctx), unknowns.of(params)
+        product, mixed = _products(ctx, unknowns)
 
         check_outer_path("implicit", lambda w: unknowns.restrict(outer, params)(w, hyperparams)[0], solved)
         # A leaf that acts on frozen weights alone has a hypergradient of zero, and rightly so: only others are refused.
-        everything = mixed if unknowns.all else curvature.mixed_vjp(inner_loss_fn(ctx), params, hyperparams)
+        everything = mixed if unknowns.all else _products(ctx, unknowns.thawed())[1]
         unmixed = dataflow.independent_leaves(everything, tree.promote(solved if unknowns.all else params))
         check_gradient_paths("implicit", hyperparams, unmixed, lambda h: outer(params, h)[0])
 
         gradient = jax.value_and_grad(unknowns.restrict(outer, params), argnums=(0, 1), has_aux=True)
         (value, aux), (slope, direct) = gradient(solved, hyperparams)
-        product = curvature.hvp(lambda w: inner(w, hyperparams), solved)
-        precision = _lower_precision(lambda w: inner(w, hyperparams), solved)
-        system = LinearSystem(product, key=ctx.keys.estimate, inner_state=ctx.at.inner_state, precision=precision)
-        solution, state, info = solver.solve(system, slope, state)
+        system = LinearSystem(
+            product,
+            symmetric,
+            ctx.keys.estimate,
+            lambda: _diagonal(ctx, diagonal, unknowns),
+            ctx.at.inner_state,
+            _lower_precision(ctx, unknowns),
+        )
+        solution, state, info = in_training.solve(system, slope, state)
         # A solver returns a finite x, often 0, where slope or Hessian are not finite. It must not pass as a zero.
         finite = info.status != Status.NOT_FINITE
         hypergrad = jax.tree.map(lambda d, i: jnp.where(finite, d - i, jnp.nan), direct, mixed(solution))
@@ -113,31 +153,66 @@ def implicit(problem: BilevelProblem, solver: LinearSolver, *, trainable: PyTree
     def best_response(ctx: Context) -> Params:
         unknowns, ctx = _Unknowns(ctx, trainable), train_first(ctx)
         params, key = lax.stop_gradient(ctx.at.params), ctx.keys.estimate
-        inner = unknowns.restrict(inner_loss_fn(ctx), params)
 
         def slope(solved: Params) -> Params:
-            return jax.grad(inner)(solved, ctx.hyperparams)
+            if not symmetric:
+                return unknowns.restricted(residual_fn(ctx), params)(solved, ctx.hyperparams)
+            return jax.grad(unknowns.restrict(inner_loss_fn(ctx), params))(solved, ctx.hyperparams)
 
         def solve(matvec: MatVec, b: PyTree) -> PyTree:
             wide = tree.promote(b)
             product = lambda v: tree.promote(matvec(optax.tree.cast_like(v, b)))  # noqa: E731
-            x, _, info = solver.solve(LinearSystem(product, key=key), wide, solver.init(wide))
+            system = LinearSystem(product, symmetric, key, lambda: _diagonal(ctx, diagonal, unknowns))
+            x, _, info = at_solution.solve(system, wide, at_solution.init(wide))
             finite = info.status != Status.NOT_FINITE
             return optax.tree.cast_like(jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), x), b)
 
         def tangent_solve(product: MatVec, b: PyTree) -> PyTree:
-            return lax.custom_linear_solve(product, b, solve, symmetric=True)
+            return lax.custom_linear_solve(product, b, solve, transpose_solve=solve, symmetric=symmetric)
 
         solved = unknowns.of(params)
-        return unknowns.fill(lax.custom_root(slope, solved, lambda _slope, solved: solved, tangent_solve), params)
+        with _full_precision():
+            found = lax.custom_root(slope, solved, lambda _slope, solved: solved, tangent_solve)
+        return unknowns.fill(found, params)
 
     return Estimator(problem, init, estimate, best_response=best_response)
 
 
-def _lower_precision(fn: Callable[[Params], Any], solved: Params) -> Any:
-    """Return the dtype in which ``fn`` computes where it is lower than that of the solve's vectors, else None."""
-    wide = tree.promote(solved)
-    found = dataflow.working_precision(lambda w: fn(optax.tree.cast_like(w, solved)), wide)
+def _products(ctx: Context, unknowns: "_Unknowns") -> tuple[MatVec, MatVec]:
+    """Return v ↦ H v and q ↦ (∂²L_in/∂w∂λ)ᵀ q, or what a residual has in their place."""
+    params, hyperparams = ctx.at.params, ctx.hyperparams
+    solved = unknowns.of(params)
+    if ctx.problem.residual is not None:
+        return curvature.residual_vjp(unknowns.restricted(residual_fn(ctx), params), solved, hyperparams)
+    inner = unknowns.restrict(inner_loss_fn(ctx), params)
+    return curvature.hvp(lambda w: inner(w, hyperparams), solved), curvature.mixed_vjp(inner, solved, hyperparams)
+
+
+def _diagonal(ctx: Context, diagonal: Callable[..., PyTree] | None, unknowns: "_Unknowns") -> PyTree | None:
+    """Return the user's diagonal, spread over the unknowns."""
+    if diagonal is None:
+        return None
+    params = ctx.at.params
+    given = diagonal(params, ctx.problem.constrain(ctx.hyperparams))
+    spread = [
+        jnp.broadcast_to(jnp.asarray(d), jnp.shape(w))
+        for _, w, d in validate.by_prefix("implicit", "diagonal", params, given)
+    ]
+    return tree.promote(unknowns.of(jax.tree.unflatten(jax.tree.structure(params), spread)))
+
+
+def _full_precision() -> contextlib.AbstractContextManager[None]:
+    if jax.default_matmul_precision.value is not None:
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision("highest")
+
+
+def _lower_precision(ctx: Context, unknowns: "_Unknowns") -> Any:
+    """Return the dtype in which the inner loss computes where it is lower than that of the solve's vectors, else None."""
+    solved, hyperparams = unknowns.of(ctx.at.params), ctx.hyperparams
+    fn: Any = inner_loss_fn(ctx) if ctx.problem.residual is None else residual_fn(ctx)
+    fn, wide = unknowns.restrict(fn, ctx.at.params), tree.promote(solved)
+    found = dataflow.working_precision(lambda w: fn(optax.tree.cast_like(w, solved), hyperparams), wide)
     return None if found == tree.wider(*(leaf.dtype for leaf in jax.tree.leaves(wide))) else found
 
 
@@ -171,6 +246,16 @@ class _Unknowns:
         """Return ``params`` with ``solved`` in the places of the unknowns."""
         return jax.tree.map(lambda mark, new, x: new if mark else x, self.marks, solved, params)
 
+    def thawed(self) -> "_Unknowns":
+        """Return the same with every weight an unknown."""
+        thawed = object.__new__(_Unknowns)
+        thawed.marks = jax.tree.map(lambda _: True, self.marks)
+        return thawed
+
+    def restricted(self, residual: Callable[..., Params], params: Params) -> Callable[..., Params]:
+        """Return a residual as a function of the unknowns, and its leaves that belong to them."""
+        return lambda solved, *args: self.of(residual(self.fill(solved, params), *args))
+
     def restrict(self, fn: Callable[..., Any], params: Params) -> Callable[..., Any]:
         """Return ``fn`` as a function of the unknowns, the other weights as in ``params``."""
         return lambda solved, *args: fn(self.fill(solved, params), *args)
@@ -197,7 +282,7 @@ def _optimizer(ctx: Context) -> Any:
 
 
 def _warn_of_decoupled_decay(ctx: Context) -> None:
-    if ctx.inner_optimizer is None:
+    if ctx.inner_optimizer is None or ctx.problem.residual is not None:
         return
     if _probe.decays_weights(_optimizer(ctx), ctx.start.params):
         warnings.warn(

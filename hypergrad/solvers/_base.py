@@ -25,6 +25,7 @@ from hypergrad.types import Array, MatVec, PyTree
 __all__ = [
     "LinearSolver",
     "LinearSystem",
+    "Preconditioner",
     "ScaledSystem",
     "SolveInfo",
     "Solution",
@@ -32,9 +33,12 @@ __all__ = [
     "WarmStart",
     "assemble",
     "blank_info",
+    "check_preconditioner",
     "divide",
     "iterate",
     "normalized",
+    "refuse_asymmetric",
+    "shifted_diagonal",
 ]
 
 
@@ -122,10 +126,25 @@ class WarmStart(NamedTuple):
     solution: PyTree
 
 
+class Preconditioner(NamedTuple):
+    """A preconditioner as two pure functions.
+
+    Attributes:
+      init: ``init(b_like) -> state``, a pytree of arrays.
+      prepare: ``prepare(system, b_like, damping, largest, state) -> (apply, state, num_products)`` before each solve.
+        ``apply(r)`` is M⁻¹ r, symmetric positive definite; M approximates A + δI, ``damping`` is δ, and ``largest`` a
+        lower bound of ‖A‖, 0 where none is known. ``num_products`` counts the products that it took.
+    """
+
+    init: Callable[[PyTree], PyTree]
+    prepare: Callable[[LinearSystem, PyTree, Array, Array, PyTree], tuple[MatVec, PyTree, Array]]
+
+
 class ScaledSystem(NamedTuple):
     """What a solver's own file is asked to solve: (A + δI) x = b with ‖b‖ between 0.5 and 2, or b = 0.
 
-    ``matvec`` includes the damping, ``size`` is ‖b‖, ``limit`` the given tolerance over ‖b‖, or None.
+    ``matvec`` includes the constant damping, ``system.matvec`` does not; both return the dtypes of b. ``size`` is ‖b‖,
+    ``limit`` the given tolerance over ‖b‖, or None.
     """
 
     matvec: MatVec
@@ -144,6 +163,7 @@ class Solution(NamedTuple):
     """What it returns: x may hold anything, the state is finite.
 
     ``remainder`` is the vector b − (A + δI) x, ``residual`` its norm over ‖b‖; None and NaN where not measured.
+    ``damping`` is what the solver added to A by itself: δ is the sum of it and of the constant damping.
     """
 
     x: PyTree
@@ -152,6 +172,7 @@ class Solution(NamedTuple):
     remainder: PyTree
     residual: Any
     status: Any = Status.TRUNCATED
+    damping: Any = 0.0
 
 
 def assemble(
@@ -189,14 +210,16 @@ def assemble(
             validate.number("tolerance", tolerance, low=0.0)
             limit = divide(jnp.asarray(tolerance, size.dtype) / power, size)
 
-        scaled = ScaledSystem(_damped(system.matvec, b, damping), b, size, limit, system)
+        system = system._replace(matvec=_checked(system.matvec, b))
+        scaled = ScaledSystem(_damped(system.matvec, damping), b, size, limit, system)
         given = optax.tree.where(tree.all_finite(state), state, init(b))
-        x, state, num_products, remainder, residual, status = solve_scaled(scaled, given)
+        x, state, num_products, remainder, residual, status, own_damping = solve_scaled(scaled, given)
+        total_damping = own_damping + damping
         if system.precision is not None:  # a recurrence tells nothing of the products' own rounding
             residual = jnp.maximum(residual, float(jnp.finfo(system.precision).eps))
         residual = undamped = jnp.where(size > 0, residual, 0.0).astype(size.dtype)
-        if remainder is not None and not _is_zero(damping):
-            undamped = divide(tree.norm(tree.add_scaled(remainder, damping, x)), size)
+        if remainder is not None and not _is_zero(total_damping):
+            undamped = divide(tree.norm(tree.add_scaled(remainder, total_damping, x)), size)
         is_valid = finite & tree.all_finite(tree.scale(x, power)) & (status != Status.NOT_FINITE)
         is_valid &= jnp.isfinite(residual) | (remainder is None)
         is_zero = finite & (size == 0)
@@ -206,7 +229,7 @@ def assemble(
         residual, undamped = jnp.where(is_valid, residual, jnp.inf), jnp.where(is_valid, undamped, jnp.inf)
         status = jnp.where(residual <= (rtol if limit is None else limit), Status.CONVERGED, status)
         status = jnp.where(is_valid, status, Status.NOT_FINITE).astype(jnp.int32)
-        info = jnp.asarray(num_products, jnp.int32), residual, undamped, jnp.asarray(damping, size.dtype), status
+        info = jnp.asarray(num_products, jnp.int32), residual, undamped, jnp.asarray(total_damping, size.dtype), status
         return x, state, SolveInfo(*info)
 
     return LinearSolver(init, solve)
@@ -216,6 +239,37 @@ def blank_info() -> SolveInfo:
     """Return the info of before the first solve, as states hold it."""
     zero = jnp.zeros((), float)
     return SolveInfo(jnp.zeros((), jnp.int32), zero, zero, zero, jnp.asarray(Status.TRUNCATED, jnp.int32))
+
+
+def check_preconditioner(preconditioner: Any) -> None:
+    """Refuse anything but a ``Preconditioner`` or None."""
+    if preconditioner is not None and not isinstance(preconditioner, Preconditioner):
+        got, fix = validate.describe(preconditioner), "Pass e.g. preconditioner=hg.preconditioners.jacobi()."
+        raise TypeError(validate.message("a Preconditioner or None", got, fix))
+
+
+def shifted_diagonal(system: LinearSystem, b_like: PyTree, damping: Array, largest: Array) -> PyTree | None:
+    """Return D + δ, at least of rounding size; None where the system has no diagonal."""
+    own = system.diagonal()
+    if own is None:
+        return None
+    validate.same_structure("system.diagonal()", own, "b", b_like)
+    top = jnp.maximum(tree.max_abs(own), largest)
+    return jax.tree.map(
+        lambda d, b: jnp.maximum(
+            d.astype(b.dtype) + damping.astype(b.dtype),
+            jnp.maximum(jnp.finfo(b.dtype).eps * top.astype(b.dtype), jnp.finfo(b.dtype).tiny),
+        ),
+        own,
+        b_like,
+    )
+
+
+def refuse_asymmetric(name: str, scaled: ScaledSystem) -> None:
+    """Refuse a system whose matrix is not symmetric."""
+    if not scaled.system.symmetric:
+        fix = "Use hg.solvers.gmres(50, 25), or hg.solvers.dense() for a small one."
+        raise ValueError(validate.message(f"a symmetric system for {name}", "symmetric=False", fix))
 
 
 def divide(a: Any, b: Array) -> Array:
@@ -259,11 +313,14 @@ def _is_zero(damping: Any) -> bool:
     return isinstance(damping, int | float) and damping == 0
 
 
-def _damped(matvec: MatVec, b: PyTree, damping: float) -> MatVec:
+def _checked(matvec: MatVec, b: PyTree) -> MatVec:
     def product(vector: PyTree) -> PyTree:
         result = matvec(vector)
         validate.same_structure("matvec(v)", result, "b", b)
-        result = optax.tree.cast_like(result, b)
-        return result if _is_zero(damping) else tree.add_scaled(result, damping, vector)
+        return optax.tree.cast_like(result, b)
 
     return product
+
+
+def _damped(matvec: MatVec, damping: float) -> MatVec:
+    return matvec if _is_zero(damping) else lambda vector: tree.add_scaled(matvec(vector), damping, vector)

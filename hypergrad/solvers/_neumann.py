@@ -16,32 +16,51 @@ import jax.numpy as jnp
 import optax
 
 from hypergrad import tree, validate
-from hypergrad.solvers._base import LinearSolver, ScaledSystem, Solution, Status, assemble, divide, iterate, normalized
-from hypergrad.types import Array, PyTree
+from hypergrad.solvers._base import (
+    LinearSolver,
+    Preconditioner,
+    ScaledSystem,
+    Solution,
+    Status,
+    assemble,
+    check_preconditioner,
+    divide,
+    iterate,
+    normalized,
+)
+from hypergrad.solvers._power import iterate_power
+from hypergrad.types import Array, MatVec, PyTree
 
 __all__ = ["neumann"]
 
-_FIRST_POWER_STEPS, _WARM_POWER_STEPS = 12, 2
-_EXPLORE = 0.1  # how much of b is mixed into the warm direction, so that a new top eigenvector is found
+_WARM_POWER_STEPS = 2
 _DIVERGED = 1e3  # a residual that grew this far only grows: ‖(I − αA)ᵏ b‖ is log-convex in k
 
 
 class NeumannState(NamedTuple):
-    """What the next solve needs to choose its own step.
+    """What the next solve needs; () in place of what the settings do not need.
 
     Attributes:
-      direction: tree like b, unit norm, close to the eigenvector of A's largest |eigenvalue|; zeros at first.
+      direction: tree like b, unit norm, close to the eigenvector of the largest |eigenvalue|; zeros at first.
+      preconditioner: the preconditioner's state.
     """
 
     direction: PyTree
+    preconditioner: PyTree
 
 
 def neumann(
-    num_terms: int, step_size: float | None = None, *, damping: float = 0.0, unroll: int | bool = 1
+    num_terms: int,
+    step_size: float | None = None,
+    *,
+    damping: float = 0.0,
+    preconditioner: Preconditioner | None = None,
+    unroll: int | bool = 1,
 ) -> LinearSolver:
     """Approximate A⁻¹ b by K terms of the Neumann series.
 
-    x = α Σ_{k=0}^{K−1} (I − αA)ᵏ b, at K products with A; the last product gives the residual.
+    x = α Σ_{k=0}^{K−1} (I − αA)ᵏ b, at K products with A; the last product gives the residual. With a preconditioner M
+    it is α Σ (I − αM⁻¹A)ᵏ M⁻¹b, and α is in units of 1/(M⁻¹A).
 
     Args:
       num_terms: K ≥ 1, the number of terms. Only a solve with a ``tolerance`` stops earlier, where it is met.
@@ -50,6 +69,7 @@ def neumann(
         solver's state and so follow an A that changes. λ̂ ≤ |λ|max; the series converges while the estimate is
         above half of it, and a solve that overshoots hands its residual, by then the top eigenvector, to the next.
       damping: δ ≥ 0 adds δI to A. Makes an indefinite A usable if δ exceeds its most negative eigenvalue.
+      preconditioner: from ``hg.preconditioners``, or None. Give it no ``step_size`` but None or about 1.
       unroll: True or an int for a scan so unrolled (convolutions on CPU); 1 is a loop that stops early.
 
     Returns:
@@ -76,24 +96,41 @@ def neumann(
     validate.unroll(unroll)
     if step_size is not None:
         validate.number("step_size", step_size, low=0.0, strict=True)
+    check_preconditioner(preconditioner)
+
+    stateless = step_size is not None and preconditioner is None
 
     def init(b_like: PyTree) -> PyTree:
-        return () if step_size is not None else NeumannState(tree.promoted_zeros_like(b_like))
+        direction = () if step_size is not None else tree.promoted_zeros_like(b_like)
+        kept = () if preconditioner is None else preconditioner.init(b_like)
+        return () if stateless else NeumannState(direction, kept)
 
     def solve_scaled(scaled: ScaledSystem, state: PyTree) -> Solution:
-        power = None if step_size is not None else _power(scaled, state.direction, unroll)
-        alpha = step_size if power is None else divide(1.0, power.top)
-        total = _series(scaled, alpha, num_terms, unroll)
-        num_products = total.num_products
-        if power is not None:
-            num_products += power.num_products
+        precondition, kept, spent = _unpreconditioned, (), jnp.zeros((), jnp.int32)
+        if preconditioner is not None:
+            fixed, unknown = jnp.asarray(damping, scaled.size.dtype), jnp.zeros_like(scaled.size)
+            given = scaled.system, scaled.b, fixed, unknown, state.preconditioner
+            precondition, kept, spent = preconditioner.prepare(*given)
+        if step_size is not None:
+            total = _series(scaled, step_size, num_terms, unroll, precondition)
+            state = () if stateless else NeumannState((), kept)
+        else:
+            power = iterate_power(
+                scaled, state.direction, warm_steps=_WARM_POWER_STEPS, unroll=unroll, precondition=precondition
+            )
+            total = _series(scaled, divide(1.0, power.top), num_terms, unroll, precondition)
+            spent += power.num_products
             missed = total.overshot & jnp.isfinite(total.residual) & (total.residual > 1.0)
             last = normalized(total.term, total.residual * scaled.size)
-            state = NeumannState(optax.tree.where(missed, last, power.direction))
+            state = NeumannState(optax.tree.where(missed, last, power.direction), kept)
         status = jnp.where(total.residual > _DIVERGED, Status.DIVERGED, Status.TRUNCATED)
-        return Solution(total.x, state, num_products, total.term, total.residual, status)
+        return Solution(total.x, state, total.num_products + spent, total.term, total.residual, status)
 
     return assemble(init, solve_scaled, damping=damping)
+
+
+def _unpreconditioned(remainder: PyTree) -> PyTree:
+    return remainder
 
 
 class _Sum(NamedTuple):
@@ -105,13 +142,14 @@ class _Sum(NamedTuple):
     done: Array
 
 
-def _series(scaled: ScaledSystem, alpha: Any, num_terms: int, unroll: int | bool) -> _Sum:
+def _series(scaled: ScaledSystem, alpha: Any, num_terms: int, unroll: int | bool, precondition: MatVec) -> _Sum:
     matvec, b, size, limit, _ = scaled
     stop = -1.0 if limit is None else limit  # −1: take all terms
 
     def step(c: _Sum) -> _Sum:
-        x = tree.add_scaled(c.x, alpha, c.term)
-        term = tree.add_scaled(c.term, -alpha, matvec(c.term))
+        move = precondition(c.term)
+        x = tree.add_scaled(c.x, alpha, move)
+        term = tree.add_scaled(c.term, -alpha, matvec(move))
         residual = divide(tree.norm(term), size)
         # Past α λ = 2 a term turns round at each step; along negative curvature it grows without turning.
         overshot = tree.vdot(term, c.term) < 0
@@ -122,28 +160,3 @@ def _series(scaled: ScaledSystem, alpha: Any, num_terms: int, unroll: int | bool
     done = (size == 0) | (stop >= one)
     start = _Sum(b, tree.promoted_zeros_like(b), jnp.zeros((), jnp.int32), one, jnp.array(False), done)
     return iterate(step, start, length=num_terms, unroll=unroll)
-
-
-class _Power(NamedTuple):
-    direction: PyTree
-    top: Array
-    num_products: Array
-    done: Array
-
-
-def _power(scaled: ScaledSystem, direction: PyTree, unroll: int | bool) -> _Power:
-    """Return a unit vector and ‖A v‖ at the last one: at most |λ|max, and growing from step to step."""
-    cold = tree.norm(direction) == 0
-    steps = jnp.where(cold, _FIRST_POWER_STEPS, _WARM_POWER_STEPS)
-    mixed = tree.add_scaled(direction, _EXPLORE, normalized(scaled.b, scaled.size))
-    size = tree.norm(mixed)
-
-    def step(c: _Power) -> _Power:
-        image = scaled.matvec(c.direction)
-        top = tree.scaled_norm(image)
-        usable = jnp.isfinite(top) & (top > 0)
-        moved = optax.tree.where(usable, normalized(image, top), c.direction)
-        return _Power(moved, jnp.where(usable, top, 0.0), c.num_products + 1, ~usable | (c.num_products + 1 >= steps))
-
-    start = _Power(normalized(mixed, size), jnp.zeros_like(size), jnp.zeros((), jnp.int32), size == 0)
-    return iterate(step, start, length=_FIRST_POWER_STEPS, unroll=unroll)

@@ -1,0 +1,242 @@
+"""The iteration of conjugate gradients, for ``cg`` and ``recycled_cg``: warm starts, damping, preconditioning.
+
+    p = z = M⁻¹r;  repeat:  a = r·z / p·(A + δI)p;  x += a p;  r' = r − a (A + δI)p;  p = M⁻¹r' + (r'·z'/r·z) p
+
+One product with A per round, in one place of the program: a warm start is tried as a step of length 1 from 0, and the
+last residual is verified, where rounding spoilt the recurrence, as such a step too.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from hypergrad import tree
+from hypergrad.solvers import _block
+from hypergrad.solvers._base import ScaledSystem, Status, divide, iterate
+from hypergrad.types import Array, MatVec, PyTree
+
+__all__ = ["FADE", "Kept", "Krylov", "at_most_once", "epsilon", "first_scale", "run"]
+
+_WORST_START = 3.0  # a warm start whose residual is larger is dropped; a bound of 1 drops nearly all on mini-batches
+FADE = 0.9  # of λ̂ from one solve to the next, so that an old large curvature is forgotten
+_STEP, _TRIAL, _VERIFY = range(3)
+
+
+class Kept(NamedTuple):
+    """The directions of a solve, their products with A + δI, and p·(A + δI)p; zeros where there is none yet."""
+
+    directions: PyTree
+    images: PyTree
+    curvatures: Array
+
+
+class Krylov(NamedTuple):
+    """The state of the iteration.
+
+    ``energy`` is r·z; ``damping`` is the relative one, −1 until it is known; ``largest`` is λ̂, a lower bound of ‖A‖;
+    ``travelled`` bounds ‖x‖ on the way.
+    """
+
+    x: PyTree
+    remainder: PyTree
+    direction: PyTree
+    energy: Array
+    square: Array
+    direction_sq: Array
+    damping: Array
+    largest: Array
+    travelled: Array
+    num_products: Array
+    status: Array
+    kept: Kept | tuple[()]
+    mode: Array
+    done: Array
+
+    def residual(self, size: Array) -> Array:
+        """Return ‖b − (A + δI) x‖/‖b‖."""
+        return divide(jnp.sqrt(self.square), size)
+
+
+def first_scale(scaled: ScaledSystem, largest: Array, *, unroll: int | bool) -> tuple[Array, Array]:
+    """Return λ̂ and the number of products: where it is 0, ‖A b‖/‖b‖ by one product."""
+
+    def measure(_: Any) -> tuple[Array, Array]:
+        image = tree.norm(scaled.matvec(scaled.b))
+        return jnp.where(jnp.isfinite(image), divide(image, scaled.size), 0.0), jnp.ones((), jnp.int32)
+
+    needed = ~(largest > 0) & (scaled.size > 0)
+    return at_most_once(needed, measure, (largest.astype(scaled.size.dtype), jnp.zeros((), jnp.int32)), unroll=unroll)
+
+
+def run(
+    scaled: ScaledSystem,
+    guess: PyTree | None,
+    *,
+    max_products: int,
+    stop: Any,
+    damping: Array,
+    ratio: float,
+    constant: float,
+    largest: Array,
+    num_products: Array | int,
+    precondition: MatVec | None,
+    keep: bool,
+    unroll: int | bool,
+) -> Krylov:
+    """Iterate until the residual is at most ``stop``, the products are spent, or the curvature is not positive.
+
+    Args:
+      scaled: the system, which includes the constant damping.
+      guess: None, or where to start; it is dropped where its residual is above 3 ‖b‖.
+      max_products: bound of ``num_products``, which one that verifies the residual may exceed by one.
+      stop: relative residual.
+      damping: δ = ρ λ̂; negative: ``ratio`` times the quotient of the first direction.
+      ratio: ρ.
+      constant: the damping that ``scaled`` includes.
+      largest: λ̂ so far.
+      num_products: those already spent.
+      precondition: M⁻¹, or None.
+      keep: keep all directions, and make each new one conjugate to all of them rather than to the last.
+      unroll: as for ``iterate``.
+    """
+    b, size = scaled.b, scaled.size
+    square = size * size
+    first = b if precondition is None else precondition(b)
+    energy, first_sq = (square, square) if precondition is None else (tree.vdot(b, first), tree.vdot(first, first))
+    trial = jnp.array(False)
+    if guess is not None:
+        guess_sq = tree.vdot(guess, guess)
+        trial = (guess_sq > 0) & jnp.isfinite(guess_sq)
+        first, first_sq = optax.tree.where(trial, (guess, guess_sq), (first, first_sq))
+    count, zero = jnp.asarray(num_products, jnp.int32), jnp.zeros_like(size)
+    start = Krylov(
+        x=tree.promoted_zeros_like(b),
+        remainder=b,
+        direction=first,
+        energy=energy,
+        square=square,
+        direction_sq=first_sq,
+        damping=damping.astype(size.dtype),
+        largest=largest.astype(size.dtype),
+        travelled=zero,
+        num_products=count,
+        status=jnp.asarray(Status.TRUNCATED, jnp.int32),
+        kept=Kept(*(_block.zeros(b, max_products),) * 2, jnp.zeros(max_products, size.dtype)) if keep else (),
+        mode=jnp.where(trial, _TRIAL, _STEP).astype(jnp.int32),
+        done=(size == 0) | (~trial & (stop >= 1.0)) | (count >= max_products),
+    )
+
+    def step(c: Krylov) -> Krylov:
+        return _step(scaled, c, max_products, stop, ratio, constant, precondition)
+
+    if unroll is not True and unroll == 1:
+        return iterate(step, start, length=max_products + 1, unroll=1)
+    final = iterate(step, start, length=max_products, unroll=unroll)
+    return at_most_once(~final.done, step, final, unroll=unroll)
+
+
+def _step(
+    scaled: ScaledSystem,
+    c: Krylov,
+    max_products: int,
+    stop: Any,
+    ratio: float,
+    constant: float,
+    precondition: MatVec | None,
+) -> Krylov:
+    size, is_step = scaled.size, c.mode == _STEP
+    image = scaled.matvec(c.direction)
+    curvature = tree.vdot(c.direction, image)
+    rayleigh = divide(curvature, c.direction_sq)
+    seen, damping = jnp.abs(rayleigh - constant), c.damping
+    if ratio > 0:
+        unknown = damping < 0
+        stretch = jnp.sqrt(divide(tree.vdot(image, image), c.direction_sq))
+        seen = jnp.where(unknown & ~(rayleigh > constant), stretch, seen)
+        damping = jnp.where(unknown, ratio * jnp.where(jnp.isfinite(seen), seen, 0.0), damping)
+        image = tree.add_scaled(image, damping, c.direction)
+        curvature, rayleigh = curvature + damping * c.direction_sq, rayleigh + damping
+    largest = jnp.maximum(c.largest, jnp.where(jnp.isfinite(seen) & (c.mode != _VERIFY), seen, 0.0))
+
+    length = jnp.where(is_step, divide(c.energy, curvature), 1.0)
+    finite = jnp.isfinite(curvature) & jnp.isfinite(length * jnp.sqrt(c.direction_sq))
+    floor = jnp.maximum(0.1 * (damping + constant), 10 * epsilon(c.x) * largest)
+    exhausted = is_step & ~(c.direction_sq > 0)  # nothing is left that is conjugate to the directions before
+    accepted = finite & (~is_step | (rayleigh > floor))
+    length = jnp.where(accepted, length, 0.0)
+    left = tree.add_scaled(c.remainder, -length, image)
+    square = tree.vdot(left, left)
+    dropped = (c.mode == _TRIAL) & ~(jnp.sqrt(square) < _WORST_START * size)
+    length, square = jnp.where(dropped, 0.0, length), jnp.where(dropped, c.square, square)
+    remainder = tree.add_scaled(c.remainder, -length, image)
+    x, travelled = tree.add_scaled(c.x, length, c.direction), c.travelled + jnp.abs(length) * jnp.sqrt(c.direction_sq)
+
+    z = remainder if precondition is None else precondition(remainder)
+    energy = square if precondition is None else tree.vdot(remainder, z)
+    kept = c.kept
+    if isinstance(kept, Kept):
+        place, curvature = c.num_products, jnp.where(is_step & accepted, curvature, 0.0)
+        kept = Kept(
+            _block.put(kept.directions, c.direction, place),
+            _block.put(kept.images, image, place),
+            kept.curvatures.at[place].set(curvature),
+        )
+        shares = divide(_block.inner(kept.images, z), kept.curvatures)
+        direction = tree.add_scaled(z, -1.0, _block.combine(kept.directions, shares))
+        energy = tree.vdot(direction, remainder)
+    else:
+        share = jnp.where(is_step, divide(energy, c.energy), 0.0)
+        direction = tree.add_scaled(z, share, c.direction)
+    if isinstance(kept, Kept):
+        direction_sq, whole = tree.vdot(direction, direction), tree.vdot(z, z)
+        # p = z + β p_before with z ⟂ p_before is never shorter than z in exact arithmetic: a tiny one is rounding.
+        direction_sq = jnp.where(direction_sq > epsilon(c.x) * whole, direction_sq, 0.0)
+    elif precondition is None:
+        direction_sq = square + share * share * c.direction_sq  # the new remainder ⟂ the old direction
+    else:
+        direction_sq = tree.vdot(direction, direction)
+
+    count, residual = c.num_products + 1, divide(jnp.sqrt(square), size)
+    # A square that underflows would make the next quotients meaningless.
+    small = (residual <= stop) | (square <= jnp.finfo(square.dtype).tiny / epsilon(c.x))
+    finished = ~accepted | ~jnp.isfinite(square) | small | (count >= max_products)
+    # The recurrence drifts from b − A x by at most about (steps)·ε·‖A‖·max‖x‖ (Greenbaum 1997).
+    drift = count.astype(residual.dtype) * epsilon(c.x) * divide((largest + damping + constant) * travelled, size)
+    verify = finished & jnp.isfinite(square) & (drift > jnp.maximum(residual, stop)) & (c.mode != _VERIFY)
+    zeros = tree.promoted_zeros_like(x)
+    x, remainder, direction = optax.tree.where(verify, (zeros, scaled.b, x), (x, remainder, direction))
+    direction_sq = jnp.where(verify, jnp.ones_like(size), direction_sq)
+    stopped = jnp.where(finite, Status.INDEFINITE, Status.NOT_FINITE)
+    return Krylov(
+        x,
+        remainder,
+        direction,
+        energy,
+        square,
+        direction_sq,
+        damping,
+        largest,
+        travelled,
+        count,
+        jnp.where(accepted | exhausted, c.status, stopped).astype(jnp.int32),
+        kept,
+        jnp.where(verify, _VERIFY, _STEP).astype(jnp.int32),
+        finished & ~verify | (c.mode == _VERIFY),
+    )
+
+
+def at_most_once(needed: Array, fn: Callable[[Any], Any], start: Any, *, unroll: int | bool) -> Any:
+    """Return ``fn(start)`` where ``needed``, and ``start`` elsewhere."""
+    if unroll is not True and unroll == 1:  # a loop of one round, which ``vmap`` does not run for all
+        one_round = lambda c: (fn(c[0]), jnp.zeros_like(needed))  # noqa: E731
+        return lax.while_loop(lambda c: c[1], one_round, (start, needed))[0]
+    return lax.cond(needed, fn, lambda c: c, start)
+
+
+def epsilon(x: PyTree) -> float:
+    """Return the machine epsilon of the coarsest leaf."""
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x))
