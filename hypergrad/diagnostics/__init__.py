@@ -3,8 +3,9 @@
 from hypergrad.diagnostics._check import HypergradCheck, check_hypergrad
 from hypergrad.diagnostics._compare import Agreement, Comparison, HorizonBias, compare, horizon_bias
 from hypergrad.diagnostics._differences import Direction
-from hypergrad.diagnostics._plots import plot_solver, plot_trajectories
+from hypergrad.diagnostics._plots import plot_comparison, plot_solver, plot_trajectories
 from hypergrad.diagnostics._retrain import Retrained, retrain
+from hypergrad.diagnostics._solvers import SolverComparison, SolverRow, compare_solvers
 from hypergrad.diagnostics._spectrum import Spectrum, extreme_eigenvalues
 
 __all__ = [
@@ -14,11 +15,15 @@ __all__ = [
     "HorizonBias",
     "HypergradCheck",
     "Retrained",
+    "SolverComparison",
+    "SolverRow",
     "Spectrum",
     "check_hypergrad",
     "compare",
+    "compare_solvers",
     "extreme_eigenvalues",
     "horizon_bias",
+    "plot_comparison",
     "plot_solver",
     "plot_trajectories",
     "retrain",

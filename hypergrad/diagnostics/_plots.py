@@ -2,6 +2,7 @@
 
     plot_trajectories   how hyperparameters moved: a line each, a median and a band for a tensor of them
     plot_solver         outer loss, norm of the hypergradient and residual of its solve over training
+    plot_comparison     solvers: how close to the converged hypergradient, in what time
 
 Nothing is shown or saved here: call ``figure.savefig``. Matplotlib is imported when a picture is asked for.
 """
@@ -17,7 +18,7 @@ from hypergrad.diagnostics._base import readable
 from hypergrad.solvers import SolveInfo, Status
 from hypergrad.types import PyTree
 
-__all__ = ["plot_solver", "plot_trajectories"]
+__all__ = ["plot_comparison", "plot_solver", "plot_trajectories"]
 
 _MANY = 8  # leaves of a panel that still have a legend
 
@@ -161,4 +162,38 @@ def _finished(figure: Any, title: str) -> Any:
         figure.suptitle(title, fontsize="medium")
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_comparison(comparison: SolverComparison) -> Any:
+    """Draw how close each solver of ``compare_solvers`` comes, 1 − cosine, against its time per hypergradient.
+
+    Args:
+      comparison: what ``hg.diagnostics.compare_solvers`` returned. Rows without a reference are left out.
+
+    Returns:
+      A ``matplotlib.figure.Figure``: filled marks for the last solve, hollow ones for the first.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: no row has a reference.
+
+    >>> import hypergrad as hg
+    >>> row = hg.diagnostics.SolverRow("cg(3)", hg.solvers.Status.TRUNCATED, 3, 0.1, 0.0, 0.99, 0.9, 0.8, 1.0, 2.0, 1.0)
+    >>> hg.diagnostics.plot_comparison(hg.diagnostics.SolverComparison((row,), "")).axes[0].get_xlabel()
+    'ms per hypergradient'
+    """
+    rows = [row for row in comparison.rows if row.cosine == row.cosine]
+    if not rows:
+        fix = "Pass solvers with damping, or a point where H is definite."
+        raise ValueError(validate.message("a comparison with a converged reference", "none", fix))
+    figure, axes = _figure(1, "Solvers beside a converged solve")
+    ax = axes[0]
+    for row in rows:
+        for cosine, filled in ((row.first_cosine, False), (row.cosine, True)):
+            missing = max(1.0 - cosine, 1e-9)
+            ax.plot(row.milliseconds, missing, "o", color="C0", fillstyle="full" if filled else "none")
+        ax.annotate(row.name, (row.milliseconds, max(1.0 - row.cosine, 1e-9)), fontsize=7, xytext=(4, 2),
+                    textcoords="offset points")
+    ax.set(xscale="log", yscale="log", xlabel="ms per hypergradient", ylabel="1 − cosine (hollow: first solve)")
     return figure

@@ -1,7 +1,7 @@
 """Drivers run an estimator: behind one optax transformation, or as a function."""
 
 from hypergrad.drivers._bilevel import BilevelState, BilevelTransformation, bilevel
-from hypergrad.drivers._functional import best_response, hypergrad, one_estimate, value_and_hypergrad
+from hypergrad.drivers._functional import best_response, compiled, hypergrad, one_estimate, value_and_hypergrad
 from hypergrad.drivers._guard import Guard, HypergradInfo, SkipReason, guard, solves_in
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "SkipReason",
     "best_response",
     "bilevel",
+    "compiled",
     "guard",
     "hypergrad",
     "one_estimate",

@@ -20,7 +20,7 @@ from hypergrad.problem import BilevelParams, check_model_state, check_variables
 from hypergrad.training import INIT, Context, Trained, inner_loss_fn, resolve_optimizer, split_keys
 from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
-__all__ = ["best_response", "hypergrad", "one_estimate", "value_and_hypergrad"]
+__all__ = ["best_response", "compiled", "hypergrad", "one_estimate", "value_and_hypergrad"]
 
 
 def value_and_hypergrad(
@@ -62,7 +62,7 @@ def value_and_hypergrad(
 
     Reference: the estimator's.
     """
-    init, run = _compiled(estimator, inner_optimizer, guard)
+    init, run = compiled(estimator, inner_optimizer, guard)
 
     def fn(
         params: Params,
@@ -199,7 +199,7 @@ def one_estimate(estimator: Estimator, inner_optimizer: Any = None) -> Callable[
 
     ``Trained`` is where the estimate was made. The estimator's state is fresh.
     """
-    init, run = _compiled(estimator, inner_optimizer, None)
+    init, run = compiled(estimator, inner_optimizer, None)
 
     def fn(
         variables: BilevelParams, inner_batch: Batch, outer_batch: Batch, key: Key, model_state: ModelState = None
@@ -213,8 +213,12 @@ def one_estimate(estimator: Estimator, inner_optimizer: Any = None) -> Callable[
     return fn
 
 
-def _compiled(estimator: Estimator, inner_optimizer: Any, guard: Guard | None) -> tuple[Any, Any]:
-    """Return the compiled ``init`` and call of an estimator."""
+def compiled(estimator: Estimator, inner_optimizer: Any = None, guard: Guard | None = None) -> tuple[Any, Any]:
+    """Return the compiled ``init`` and call of an estimator, for diagnostics.
+
+    ``init(variables, key, model_state) -> state``, and ``call(variables, inner_batch, outer_batch, key, state,
+    model_state) -> (Estimate, Trained, HypergradInfo)``; keys are typed.
+    """
     _check(estimator, inner_optimizer, guard)
     trains = inner_optimizer is not None
 

@@ -1,0 +1,279 @@
+"""Compare linear solvers on the system that a problem's own hypergradient asks for.
+
+    (H + δI) q = ∂L_out/∂w           each solver beside a converged solve with the same δ
+
+Two questions are answered apart: how far a solver is from the solution of its own, damped system (cosine and norm ratio
+of its hypergradient), and how far that solution is from the undamped one (the damping's cosine).
+
+Reference: Lorraine, Vicol & Duvenaud, arXiv 1911.02590 (a comparison of inversion methods).
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hypergrad import validate
+from hypergrad.diagnostics._base import align, digits, table
+from hypergrad.drivers import compiled
+from hypergrad.estimators import implicit
+from hypergrad.problem import BilevelParams, BilevelProblem, check_problem, check_variables
+from hypergrad.solvers import (
+    LinearSolver,
+    Status,
+    cg,
+    dense,
+    gmres,
+    identity,
+    neumann,
+    preconditioners,
+    recycled_cg,
+    richardson,
+)
+from hypergrad.types import Batch, Hyperparams, Key, ModelState, Params, PyTree
+
+__all__ = ["SolverComparison", "SolverRow", "catalogue", "compare_solvers"]
+
+_NUM_SOLVES = 5
+_GOOD = 0.95  # the cosine from which a direction counts as good
+
+
+class SolverRow(NamedTuple):
+    """One solver on the problem's system, after five solves of it, so that warm starts count.
+
+    Attributes:
+      name: of the solver.
+      status: of the last solve, a ``hg.solvers.Status``.
+      num_products: of the last solve; −1 where not known.
+      residual: ‖b − (H + δI) q‖/‖b‖; NaN where not measured.
+      damping: δ.
+      cosine: of its hypergradient with that of a converged solve with the same δ.
+      norm_ratio: its norm over that of the converged one.
+      first_cosine: the cosine after the first solve, without a warm start.
+      damping_cosine: of the converged, damped hypergradient with the converged, undamped one; 1 for δ = 0, NaN where
+        the latter did not converge.
+      milliseconds: per hypergradient, the median of the solves after the first.
+      mebibytes: scratch memory of the compiled hypergradient; NaN where the device does not tell.
+    """
+
+    name: str
+    status: Status
+    num_products: int
+    residual: float
+    damping: float
+    cosine: float
+    norm_ratio: float
+    first_cosine: float
+    damping_cosine: float
+    milliseconds: float
+    mebibytes: float
+
+
+class SolverComparison(NamedTuple):
+    """Solvers compared on one system. ``str()`` of it is a table, with a sentence of advice.
+
+    Attributes:
+      rows: one ``SolverRow`` per solver, in the order given.
+      advice: what follows from the numbers.
+    """
+
+    rows: tuple[SolverRow, ...]
+    advice: str
+
+    def __str__(self) -> str:
+        """Return the rows as a table, and the advice."""
+        head = ["solver", "products", "residual", "δ", "cosine", "norm ratio", "first cosine", "cosine of damping"]
+        lines = [[*head, "ms", "MiB", "status"]]
+        for row in self.rows:
+            numbers = row.residual, row.damping, row.cosine, row.norm_ratio, row.first_cosine, row.damping_cosine
+            spent = "-" if row.num_products < 0 else str(row.num_products)
+            cost = f"{row.milliseconds:.1f}", digits(row.mebibytes)
+            lines.append([row.name, spent, *map(digits, numbers), *cost, row.status.name])
+        return f"{table(lines)}\n{self.advice}"
+
+
+def catalogue(*, diagonal: bool = False) -> dict[str, LinearSolver]:
+    """Return the solvers that ``compare_solvers`` tries on a symmetric system, by name.
+
+    Args:
+      diagonal: whether the system has a diagonal, which more of them use then.
+    """
+    found = {
+        "identity()": identity(),
+        "neumann(5)": neumann(5),
+        "neumann(20)": neumann(20),
+        "cg(3), the default": cg(3, relative_damping=0.01, warm_start=True),
+        "cg(10, relative_damping=0.01)": cg(10, relative_damping=0.01, warm_start=True),
+        "cg(20)": cg(20),
+        "cg(50)": cg(50),
+        "richardson(1, momentum=0.7)": richardson(1, momentum=0.7),
+        "recycled_cg(5, 10)": recycled_cg(5, 10),
+    }
+    if diagonal:
+        found["cg(20, jacobi())"] = cg(20, preconditioner=preconditioners.jacobi())
+        found["neumann(20, jacobi())"] = neumann(20, preconditioner=preconditioners.jacobi())
+    return found
+
+
+def compare_solvers(
+    problem: BilevelProblem,
+    variables: BilevelParams,
+    inner_batch: Batch,
+    outer_batch: Batch,
+    *,
+    key: Key,
+    solvers: Mapping[str, LinearSolver] | None = None,
+    diagonal: Callable[[Params, Hyperparams], PyTree] | None = None,
+    trainable: PyTree = None,
+    model_state: ModelState = None,
+    progress: Callable[[str], Any] | None = None,
+) -> SolverComparison:
+    """Run every solver on the linear system of a problem's own hypergradient, beside converged solves.
+
+    Args:
+      problem: as for ``hg.implicit``.
+      variables: where. Take weights from the middle of training, where the solver will work.
+      inner_batch: one batch of the inner loss.
+      outer_batch: of the outer loss.
+      key: of the losses, the same for all solves, or None.
+      solvers: which, by name; None: a catalogue of nine, and two more with a ``diagonal``; ``gmres`` and ``dense`` where
+        the problem has a residual.
+      diagonal: as for ``hg.implicit``.
+      trainable: as for ``hg.implicit``.
+      model_state: of a stateful problem.
+      progress: called with a line of text before each solver, e.g. ``print``.
+
+    Returns:
+      A ``SolverComparison``; ``print`` it. A reference that did not converge leaves NaN, printed as -.
+
+    Raises:
+      TypeError: ``solvers`` is not a dict of ``LinearSolver``.
+      ValueError: as for ``hg.value_and_hypergrad``.
+
+    Valid for this point and this batch. The system stays the same in all five solves of a warm solver; in training it
+    moves, and ``cosine`` lies between the two columns. The reference is CG with up to 1,000 products, or a
+    factorisation for up to 1,000 weights; on an indefinite H only the factorisation converges without damping.
+
+    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> inner = lambda w, h, batch, key: 0.5 * jnp.sum(jnp.exp(h) * w**2 - 2 * w)           # w* = exp(-h)
+    >>> problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w))
+    >>> at = hg.BilevelParams(jnp.exp(-jnp.array([0.0, 1.0])), jnp.array([0.0, 1.0]))
+    >>> found = compare_solvers(problem, at, (), (), key=None, solvers={"cg(2)": hg.solvers.cg(2)})
+    >>> round(found.rows[0].cosine, 4), found.rows[0].num_products
+    (1.0, 2)
+
+    Reference: Lorraine, Vicol & Duvenaud, arXiv 1911.02590.
+    """
+    check_problem(problem)
+    check_variables(variables)
+    symmetric = problem.residual is None
+    if solvers is None:
+        chosen = catalogue(diagonal=diagonal is not None) if symmetric else {
+            "gmres(50, 25)": gmres(50, 25), "gmres(10, 10)": gmres(10, 10)
+        }
+    else:
+        chosen = dict(solvers) if isinstance(solvers, Mapping) else {}
+    if not chosen or not all(isinstance(solver, LinearSolver) for solver in chosen.values()):
+        fix = 'Pass e.g. {"cg(10)": hg.solvers.cg(10)}.'
+        raise TypeError(validate.message("solvers as a dict of LinearSolvers by name", validate.describe(solvers), fix))
+    size = sum(leaf.size for leaf in jax.tree.leaves(variables.params))
+    typed_key, say = validate.as_key(key), progress or (lambda _: None)
+
+    def reference(damping: float) -> tuple[Hyperparams, bool]:
+        if size <= 1000:
+            solver = dense(damping=damping)
+        else:
+            solver = cg(1000, 1e-6, damping=damping) if symmetric else gmres(1000, 100, 1e-6)
+        hypergrad, info, _, _ = _repeat(estimator(solver), 1, variables, inner_batch, outer_batch, typed_key, model_state)
+        return hypergrad[0], float(info.residual) <= 1e-3
+
+    def estimator(solver: LinearSolver) -> Any:
+        return implicit(problem, solver, diagonal=diagonal, trainable=trainable)
+
+    say("the converged, undamped solve")
+    undamped, exact = reference(0.0)
+    truths: dict[float, tuple[Hyperparams, bool]] = {0.0: (undamped, exact)}
+    rows = []
+    for name, solver in chosen.items():
+        say(name)
+        found, info, times, memory = _repeat(
+            estimator(solver), _NUM_SOLVES, variables, inner_batch, outer_batch, typed_key, model_state
+        )
+        damping = float(info.damping)
+        if damping not in truths:
+            say(f"the converged solve with δ = {digits(damping)}")
+            truths[damping] = reference(damping)
+        truth, converged = truths[damping]
+        last, first = align(found[-1], truth), align(found[0], truth)
+        of_damping = align(truth, undamped).cosine if exact and converged else math.nan
+        known = 1.0 if converged else math.nan
+        rows.append(
+            SolverRow(
+                name,
+                Status(int(info.status)),
+                int(info.num_products),
+                float(info.residual),
+                damping,
+                known * last.cosine,
+                known * last.norm_ratio,
+                known * first.cosine,
+                1.0 if damping == 0 else of_damping,
+                1e3 * float(np.median(times)),
+                memory,
+            )
+        )
+    return SolverComparison(tuple(rows), _advice(rows))
+
+
+def _repeat(
+    estimator: Any,
+    count: int,
+    variables: BilevelParams,
+    inner_batch: Batch,
+    outer_batch: Batch,
+    key: Any,
+    model_state: ModelState,
+) -> tuple[list[Hyperparams], Any, list[float], float]:
+    """Return the hypergradients of ``count`` solves, the last solve's info, seconds of each but the first, and MiB."""
+    init, run = compiled(estimator)
+    state = init(variables, key, model_state)
+    step = jax.jit(run).lower(variables, inner_batch, outer_batch, key, state, model_state).compile()
+    found, times = [], []
+    for _ in range(count):
+        start = time.perf_counter()
+        estimate = jax.block_until_ready(step(variables, inner_batch, outer_batch, key, state, model_state))[0]
+        times.append(time.perf_counter() - start)
+        state = estimate.state
+        found.append(estimate.hypergrad)
+    analysis = step.memory_analysis()
+    memory = math.nan if analysis is None else analysis.temp_size_in_bytes / 2**20
+    return found, estimate.info, times[1:] or times, memory
+
+
+def _advice(rows: list[SolverRow]) -> str:
+    known = [row for row in rows if row.cosine == row.cosine]
+    good = [row for row in known if row.cosine >= _GOOD]
+    if not known:
+        return (
+            "No reference converged: H is singular or indefinite here. Compare by residual, and prefer damped solvers "
+            "(relative_damping), whose system is definite."
+        )
+    best = max(known, key=lambda row: row.cosine)
+    if not good:
+        return f"No solver reaches a cosine of {_GOOD}: {best.name} comes closest ({digits(best.cosine)}). Allow more products."
+    cheapest = min(good, key=lambda row: row.milliseconds)
+    text = (
+        f"{cheapest.name} is the cheapest with a cosine of at least {_GOOD}: {digits(cheapest.cosine)} in "
+        f"{cheapest.milliseconds:.1f} ms"
+    )
+    if best is not cheapest:
+        text += f"; {best.name} is the closest: {digits(best.cosine)} in {best.milliseconds:.1f} ms"
+    if cheapest.damping_cosine < _GOOD:
+        text += (
+            f". Its damping turns the hypergradient (cosine {digits(cheapest.damping_cosine)} with the undamped one): fine "
+            "for training, not as a reference"
+        )
+    return text + "."
