@@ -166,6 +166,7 @@ def test_library_manners(path):
             "itertools",
             "pathlib",
             "threading",
+            "time",
             "types",
             "typing",
             "warnings",

@@ -111,14 +111,12 @@ def check(solver, rtol, sizes, seed, spectrum, dtype, scale, *, climbs):
         assert residual == pytest.approx(np.linalg.norm(right - damped @ found) / size, rel=1e-2, abs=10 * rounding)
         if not climbs:
             of_start = np.linalg.norm(right - damped @ start * size) / size
-            highest = {True: [energy(damped, right, start * size)], False: [0.0]}
-            limits = (
-                highest[True] if of_start < 2.97 else highest[False] if of_start > 3.03 else sum(highest.values(), [])
-            )
+            warm, cold = energy(damped, right, start * size), 0.0
+            limit = warm if of_start < 2.97 else cold if of_start > 3.03 else max(warm, cold)
             room = 10 * rounding * size * np.linalg.norm(found)
-            assert energy(damped, right, found) <= max(limits) + room
-            warm = hasattr(state, "solution") and state.solution != ()
-            start = found / size if warm else np.zeros(SIZE)
+            assert energy(damped, right, found) <= limit + room
+            keeps = hasattr(state, "solution") and state.solution != ()
+            start = found / size if keeps else np.zeros(SIZE)
 
 
 cases = given(

@@ -15,6 +15,7 @@ import numpy as np
 
 from hypergrad import tree, validate
 from hypergrad.diagnostics._base import readable
+from hypergrad.diagnostics._solvers import SolverComparison
 from hypergrad.solvers import SolveInfo, Status
 from hypergrad.types import PyTree
 
@@ -187,13 +188,18 @@ def plot_comparison(comparison: SolverComparison) -> Any:
     if not rows:
         fix = "Pass solvers with damping, or a point where H is definite."
         raise ValueError(validate.message("a comparison with a converged reference", "none", fix))
-    figure, axes = _figure(1, "Solvers beside a converged solve")
-    ax = axes[0]
+    figure = _figure(7.0, 4.0)
+    panel = figure.subplots()
     for row in rows:
         for cosine, filled in ((row.first_cosine, False), (row.cosine, True)):
             missing = max(1.0 - cosine, 1e-9)
-            ax.plot(row.milliseconds, missing, "o", color="C0", fillstyle="full" if filled else "none")
-        ax.annotate(row.name, (row.milliseconds, max(1.0 - row.cosine, 1e-9)), fontsize=7, xytext=(4, 2),
-                    textcoords="offset points")
-    ax.set(xscale="log", yscale="log", xlabel="ms per hypergradient", ylabel="1 − cosine (hollow: first solve)")
-    return figure
+            panel.plot(row.milliseconds, missing, "o", color="C0", fillstyle="full" if filled else "none")
+        panel.annotate(
+            row.name,
+            (row.milliseconds, max(1.0 - row.cosine, 1e-9)),
+            fontsize=7,
+            xytext=(4, 2),
+            textcoords="offset points",
+        )
+    panel.set(xscale="log", yscale="log", xlabel="ms per hypergradient", ylabel="1 − cosine (hollow: first solve)")
+    return _finished(figure, "Solvers beside a converged solve")

@@ -139,8 +139,8 @@ def compare_solvers(
       inner_batch: one batch of the inner loss.
       outer_batch: of the outer loss.
       key: of the losses, the same for all solves, or None.
-      solvers: which, by name; None: a catalogue of nine, and two more with a ``diagonal``; ``gmres`` and ``dense`` where
-        the problem has a residual.
+      solvers: which, by name. None: a catalogue of nine, and two more with a ``diagonal``; two ``gmres`` where the
+        problem has a residual.
       diagonal: as for ``hg.implicit``.
       trainable: as for ``hg.implicit``.
       model_state: of a stateful problem.
@@ -171,23 +171,25 @@ def compare_solvers(
     check_variables(variables)
     symmetric = problem.residual is None
     if solvers is None:
-        chosen = catalogue(diagonal=diagonal is not None) if symmetric else {
-            "gmres(50, 25)": gmres(50, 25), "gmres(10, 10)": gmres(10, 10)
-        }
+        chosen = (
+            catalogue(diagonal=diagonal is not None)
+            if symmetric
+            else {"gmres(50, 25)": gmres(50, 25), "gmres(10, 10)": gmres(10, 10)}
+        )
     else:
         chosen = dict(solvers) if isinstance(solvers, Mapping) else {}
     if not chosen or not all(isinstance(solver, LinearSolver) for solver in chosen.values()):
         fix = 'Pass e.g. {"cg(10)": hg.solvers.cg(10)}.'
         raise TypeError(validate.message("solvers as a dict of LinearSolvers by name", validate.describe(solvers), fix))
     size = sum(leaf.size for leaf in jax.tree.leaves(variables.params))
-    typed_key, say = validate.as_key(key), progress or (lambda _: None)
+    given, say = (variables, inner_batch, outer_batch, validate.as_key(key), model_state), progress or (lambda _: None)
 
     def reference(damping: float) -> tuple[Hyperparams, bool]:
         if size <= 1000:
             solver = dense(damping=damping)
         else:
             solver = cg(1000, 1e-6, damping=damping) if symmetric else gmres(1000, 100, 1e-6)
-        hypergrad, info, _, _ = _repeat(estimator(solver), 1, variables, inner_batch, outer_batch, typed_key, model_state)
+        hypergrad, info, _, _ = _repeat(estimator(solver), 1, *given)
         return hypergrad[0], float(info.residual) <= 1e-3
 
     def estimator(solver: LinearSolver) -> Any:
@@ -199,9 +201,7 @@ def compare_solvers(
     rows = []
     for name, solver in chosen.items():
         say(name)
-        found, info, times, memory = _repeat(
-            estimator(solver), _NUM_SOLVES, variables, inner_batch, outer_batch, typed_key, model_state
-        )
+        found, info, times, memory = _repeat(estimator(solver), _NUM_SOLVES, *given)
         damping = float(info.damping)
         if damping not in truths:
             say(f"the converged solve with δ = {digits(damping)}")
@@ -263,7 +263,8 @@ def _advice(rows: list[SolverRow]) -> str:
         )
     best = max(known, key=lambda row: row.cosine)
     if not good:
-        return f"No solver reaches a cosine of {_GOOD}: {best.name} comes closest ({digits(best.cosine)}). Allow more products."
+        closest = f"{best.name} comes closest ({digits(best.cosine)})"
+        return f"No solver reaches a cosine of {_GOOD}: {closest}. Allow more products."
     cheapest = min(good, key=lambda row: row.milliseconds)
     text = (
         f"{cheapest.name} is the cheapest with a cosine of at least {_GOOD}: {digits(cheapest.cosine)} in "
@@ -273,7 +274,7 @@ def _advice(rows: list[SolverRow]) -> str:
         text += f"; {best.name} is the closest: {digits(best.cosine)} in {best.milliseconds:.1f} ms"
     if cheapest.damping_cosine < _GOOD:
         text += (
-            f". Its damping turns the hypergradient (cosine {digits(cheapest.damping_cosine)} with the undamped one): fine "
-            "for training, not as a reference"
+            f". Its damping turns the hypergradient (cosine {digits(cheapest.damping_cosine)} with the undamped one): "
+            "fine for training, not as a reference"
         )
     return text + "."

@@ -208,7 +208,7 @@ def _full_precision() -> contextlib.AbstractContextManager[None]:
 
 
 def _lower_precision(ctx: Context, unknowns: "_Unknowns") -> Any:
-    """Return the dtype in which the inner loss computes where it is lower than that of the solve's vectors, else None."""
+    """Return the dtype in which the inner loss computes where it is lower than that of the vectors, else None."""
     solved, hyperparams = unknowns.of(ctx.at.params), ctx.hyperparams
     fn: Any = inner_loss_fn(ctx) if ctx.problem.residual is None else residual_fn(ctx)
     fn, wide = unknowns.restrict(fn, ctx.at.params), tree.promote(solved)
