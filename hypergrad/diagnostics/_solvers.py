@@ -241,16 +241,18 @@ def _repeat(
     init, run = compiled(estimator)
     state = init(variables, key, model_state)
     step = jax.jit(run).lower(variables, inner_batch, outer_batch, key, state, model_state).compile()
-    found, times = [], []
+    found: list[Hyperparams] = []
+    times: list[float] = []
+    info: Any = None
     for _ in range(count):
         start = time.perf_counter()
         estimate = jax.block_until_ready(step(variables, inner_batch, outer_batch, key, state, model_state))[0]
         times.append(time.perf_counter() - start)
-        state = estimate.state
+        state, info = estimate.state, estimate.info
         found.append(estimate.hypergrad)
     analysis = step.memory_analysis()
     memory = math.nan if analysis is None else analysis.temp_size_in_bytes / 2**20
-    return found, estimate.info, times[1:] or times, memory
+    return found, info, times[1:] or times, memory
 
 
 def _advice(rows: list[SolverRow]) -> str:

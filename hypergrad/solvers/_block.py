@@ -50,10 +50,8 @@ def combine(block: PyTree, coefficients: Array) -> PyTree:
 
 
 def over(vector: PyTree, divisor: PyTree) -> PyTree:
-    """Return a vector or a block divided by a scalar, or by a tree like a vector."""
-    if jax.tree.structure(vector) == jax.tree.structure(divisor):
-        return jax.tree.map(lambda x, d: x / _aligned(d, x), vector, divisor)
-    return jax.tree.map(lambda x: x / jnp.asarray(divisor, x.dtype), vector)
+    """Return a vector or a block divided by a tree like a vector, whose leaves may be scalars."""
+    return jax.tree.map(lambda x, d: x / _aligned(d, x), vector, divisor)
 
 
 def times(block: PyTree, factor: PyTree) -> PyTree:
@@ -82,7 +80,7 @@ def low_rank_inverse(basis: PyTree, products: PyTree, diagonal: PyTree, damping:
     rest = jnp.where(jnp.isfinite(rest), rest, 0.0)
     if diagonal is None:
         rest = rest + damping
-        shifted: PyTree = jnp.where(rest > 0, rest, 1.0)
+        shifted: PyTree = jax.tree.map(lambda _: jnp.where(rest > 0, rest, 1.0), products)
     else:
         shifted = jax.tree.map(lambda d: d + rest.astype(d.dtype), diagonal)
     scaled = over(products, shifted)

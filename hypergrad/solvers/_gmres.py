@@ -9,7 +9,7 @@ Reference: Saad & Schultz, GMRES: a generalized minimal residual algorithm for s
 SIAM J. Sci. Stat. Comput. 7(3), 1986.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,7 @@ def _first(basis: PyTree, remainder: PyTree, size: Array) -> PyTree:
     return _block.put(basis, normalized(remainder, size), jnp.zeros((), jnp.int32))
 
 
-def _measured(scaled: ScaledSystem, c: _Cycle, image: PyTree, stop: Array, max_products: int) -> _Cycle:
+def _measured(scaled: ScaledSystem, c: _Cycle, image: PyTree, stop: Any, max_products: int) -> _Cycle:
     """Begin a cycle at x, with its measured residual."""
     remainder = tree.add_scaled(scaled.b, -1.0, image)
     size = tree.norm(remainder)

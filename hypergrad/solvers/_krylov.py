@@ -34,6 +34,11 @@ class Kept(NamedTuple):
     curvatures: Array
 
 
+def _nothing_kept(b: PyTree, size: int) -> Kept:
+    scalar = tree.wider(*(leaf.dtype for leaf in jax.tree.leaves(b)))
+    return Kept(_block.zeros(b, size), _block.zeros(b, size), jnp.zeros(size, scalar))
+
+
 class Krylov(NamedTuple):
     """The state of the iteration.
 
@@ -52,7 +57,7 @@ class Krylov(NamedTuple):
     travelled: Array
     num_products: Array
     status: Array
-    kept: Kept | tuple[()]
+    kept: Kept | None
     mode: Array
     done: Array
 
@@ -125,7 +130,7 @@ def run(
         travelled=zero,
         num_products=count,
         status=jnp.asarray(Status.TRUNCATED, jnp.int32),
-        kept=Kept(*(_block.zeros(b, max_products),) * 2, jnp.zeros(max_products, size.dtype)) if keep else (),
+        kept=_nothing_kept(b, max_products) if keep else None,
         mode=jnp.where(trial, _TRIAL, _STEP).astype(jnp.int32),
         done=(size == 0) | (~trial & (stop >= 1.0)) | (count >= max_products),
     )
@@ -178,7 +183,7 @@ def _step(
     z = remainder if precondition is None else precondition(remainder)
     energy = square if precondition is None else tree.vdot(remainder, z)
     kept = c.kept
-    if isinstance(kept, Kept):
+    if kept is not None:
         place, curvature = c.num_products, jnp.where(is_step & accepted, curvature, 0.0)
         kept = Kept(
             _block.put(kept.directions, c.direction, place),
@@ -188,17 +193,16 @@ def _step(
         shares = divide(_block.inner(kept.images, z), kept.curvatures)
         direction = tree.add_scaled(z, -1.0, _block.combine(kept.directions, shares))
         energy = tree.vdot(direction, remainder)
-    else:
-        share = jnp.where(is_step, divide(energy, c.energy), 0.0)
-        direction = tree.add_scaled(z, share, c.direction)
-    if isinstance(kept, Kept):
         direction_sq, whole = tree.vdot(direction, direction), tree.vdot(z, z)
         # p = z + β p_before with z ⟂ p_before is never shorter than z in exact arithmetic: a tiny one is rounding.
         direction_sq = jnp.where(direction_sq > epsilon(c.x) * whole, direction_sq, 0.0)
-    elif precondition is None:
-        direction_sq = square + share * share * c.direction_sq  # the new remainder ⟂ the old direction
     else:
-        direction_sq = tree.vdot(direction, direction)
+        share = jnp.where(is_step, divide(energy, c.energy), 0.0)
+        direction = tree.add_scaled(z, share, c.direction)
+        if precondition is None:
+            direction_sq = square + share * share * c.direction_sq  # the new remainder ⟂ the old direction
+        else:
+            direction_sq = tree.vdot(direction, direction)
 
     count, residual = c.num_products + 1, divide(jnp.sqrt(square), size)
     # A square that underflows would make the next quotients meaningless.

@@ -106,7 +106,8 @@ def neumann(
         return () if stateless else NeumannState(direction, kept)
 
     def solve_scaled(scaled: ScaledSystem, state: PyTree) -> Solution:
-        precondition, kept, spent = _unpreconditioned, (), jnp.zeros((), jnp.int32)
+        precondition: MatVec = _unpreconditioned
+        kept, spent = (), jnp.zeros((), jnp.int32)
         if preconditioner is not None:
             fixed, unknown = jnp.asarray(damping, scaled.size.dtype), jnp.zeros_like(scaled.size)
             given = scaled.system, scaled.b, fixed, unknown, state.preconditioner

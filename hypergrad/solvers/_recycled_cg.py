@@ -121,7 +121,8 @@ def recycled_cg(
             keep=True,
             unroll=unroll,
         )
-        directions, images = final.kept.directions, final.kept.images
+        assert final.kept is not None
+        directions, images, _ = final.kept
         images = tree.add_scaled(images, -damping, directions)
         if own is not None:
             images = jax.tree.map(lambda a, p, d: a - d.astype(p.dtype) * p, images, directions, own)

@@ -1,0 +1,392 @@
+"""What is particular to damped, warm, preconditioned and recycled conjugate gradients."""
+
+import functools
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.solvers import LinearSystem, Status
+from tests.problems import relative_error, ridge
+
+ROOT = Path(__file__).parents[1]
+
+
+def matrix_of(values, seed):
+    rng = np.random.default_rng(seed)
+    q, _ = np.linalg.qr(rng.normal(size=(len(values), len(values))))
+    return q @ np.diag(values) @ q.T, rng.normal(size=len(values))
+
+
+def by_hand(matrix, b, state, products, ratio):
+    """Warm, relatively damped conjugate gradients, written from the formulas with numpy."""
+    last, top = state
+    size, seen, spent = np.linalg.norm(b), 0.0, 0
+    x, r, damping = np.zeros_like(b), b.copy(), ratio * top if top > 0 else None
+    if last.any():
+        guess = last * size
+        image = matrix @ guess
+        spent, seen = 1, abs(guess @ image) / (guess @ guess)
+        left = b - image - damping * guess
+        if np.linalg.norm(left) < 3 * size:
+            x, r = guess, left
+    p, status = r.copy(), Status.TRUNCATED
+    while spent < products:
+        image = matrix @ p
+        spent += 1
+        quotient = p @ image / (p @ p)
+        if damping is None:
+            damping = ratio * (quotient if quotient > 0 else np.linalg.norm(image) / np.linalg.norm(p))
+            seen = damping / ratio
+        seen = max(seen, abs(quotient))
+        if quotient + damping <= 0.1 * damping:
+            status = Status.INDEFINITE
+            break
+        length = (r @ r) / (p @ image + damping * p @ p)
+        x, new = x + length * p, r - length * (image + damping * p)
+        p, r = new + (new @ new) / (r @ r) * p, new
+    return x, (x / size, max(seen, 0.9 * top)), status, damping
+
+
+@pytest.mark.parametrize("kind", ["definite", "indefinite", "first direction negative"])
+@pytest.mark.parametrize("products", [2, 3, 5])
+def test_warm_damped_iterates_are_those_of_the_formulas(kind, products, x64):
+    solver = hg.solvers.cg(products, 0.0, relative_damping=0.01, warm_start=True)
+    step = jax.jit(lambda matrix, b, state: solver.solve(LinearSystem(lambda v: matrix @ v), b, state))
+    state, mine, statuses = solver.init(jnp.zeros(12)), (np.zeros(12), 0.0), set()
+    for turn in range(6):
+        values = np.geomspace(1.0, 1e-3, 12) * (1 + 0.1 * turn)
+        if kind == "indefinite":
+            values[-3:] = -0.02
+        matrix, b = matrix_of(values, 7)
+        b = b + 0.3 * np.random.default_rng(turn).normal(size=12)
+        if kind == "first direction negative" and turn == 0:
+            matrix = matrix - 2 * np.outer(b, b) / (b @ b)
+        x, state, info = step(jnp.asarray(matrix), jnp.asarray(b), state)
+        want, mine, status, damping = by_hand(matrix, b, mine, products, 0.01)
+        np.testing.assert_allclose(x, want, rtol=1e-7, atol=1e-9 * np.linalg.norm(want))
+        assert float(info.damping) == pytest.approx(damping, rel=1e-9)
+        assert float(state.largest) == pytest.approx(mine[1], rel=1e-9)
+        assert Status(int(info.status)) == status
+        statuses.add(status)
+    assert Status.TRUNCATED in statuses
+
+
+def test_a_warm_start_of_three_times_the_right_hand_side_is_dropped(x64):
+    """Where it starts: the energy of the result tells whether the guess was kept."""
+    solver = hg.solvers.cg(2, 0.0, warm_start=True)
+    matrix, b = jnp.diag(jnp.array([1.0, 2.0])), jnp.array([1.0, 1.0])
+    for factor, kept in ((2.9, True), (3.1, False)):
+        guess = jnp.linalg.solve(matrix, b + factor * jnp.array([1.0, -1.0]))  # a residual of factor ‖b‖
+        state = solver.init(b)._replace(solution=guess / jnp.linalg.norm(b))
+        x, _, _ = solver.solve(LinearSystem(lambda v: matrix @ v), b, state)
+        cold, _, _ = hg.solvers.cg(1, 0.0).solve(LinearSystem(lambda v: matrix @ v), b, ())
+        assert (relative_error(x, cold) > 1e-6) == kept
+
+
+def test_implicit_has_a_default():
+    example = ridge()
+    spelled = hg.solvers.cg(3, relative_damping=0.01, warm_start=True)
+    for batches in ((example.inner_batch, example.outer_batch),):
+        results = []
+        for estimator in (hg.implicit(example.problem), hg.implicit(example.problem, spelled)):
+            fn, state = hg.value_and_hypergrad(estimator), None
+            for _ in range(3):
+                (_, grad), info = fn(*example.variables, *batches, key=None, state=state)
+                state = info.state
+            results.append((grad, info.solver))
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *results))
+        assert int(results[0][1].num_products) == 3
+        assert float(results[0][1].damping) > 0
+
+
+def test_best_response_of_the_default_is_solved_well(x64):
+    """It is called once: three damped products would be a wrong derivative. Twice differentiable, too."""
+    example = ridge()
+    fn = hg.best_response(hg.implicit(example.problem))
+    value = lambda h: example.problem.outer_loss(  # noqa: E731
+        fn(example.variables.params, h, example.inner_batch, key=None), h, example.outer_batch, None
+    )
+    h = example.variables.hyperparams
+    assert relative_error(jax.grad(value)(h), example.exact) < 1e-6
+    along = jax.tree.map(jnp.ones_like, h)
+    curved = jax.jvp(jax.grad(value), (h,), (along,))[1]
+    assert relative_error(curved, jax.jvp(jax.grad(example.value_at), (h,), (along,))[1]) < 1e-4
+
+
+class TestDiagonal:
+    def test_is_given_constrained_hyperparameters_and_spread_over_the_unknowns(self):
+        seen = []
+
+        def diagonal(params, decay):
+            seen.append(jax.tree.leaves(decay))
+            return {"a": decay["a"], "b": 2.0, "c": decay["a"]}
+
+        class StopError(Exception):
+            pass
+
+        def solve(system, b, state, *, tolerance=None):
+            seen.append(system.diagonal())
+            raise StopError
+
+        inner = lambda w, h, batch, key: sum(jnp.sum(h["a"] * x**2) for x in jax.tree.leaves(w))  # noqa: E731
+        problem = hg.reparameterize(hg.BilevelProblem(inner, inner), hg.bijectors.exp())
+        solver = hg.LinearSolver(lambda b: (), solve)
+        estimator = hg.implicit(problem, solver, diagonal=diagonal, trainable={"a": True, "b": True, "c": False})
+        weights = {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones(2), "c": jnp.ones(2)}
+        with pytest.raises(StopError):
+            hg.hypergrad(estimator)(weights, {"a": jnp.log(3.0)}, (), (), key=None)
+        found = seen[-1]
+        assert found["c"] is None
+        assert found["a"].shape == (2, 3)
+        assert found["a"].dtype == jnp.float32
+        assert found["b"].shape == (2,)
+
+    @pytest.mark.parametrize("wrong", [lambda w, h: jnp.ones(5), lambda w, h: {"x": 1.0}])
+    def test_of_another_form_is_refused(self, wrong):
+        example = ridge()
+        estimator = hg.implicit(
+            example.problem, hg.solvers.cg(3, preconditioner=hg.preconditioners.jacobi()), diagonal=wrong
+        )
+        with pytest.raises(ValueError, match="diagonal"):
+            hg.hypergrad(estimator)(*example.variables, example.inner_batch, example.outer_batch, key=None)
+
+    def test_that_is_missing_is_named(self):
+        example = ridge()
+        estimator = hg.implicit(example.problem, hg.solvers.cg(3, preconditioner=hg.preconditioners.jacobi()))
+        with pytest.raises(ValueError, match=r"a diagonal for jacobi.*diagonal=lambda"):
+            hg.hypergrad(estimator)(*example.variables, example.inner_batch, example.outer_batch, key=None)
+        with pytest.raises(TypeError, match="diagonal to be callable"):
+            hg.implicit(example.problem, diagonal=3.0)
+
+
+@pytest.mark.parametrize("make", [hg.solvers.cg, hg.solvers.neumann], ids=["cg", "neumann"])
+def test_jacobi_solves_a_diagonal_system_at_once(make, x64):
+    values, b = jnp.geomspace(1e-4, 1e4, 9), jnp.ones(9)
+    solver = make(1, preconditioner=hg.preconditioners.jacobi())
+    system = LinearSystem(lambda v: values * v, diagonal=lambda: values)
+    x, _, info = solver.solve(system, b, solver.init(b))
+    np.testing.assert_allclose(x, b / values, rtol=1e-9)
+    assert bool(info.converged)
+
+
+def test_jacobi_includes_the_damping(x64):
+    values, b = jnp.array([0.0, 1.0, 4.0]), jnp.ones(3)
+    solver = hg.solvers.cg(1, damping=0.5, preconditioner=hg.preconditioners.jacobi())
+    x, _, _ = solver.solve(LinearSystem(lambda v: values * v, diagonal=lambda: values), b, solver.init(b))
+    np.testing.assert_allclose(x, b / (values + 0.5), rtol=1e-9)
+
+
+def test_nystrom_deflates_outliers_and_is_made_anew(x64):
+    values = np.concatenate([np.geomspace(1e4, 1e1, 8), np.linspace(0.5, 1.0, 32)])
+    matrix, b = matrix_of(values, 0)
+    matrix, b = jnp.asarray(matrix), jnp.asarray(b)
+    exact = jnp.linalg.solve(matrix, b)
+    solver = hg.solvers.cg(6, 0.0, preconditioner=hg.preconditioners.nystrom(12, every=3))
+    system = LinearSystem(lambda v: matrix @ v, key=jax.random.key(0))
+    step, state, counts = jax.jit(lambda state: solver.solve(system, b, state)), solver.init(b), []
+    for _ in range(5):
+        x, state, info = step(state)
+        counts.append(int(info.num_products))
+    assert counts == [18, 6, 6, 18, 6]
+    plain, _, _ = hg.solvers.cg(6, 0.0).solve(system, b, ())
+    assert relative_error(x, exact) < 1e-2 < 0.2 < relative_error(plain, exact)
+    with pytest.raises(ValueError, match="random key for nystrom"):
+        solver.solve(system._replace(key=None), b, solver.init(b))
+
+
+def test_reorthogonalization_keeps_digits():
+    """In float32, fifty steps at condition 1e4: without it the directions lose their conjugacy."""
+    matrix, b = matrix_of(np.geomspace(1.0, 1e-4, 60), 0)
+    exact = np.linalg.solve(matrix, b)
+    system = LinearSystem(lambda v: jnp.asarray(matrix, jnp.float32) @ v)
+    errors = []
+    for keep in (False, True):
+        solver = hg.solvers.cg(60, 0.0, reorthogonalize=keep)
+        x, _, _ = jax.jit(lambda b, s=solver: s.solve(system, b, s.init(b)))(jnp.asarray(b, jnp.float32))
+        errors.append(float(np.linalg.norm(x - exact) / np.linalg.norm(exact)))
+    assert errors[1] < 0.2 * errors[0]
+
+
+class TestRecycled:
+    @pytest.mark.parametrize("diagonal", [True, False])
+    def test_becomes_exact_where_the_subspace_holds_the_outliers(self, diagonal, x64):
+        """And stays so while a known diagonal moves by a factor of e."""
+        matrix, b = matrix_of(np.concatenate([np.geomspace(1e3, 1e1, 8), np.full(32, 1e-6)]), 1)
+        matrix, b = jnp.asarray(matrix), jnp.asarray(b)
+        solver = hg.solvers.recycled_cg(4, 10, 1e-10)
+        state, errors = solver.init(b), []
+
+        @jax.jit
+        def step(decay, state):
+            known = (lambda: decay) if diagonal else (lambda: None)
+            system = LinearSystem(lambda v: matrix @ v + decay * v, diagonal=known)
+            return solver.solve(system, b, state)
+
+        rng = np.random.default_rng(0)
+        for i in range(12):
+            decay = jnp.asarray(np.exp((i / 12 if diagonal else 0.0) * rng.uniform(size=40)))
+            x, state, info = step(decay, state)
+            exact = jnp.linalg.solve(matrix + jnp.diag(decay), b)
+            errors.append(relative_error(x, exact))
+            assert int(info.num_products) <= 5
+        assert max(errors[-3:]) < 1e-6 < errors[0]
+
+    def test_memory_is_two_blocks_of_vectors(self):
+        state = hg.solvers.recycled_cg(3, 7).init({"w": jnp.ones((2, 3), jnp.bfloat16)})
+        assert state.basis["w"].shape == state.products["w"].shape == (7, 2, 3)
+        assert state.basis["w"].dtype == jnp.float32
+
+    def test_what_is_refused(self):
+        for bad in ({"max_products": 1, "rank": 2}, {"max_products": 3, "rank": 0}):
+            with pytest.raises(ValueError, match=r"max_products|rank"):
+                hg.solvers.recycled_cg(**bad)
+
+
+@functools.cache
+def accuracy():
+    sys.path[:0] = [str(ROOT / "benchmarks" / "quality")]
+    try:
+        return runpy.run_path(str(ROOT / "benchmarks" / "quality" / "solver_accuracy.py"))
+    finally:
+        sys.path.pop(0)
+
+
+TRAJECTORIES = [("decaying", 773, 10, 1e-6), ("decaying", 1e5, 20, 2e-3), ("flat", 400, 10, 6e-3),
+                ("flat", 45_000, 50, 1e-3), ("outliers", 500, 10, 1e-5), ("outliers", 63_000, 20, 1e-6)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "condition", "products", "target"),
+    [pytest.param(*row, marks=[pytest.mark.slow] * (i > 0)) for i, row in enumerate(TRAJECTORIES)],
+)
+def test_recycled_along_an_outer_trajectory(name, condition, products, target, x64):
+    found = accuracy()["trajectory"](name, condition, hg.solvers.recycled_cg(products, 50, 0.0))
+    assert found["error"] <= target
+
+
+def test_richardson_continues_from_solve_to_solve(x64):
+    """One product an outer step converges over many, at the rate of gradient descent; momentum is faster."""
+    matrix, b = matrix_of(np.geomspace(1.0, 0.05, 10), 0)
+    matrix, b = jnp.asarray(matrix), jnp.asarray(b)
+    system, residuals = LinearSystem(lambda v: matrix @ v), []
+    for momentum in (0.0, 0.6):
+        solver = hg.solvers.richardson(1, momentum=momentum)
+        step, state = jax.jit(lambda state, s=solver: s.solve(system, b, state)), solver.init(b)
+        counts = []
+        for _ in range(60):
+            _, state, info = step(state)
+            counts.append(int(info.num_products))
+        assert counts[0] == 13
+        assert set(counts[1:]) == {2}
+        residuals.append(float(info.residual))
+    assert 1e-3 < residuals[0] < 0.1
+    assert residuals[1] < 0.1 * residuals[0]
+
+
+def test_richardson_that_diverges_says_so_and_starts_anew():
+    """A matrix that grows by a thousand within one solve is followed by the next power iteration."""
+    values, b = jnp.array([1.0, 0.5, 0.1]), jnp.ones(3)
+    solver = hg.solvers.richardson(20)
+    _, state, _ = solver.solve(LinearSystem(lambda v: values * v), b, solver.init(b))
+    _, state, info = solver.solve(LinearSystem(lambda v: jnp.array([-5.0, 1.0, 1.0]) * v), b, state)
+    assert Status(int(info.status)) == Status.DIVERGED
+    assert not any(leaf.any() for leaf in jax.tree.leaves(state.solution))
+
+
+def test_gmres_equals_the_smallest_residual_of_the_krylov_space(x64):
+    rng = np.random.default_rng(0)
+    matrix, b = rng.normal(size=(9, 9)) + 3 * np.eye(9), rng.normal(size=9)
+    system = LinearSystem(lambda v: jnp.asarray(matrix) @ v, symmetric=False)
+    for steps in (1, 3, 6):
+        x, _, info = hg.solvers.gmres(steps + 1, 9, 0.0).solve(system, jnp.asarray(b), ())
+        space = np.stack([np.linalg.matrix_power(matrix, k) @ b for k in range(steps)], 1)
+        best = space @ np.linalg.lstsq(matrix @ space, b, rcond=None)[0]
+        np.testing.assert_allclose(x, best, rtol=1e-6, atol=1e-9)
+        assert int(info.num_products) == steps + 1
+
+
+def test_gmres_restarts(x64):
+    rng = np.random.default_rng(1)
+    matrix, b = np.eye(30) + 0.6 * rng.normal(size=(30, 30)) / np.sqrt(30), rng.normal(size=30)
+    system = LinearSystem(lambda v: jnp.asarray(matrix) @ v, symmetric=False)
+    x, _, info = jax.jit(lambda b: hg.solvers.gmres(200, 5, 1e-9).solve(system, b, ()))(jnp.asarray(b))
+    np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=1e-6, atol=1e-8)
+    assert bool(info.converged)
+
+
+def test_full_precision_is_asked_for_unless_the_user_chose():
+    """Visible in the program: what a GPU with TF32 or a TPU would do with it."""
+    example = ridge()
+    fn = hg.value_and_hypergrad(hg.implicit(example.problem))
+
+    def call():
+        run = lambda w: fn(w, example.variables.hyperparams, example.inner_batch, example.outer_batch, key=None)[0]  # noqa: E731
+        return jax.jit(run).lower(example.variables.params).as_text()
+
+    assert "HIGHEST" in call()
+    with jax.default_matmul_precision("tensorfloat32"):
+        assert "HIGHEST" not in call()
+
+
+def test_compare_solvers_ranks_them_on_a_network():
+    example = ridge(spread=0.05)
+    lines = []
+    found = hg.diagnostics.compare_solvers(
+        example.problem,
+        example.variables,
+        example.inner_batch,
+        example.outer_batch,
+        key=None,
+        diagonal=lambda params, decay: decay,
+        progress=lines.append,
+    )
+    rows = {row.name: row for row in found.rows}
+    assert len(rows) == 11
+    assert rows["cg(20)"].cosine > 0.999
+    assert rows["cg(20)"].damping_cosine == 1.0
+    assert rows["identity()"].cosine < rows["cg(20)"].cosine
+    assert rows["cg(3), the default"].num_products == 3
+    assert rows["cg(3), the default"].damping > 0
+    assert 0 < rows["cg(3), the default"].damping_cosine <= 1.0
+    assert np.isnan(rows["identity()"].residual)
+    text = str(found)
+    assert text.splitlines()[0].startswith("solver")
+    assert "is the cheapest with a cosine of at least 0.95" in found.advice
+    assert any("cg(20)" in line for line in lines)
+    assert hg.diagnostics.plot_comparison(found).axes[0].get_xscale() == "log"
+
+
+def test_compare_solvers_refuses_what_is_no_solver():
+    example = ridge()
+    args = example.problem, example.variables, example.inner_batch, example.outer_batch
+    for bad in ({}, {"cg": 3}, [hg.solvers.cg(3)]):
+        with pytest.raises(TypeError, match="solvers as a dict"):
+            hg.diagnostics.compare_solvers(*args, key=None, solvers=bad)
+
+
+def test_default_in_joint_training_lowers_the_outer_loss():
+    example = ridge(spread=0.2)
+    tx = hg.bilevel(
+        hg.implicit(example.problem), inner_optimizer=optax.adam(1e-2), outer_optimizer=optax.adam(5e-2), every=5
+    )
+
+    @jax.jit
+    def step(variables, state):
+        updates, state = tx.update(
+            None, state, variables, inner_batch=example.inner_batch, outer_batch=example.outer_batch
+        )
+        return optax.apply_updates(variables, updates), state
+
+    variables, state = example.variables, tx.init(example.variables)
+    first = float(example.value_at(variables.hyperparams))
+    for _ in range(300):
+        variables, state = step(variables, state)
+    assert float(example.value_at(variables.hyperparams)) < first
+    assert int(state.info.num_skipped) == 0
