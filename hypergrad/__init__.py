@@ -4,8 +4,8 @@
 
 What is where:
 
-    problem       BilevelProblem, BilevelParams, reparameterize; bijectors, penalties, noise; IndexedBatch;
-                  with_residual, residuals
+    problem       BilevelProblem, BilevelParams, reparameterize; bijectors, penalties, noise
+                  with_residual, residuals, microbatched; IndexedBatch, FreshBatches
     estimators    implicit (with solvers, preconditioners), unrolled (reverse, forward), direct (with responses)
     drivers       bilevel (one optax transformation), value_and_hypergrad, hypergrad, best_response; guard
     diagnostics   check_hypergrad, compare, retrain, plots
@@ -29,7 +29,7 @@ from hypergrad import _installation  # noqa: F401, I001  first: it names a forei
 
 from hypergrad import bijectors, diagnostics, integrations, noise, optimizers, penalties, residuals, responses, solvers
 from hypergrad.bijectors import Bijector, constrain, unconstrain
-from hypergrad.data import IndexedBatch
+from hypergrad.data import FreshBatches, IndexedBatch
 from hypergrad.drivers import (
     BilevelState,
     BilevelTransformation,
@@ -43,7 +43,7 @@ from hypergrad.drivers import (
     value_and_hypergrad,
 )
 from hypergrad.estimators import Estimate, Estimator, UnrollMode, direct, forward, implicit, reverse, unrolled
-from hypergrad.problem import BilevelParams, BilevelProblem, reparameterize, with_residual
+from hypergrad.problem import BilevelParams, BilevelProblem, microbatched, reparameterize, with_residual
 from hypergrad.solvers import LinearSolver, LinearSystem, SolveInfo, preconditioners
 from hypergrad.training import Context, Keys, Trained, inner_loss_fn, outer_loss_fn, train
 
@@ -53,7 +53,9 @@ __all__ = [
     # the problem
     "BilevelParams",
     "BilevelProblem",
+    "FreshBatches",
     "IndexedBatch",
+    "microbatched",
     "reparameterize",
     "residuals",
     "with_residual",

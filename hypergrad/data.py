@@ -13,7 +13,18 @@ import jax.numpy as jnp
 from hypergrad import tree, validate
 from hypergrad.types import Array, Batch, PyTree
 
-__all__ = ["IndexedBatch", "gathered", "of_length", "one_step", "take", "window_length", "windowed", "with_windowed"]
+__all__ = [
+    "FreshBatches",
+    "IndexedBatch",
+    "gathered",
+    "of_length",
+    "one_step",
+    "split",
+    "take",
+    "window_length",
+    "windowed",
+    "with_windowed",
+]
 
 
 class IndexedBatch(NamedTuple):
@@ -34,6 +45,23 @@ class IndexedBatch(NamedTuple):
 
     data: PyTree
     indices: Array
+
+
+class FreshBatches(NamedTuple):
+    """Batches for a linear solve, another one for each product: ``solve_batch=hg.FreshBatches(batches)``.
+
+    Product k of a solve uses batch k modulo P, the mixed product batch P − 1. For ``hg.solvers.neumann`` and
+    ``richardson``, whose iterations average over the batches; the others need one matrix per solve and refuse it.
+    There is no residual then: NaN, not measured.
+
+    Attributes:
+      batches: like an inner batch, leaves with a leading axis P; ``IndexedBatch`` has it on its indices.
+
+    Reference: Ji, Yang & Liang, Bilevel optimization: convergence analysis and enhanced design, arXiv 2010.07962
+    (stocBiO).
+    """
+
+    batches: Batch
 
 
 def gathered(batch: Batch) -> Batch:
@@ -72,6 +100,20 @@ def take(batches: Batch, chosen: Any) -> Batch:
 def one_step(batch: Batch) -> Batch:
     """Return one batch as a window's batches with K = 1."""
     return of_length(with_windowed(batch, jax.tree.map(lambda x: jnp.asarray(x)[None], windowed(batch))), 1)
+
+
+def split(batch: Batch, count: int) -> PyTree:
+    """Return what of a batch has an axis of examples, cut into ``count`` equal parts along a new leading axis."""
+
+    def cut(path: Any, x: Any) -> Array:
+        array = jnp.asarray(x)
+        if array.ndim == 0 or array.shape[0] % count:
+            got, fix = f"shape {array.shape}", "Pass batches whose size num_microbatches divides."
+            name = jax.tree_util.keystr(path)
+            raise ValueError(validate.message(f"batch leaf {name} with a leading axis divisible by {count}", got, fix))
+        return array.reshape(count, array.shape[0] // count, *array.shape[1:])
+
+    return jax.tree_util.tree_map_with_path(cut, windowed(batch))
 
 
 def of_length(batches: Batch, length: int) -> Batch:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from hypergrad import data, tree, validate
 from hypergrad.bijectors import check_bijectors, constrain
@@ -30,6 +31,7 @@ __all__ = [
     "evaluate_inner",
     "evaluate_outer",
     "evaluate_residual",
+    "microbatched",
     "refuse_response",
     "reparameterize",
     "with_residual",
@@ -188,6 +190,69 @@ def reparameterize(problem: BilevelProblem, bijectors: PyTree) -> BilevelProblem
         outer_loss=over_unconstrained(problem.outer_loss),
         residual=None if problem.residual is None else over_unconstrained(problem.residual),
         constrain=lambda hyperparams: problem.constrain(constrain(bijectors, hyperparams)),
+    )
+
+
+def microbatched(problem: BilevelProblem, num_microbatches: int) -> BilevelProblem:
+    """Return the problem whose losses are means over microbatches, evaluated one after the other.
+
+    L'(w, λ; batch) = 1/m Σᵢ L(w, λ; part i of the batch),   parts along the leading axis of its leaves
+
+    Gradients and Hessian products of a batch then take the memory of one microbatch: each part is computed again in
+    the backward pass. A penalty in the loss counts once, since its mean is itself.
+
+    Args:
+      problem: losses that are means over the examples of a batch; not stateful.
+      num_microbatches: m ≥ 1; it divides the leading axis of every leaf of a batch.
+
+    Returns:
+      A ``BilevelProblem``. Part i has the key ``fold_in(key, i)``. aux has a leading axis m.
+
+    Raises:
+      TypeError: ``problem`` is not a ``BilevelProblem``, ``num_microbatches`` is not an int.
+      ValueError: a stateful problem, or one with a residual or a response; at a call, a batch that does not divide.
+
+    Valid when each loss is a mean over examples; with m = 1, and without random numbers for any m, nothing changes but
+    the rounding.
+
+    >>> import jax.numpy as jnp
+    >>> loss = lambda w, h, batch, key: jnp.mean((w - batch) ** 2)
+    >>> problem = microbatched(BilevelProblem(loss, loss), 4)
+    >>> float(problem.inner_loss(jnp.array(1.0), None, jnp.arange(8.0), None))
+    11.5
+    """
+    check_problem(problem)
+    refuse_response("microbatched", problem)
+    count = validate.positive_int("num_microbatches", num_microbatches)
+    if problem.stateful or problem.residual is not None:
+        fix = "Split the batch inside the loss, by lax.scan over jax.checkpoint."
+        raise ValueError(validate.message("a problem without model state and residual", "one with", fix))
+
+    def over_parts(loss: Loss) -> Loss:
+        @functools.wraps(loss)
+        def mean(params: Params, hyperparams: Hyperparams, batch: Batch, key: Array | None) -> Any:
+            parts = data.split(batch, count)
+
+            @jax.checkpoint
+            def one(params: Params, hyperparams: Hyperparams, index: Array, part: PyTree) -> Any:
+                own = None if key is None else jax.random.fold_in(key, index)
+                return loss(params, hyperparams, data.gathered(data.with_windowed(batch, part)), own)
+
+            def step(total: Array, at: tuple[Array, PyTree]) -> tuple[Array, Any]:
+                result = one(params, hyperparams, *at)
+                value, aux = result if problem.has_aux else (result, ())
+                return total + value.astype(total.dtype) / count, aux
+
+            shape = jax.eval_shape(one, params, hyperparams, jnp.int32(0), jax.tree.map(lambda x: x[0], parts))
+            dtype = tree.wider((shape[0] if problem.has_aux else shape).dtype)
+            numbers = jnp.arange(count, dtype=jnp.int32)
+            value, aux = jax.lax.scan(step, jnp.zeros((), dtype), (numbers, parts))
+            return (value, aux) if problem.has_aux else value
+
+        return mean
+
+    return dataclasses.replace(
+        problem, inner_loss=over_parts(problem.inner_loss), outer_loss=over_parts(problem.outer_loss)
     )
 
 

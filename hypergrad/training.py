@@ -39,6 +39,7 @@ __all__ = [
     "is_known",
     "outer_loss_fn",
     "residual_fn",
+    "solve_batch_at",
     "resolve_optimizer",
     "split_keys",
     "train",
@@ -103,6 +104,7 @@ class Context(NamedTuple):
       due: True, False or a traced bool: whether ``estimate`` follows in this call.
       tape: what the estimator's ``train`` handed on to ``estimate``; () without.
       guarded: whether inner steps that are not finite are dropped (``hg.guard(inner=True)``).
+      solve_batch: batch of the linear solve, or ``hg.FreshBatches``; None: the last of ``inner_batches``.
     """
 
     problem: BilevelProblem
@@ -116,6 +118,7 @@ class Context(NamedTuple):
     due: Any = True
     tape: Any = ()
     guarded: bool = False
+    solve_batch: Batch = None
 
 
 InnerLoss = Callable[[Params, Hyperparams, Batch, Array | None, ModelState], tuple[Array, ModelState]]
@@ -324,7 +327,9 @@ def _inner_loss(ctx: Context) -> InnerLoss:
 
 
 def inner_loss_fn(ctx: Context) -> Callable[[Params, Hyperparams], Array]:
-    """Return (w, λ) ↦ L_in on the window's last batch, with the key of all products of a solve, ``keys.solve``.
+    """Return (w, λ) ↦ L_in on the batch of the solve, with the key of all its products, ``keys.solve``.
+
+    That batch is ``ctx.solve_batch`` where there is one, else the window's last inner batch.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> problem = hg.BilevelProblem(lambda w, h, b, k: b * w * h, lambda w, h, b, k: b * w)
@@ -334,7 +339,7 @@ def inner_loss_fn(ctx: Context) -> Callable[[Params, Hyperparams], Array]:
     >>> float(inner_loss_fn(ctx)(ctx.at.params, ctx.hyperparams))
     30.0
     """
-    batch = data.take(ctx.inner_batches, -1)
+    batch = solve_batch_at(ctx, -1)
 
     def inner(params: Params, hyperparams: Hyperparams) -> Array:
         at = BilevelParams(params, hyperparams)
@@ -343,9 +348,19 @@ def inner_loss_fn(ctx: Context) -> Callable[[Params, Hyperparams], Array]:
     return inner
 
 
+def solve_batch_at(ctx: Context, place: Any) -> Batch:
+    """Return the batch of the linear solve; of ``hg.FreshBatches`` the one at ``place``, modulo their number."""
+    if ctx.solve_batch is None:
+        return data.take(ctx.inner_batches, -1)
+    if not isinstance(ctx.solve_batch, data.FreshBatches):
+        return ctx.solve_batch
+    batches = ctx.solve_batch.batches
+    return data.take(batches, place % data.window_length(batches))
+
+
 def residual_fn(ctx: Context) -> Callable[[Params, Hyperparams], Params]:
     """Return (w, λ) ↦ r, the residual of ``hg.with_residual``, on the same batch and key as ``inner_loss_fn``."""
-    batch = data.take(ctx.inner_batches, -1)
+    batch = solve_batch_at(ctx, -1)
 
     def residual(params: Params, hyperparams: Hyperparams) -> Params:
         at = BilevelParams(params, hyperparams)

@@ -72,6 +72,7 @@ class BilevelUpdate(Protocol):
         *,
         inner_batch: Batch = None,
         outer_batch: Batch = None,
+        solve_batch: Batch = None,
         model_state: ModelState = None,
         **extra_args: Any,
     ) -> tuple[BilevelParams, BilevelState]:
@@ -84,8 +85,8 @@ class BilevelTransformation(optax.GradientTransformationExtraArgs):  # type: ign
 
     Attributes:
       init: ``init(variables, *, inner_state=None) -> BilevelState``.
-      update: ``update(grads, state, variables, *, inner_batch, outer_batch, model_state=None, **extra)
-        -> (updates, state)``.
+      update: ``update(grads, state, variables, *, inner_batch, outer_batch, solve_batch=None, model_state=None,
+        **extra) -> (updates, state)``.
     """
 
     init: BilevelInit  # pyright: ignore
@@ -105,12 +106,15 @@ def bilevel(
 ) -> BilevelTransformation:
     """Optimize weights by the inner loss and hyperparameters by hypergradients, as one optax transformation.
 
-    ``update(grads, state, variables, *, inner_batch, outer_batch, model_state=None, **extra)`` takes and returns a
-    ``BilevelParams``. With ``window=1``, ``grads`` is the gradient of the inner loss: a tree like the weights, a
-    ``BilevelParams`` whose hyperparameter part is ignored, or None to have it computed from ``inner_batch``. With
-    ``window=K > 1`` leaves of ``inner_batch`` have a leading axis K, ``grads`` is None, and one call is K inner steps.
+    ``update(grads, state, variables, *, inner_batch, outer_batch, solve_batch=None, model_state=None, **extra)`` takes
+    and returns a ``BilevelParams``. With ``window=1``, ``grads`` is the gradient of the inner loss: a tree like the
+    weights, a ``BilevelParams`` whose hyperparameter part is ignored, or None to have it computed from ``inner_batch``.
+    With ``window=K > 1`` leaves of ``inner_batch`` have a leading axis K, ``grads`` is None, and one call is K inner
+    steps.
     Other keywords reach the inner optimizer if it takes any; ``value=`` also tells the guard the inner loss of given
-    ``grads``. ``outer_batch`` may be None on calls where no outer step is due, if ``every`` is an int.
+    ``grads``. ``outer_batch`` may be None on calls where no outer step is due, if ``every`` is an int. ``solve_batch``
+    is the batch of ``implicit``'s linear solve and mixed product in place of the inner batch, larger for instance, or
+    ``hg.FreshBatches``; it is read where an outer step is due, and costs nothing elsewhere.
 
     ``init(variables, *, inner_state=None)``: ``inner_state`` adopts the state of an inner optimizer that has run.
 
@@ -201,6 +205,7 @@ def bilevel(
         *,
         inner_batch: Batch = None,
         outer_batch: Batch = None,
+        solve_batch: Batch = None,
         model_state: ModelState = None,
         **extra: Any,
     ) -> tuple[BilevelParams, BilevelState]:
@@ -213,7 +218,7 @@ def bilevel(
         known = lambda x: x if tree.is_traced(x) else bool(x)  # noqa: E731
         extra = {name: value for name, value in extra.items() if value is not None}
         due, missing = map(known, _is_due(setup, _next(state.step), outer_batch))
-        args = due, missing, updates, state, params, inner_batch, outer_batch, model_state, extra
+        args = due, missing, updates, state, params, inner_batch, outer_batch, solve_batch, model_state, extra
         # Called eagerly, it compiles itself: one program where an outer step is due, and one where none is.
         return (step if any(map(tree.is_traced, jax.tree.leaves(args))) else compiled_step)(*args)
 
@@ -225,12 +230,14 @@ def bilevel(
         variables: BilevelParams,
         inner_batch: Batch,
         outer_batch: Batch,
+        solve_batch: Batch,
         model_state: ModelState,
         extra: dict[str, Any],
     ) -> tuple[BilevelParams, BilevelState]:
         _check_state(state, init, variables)
         grads = _given_gradients(setup, updates, state, variables, model_state)
-        ctx = _context(setup, state, variables, inner_batch, outer_batch, grads, model_state, extra)._replace(due=due)
+        ctx = _context(setup, state, variables, inner_batch, outer_batch, grads, model_state, extra)
+        ctx = ctx._replace(due=due, solve_batch=solve_batch)
         advanced, ctx, moved, lost = _phases.train_and_advance(estimator, guard, state.estimator, ctx, grads)
 
         def outer_step(before: _Outer) -> _Outer:

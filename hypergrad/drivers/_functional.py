@@ -31,7 +31,7 @@ def value_and_hypergrad(
 ) -> Callable[..., tuple[tuple[Array, Hyperparams], HypergradInfo]]:
     """Return a function that gives outer loss, hypergradient and info.
 
-    ``fn(params, hyperparams, inner_batch, outer_batch, *, key, state=None, model_state=None)
+    ``fn(params, hyperparams, inner_batch, outer_batch, *, key, state=None, solve_batch=None, model_state=None)
     -> ((value, hypergrad), info)``
 
     Args:
@@ -44,7 +44,9 @@ def value_and_hypergrad(
 
     Returns:
       The function. ``info.state`` is the estimator's state: pass it as ``state=`` to the next call for a warm start;
-      None is a fresh one. ``info.aux`` is the outer loss's aux. Both kinds of call run one compiled program.
+      None is a fresh one. ``solve_batch`` is the batch of ``implicit``'s linear solve and mixed product in place of
+      ``inner_batch``, larger for instance, or ``hg.FreshBatches``. ``info.aux`` is the outer loss's aux. Calls with and
+      without a state run one compiled program.
 
     Raises:
       TypeError: ``estimator`` is not an ``Estimator``.
@@ -72,6 +74,7 @@ def value_and_hypergrad(
         *,
         key: Key,
         state: PyTree = None,
+        solve_batch: Batch = None,
         model_state: ModelState = None,
     ) -> tuple[tuple[Array, Hyperparams], HypergradInfo]:
         variables, model_state = _checked(estimator, params, hyperparams, model_state)
@@ -82,7 +85,7 @@ def value_and_hypergrad(
             like = jax.eval_shape(init, variables, typed_key, model_state)
             fix = "Pass info.state of an earlier call of the same function, or None."
             validate.same_structure("state", state, "a fresh one", like, dtypes=True, fix=fix)
-        result, _, info = run(variables, inner_batch, outer_batch, typed_key, state, model_state)
+        result, _, info = run(variables, inner_batch, outer_batch, typed_key, state, model_state, solve_batch)
         return (result.value, result.hypergrad), info
 
     return fn
@@ -239,9 +242,11 @@ def compiled(estimator: Estimator, inner_optimizer: Any = None, guard: Guard | N
         key: Array | None,
         state: PyTree,
         model_state: ModelState,
+        solve_batch: Batch = None,
     ) -> tuple[Estimate, Trained, HypergradInfo]:
         start = Trained(variables.params, None if trains else (), model_state)
         ctx = _context(estimator, inner_optimizer, guard, variables.hyperparams, start, inner_batch, outer_batch, key)
+        ctx = ctx._replace(solve_batch=solve_batch)
         advanced, ctx, _, lost = _phases.train_and_advance(estimator, guard, state, ctx)
         if not trains and tree.refuses_nan():
             loss = inner_loss_fn(ctx)(variables.params, variables.hyperparams)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad import data, dataflow, validate
-from hypergrad.estimators._paths import check_gradient_paths, check_outer_path
+from hypergrad.estimators._paths import check_gradient_paths, check_outer_path, refuse_solve_batch
 from hypergrad.estimators._protocol import Estimate, Estimator, train_first
 from hypergrad.problem import BilevelParams, BilevelProblem, check_problem, evaluate_inner, evaluate_outer
 from hypergrad.training import Context, outer_loss_fn
@@ -67,6 +67,7 @@ def direct(problem: BilevelProblem) -> Estimator:
         return (), ()
 
     def estimate(state: PyTree, ctx: Context) -> Estimate:
+        refuse_solve_batch("direct", ctx)
         outer = outer_loss_fn(ctx)
         _check_paths(ctx)
         gradient = jax.value_and_grad(lambda h: outer(ctx.at.params, h), has_aux=True)

@@ -25,6 +25,7 @@ import optax
 from jax import lax
 
 from hypergrad import curvature, dataflow, tree, validate
+from hypergrad.data import FreshBatches
 from hypergrad.estimators import _probe
 from hypergrad.estimators._paths import check_gradient_paths, check_outer_path
 from hypergrad.estimators._protocol import Estimate, Estimator, train_first
@@ -38,6 +39,7 @@ from hypergrad.training import (
     outer_loss_fn,
     residual_fn,
     resolve_optimizer,
+    solve_batch_at,
 )
 from hypergrad.types import Hyperparams, MatVec, Params, PyTree
 
@@ -73,11 +75,12 @@ def implicit(
         all again where it moves none.
 
     Returns:
-      An ``Estimator`` whose state is the solver's and whose info is its ``SolveInfo``. In a window, H and the mixed
-      product are taken on its last batch. Every product of a solve shares one batch, one random key and one model
-      state. Matrix products run in full float32 precision, also where the default of the device is lower (TF32), unless
-      ``jax_default_matmul_precision`` is set. Without a solver, ``hg.best_response``, which is called once, uses
-      ``hg.solvers.cg(100)`` in place of three damped products.
+      An ``Estimator`` whose state is the solver's and whose info is its ``SolveInfo``. H and the mixed product are
+      taken on the call's ``solve_batch``, or on the inner batch, the last of a window. Every product of a solve shares
+      one batch (but for ``hg.FreshBatches``), one random key and one model state. Matrix products run in full float32
+      precision, also where the default of the device is lower (TF32), unless ``jax_default_matmul_precision`` is set.
+      Without a solver, ``hg.best_response``, which is called once, uses ``hg.solvers.cg(100)`` in place of three damped
+      products.
 
     Raises:
       TypeError: wrong ``problem``, ``solver`` or ``diagonal``.
@@ -143,6 +146,7 @@ def implicit(
             lambda: _diagonal(ctx, diagonal, unknowns),
             ctx.at.inner_state,
             _lower_precision(ctx, unknowns),
+            _product_at(ctx, unknowns),
         )
         solution, state, info = in_training.solve(system, slope, state)
         # A solver returns a finite x, often 0, where slope or Hessian are not finite. It must not pass as a zero.
@@ -186,6 +190,13 @@ def _products(ctx: Context, unknowns: "_Unknowns") -> tuple[MatVec, MatVec]:
         return curvature.residual_vjp(unknowns.restricted(residual_fn(ctx), params), solved, hyperparams)
     inner = unknowns.restrict(inner_loss_fn(ctx), params)
     return curvature.hvp(lambda w: inner(w, hyperparams), solved), curvature.mixed_vjp(inner, solved, hyperparams)
+
+
+def _product_at(ctx: Context, unknowns: "_Unknowns") -> Callable[[Any, PyTree], PyTree] | None:
+    """Return (k, v) ↦ H_k v, H_k on batch k of ``hg.FreshBatches``; None for one batch."""
+    if not isinstance(ctx.solve_batch, FreshBatches):
+        return None
+    return lambda k, v: _products(ctx._replace(solve_batch=solve_batch_at(ctx, k)), unknowns)[0](v)
 
 
 def _diagonal(ctx: Context, diagonal: Callable[..., PyTree] | None, unknowns: "_Unknowns") -> PyTree | None:

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad import dataflow, tree, validate
+from hypergrad.training import Context
 from hypergrad.types import Array, Hyperparams, Params
 
-__all__ = ["ZERO_GRADIENT_HINTS", "check_gradient_paths", "check_outer_path"]
+__all__ = ["ZERO_GRADIENT_HINTS", "check_gradient_paths", "check_outer_path", "refuse_solve_batch"]
 
 ZERO_GRADIENT_HINTS = {
     "implicit": (
@@ -52,6 +53,13 @@ def check_gradient_paths(
     fix = f"Its {name} hypergradient would be zero by construction. {hint} Remove a leaf that nothing uses."
     got = f"{', '.join(labels[i] for i in sorted(zero))}, which enters neither"
     raise ValueError(validate.message(wanted, got, fix))
+
+
+def refuse_solve_batch(name: str, ctx: Context) -> None:
+    """Refuse a batch for a linear solve in a method without one."""
+    if ctx.solve_batch is not None:
+        fix = "Drop solve_batch, or use hg.implicit."
+        raise ValueError(validate.message(f"no solve_batch for {name}, which solves no linear system", "one", fix))
 
 
 def check_outer_path(name: str, outer: Callable[[Params], Any], params: Params) -> None:

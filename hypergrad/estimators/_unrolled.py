@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from hypergrad import data, dataflow, tree, validate
 from hypergrad.estimators import _probe
 from hypergrad.estimators._modes import UnrollMode, reverse
-from hypergrad.estimators._paths import check_gradient_paths, check_outer_path
+from hypergrad.estimators._paths import check_gradient_paths, check_outer_path, refuse_solve_batch
 from hypergrad.estimators._protocol import Estimate, Estimator
 from hypergrad.problem import BilevelProblem, check_problem
 from hypergrad.training import Context, Trained, outer_loss_fn, resolve_optimizer, train
@@ -98,6 +98,7 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Estimat
         return reached, state, tape
 
     def estimate(state: PyTree, ctx: Context) -> Estimate:
+        refuse_solve_batch("unrolled", ctx)
         value, hypergrad, aux = ctx.tape
         return Estimate(value, hypergrad, state, (), aux)
 

@@ -69,6 +69,7 @@ class LinearSystem(NamedTuple):
       diagonal: ``() -> tree`` like b, an approximate diagonal of A; it returns None where none is known.
       inner_state: the state of the inner optimizer, for preconditioners that read it, or None.
       precision: dtype in which products are computed, where it is lower than that of the vectors, or None.
+      matvec_at: None, or ``(k, v) -> A_k v``: the matrix of product k is another one (``hg.FreshBatches``).
     """
 
     matvec: MatVec
@@ -77,6 +78,7 @@ class LinearSystem(NamedTuple):
     diagonal: Callable[[], PyTree | None] = lambda: None
     inner_state: PyTree = None
     precision: Any = None
+    matvec_at: Callable[[Array, PyTree], PyTree] | None = None
 
 
 class SolveInfo(NamedTuple):
@@ -144,7 +146,7 @@ class ScaledSystem(NamedTuple):
     """What a solver's own file is asked to solve: (A + δI) x = b with ‖b‖ between 0.5 and 2, or b = 0.
 
     ``matvec`` includes the constant damping, ``system.matvec`` does not; both return the dtypes of b. ``size`` is ‖b‖,
-    ``limit`` the given tolerance over ‖b‖, or None.
+    ``limit`` the given tolerance over ‖b‖, or None. ``damping`` is the constant one.
     """
 
     matvec: MatVec
@@ -152,6 +154,14 @@ class ScaledSystem(NamedTuple):
     size: Array
     limit: Array | None
     system: LinearSystem
+    damping: float
+
+    def product(self, place: Array, vector: PyTree) -> PyTree:
+        """Return the product with the matrix of this place in the iteration."""
+        if self.system.matvec_at is None:
+            return self.matvec(vector)
+        result = optax.tree.cast_like(self.system.matvec_at(place, vector), self.b)
+        return result if _is_zero(self.damping) else tree.add_scaled(result, self.damping, vector)
 
     def measure(self, x: PyTree) -> tuple[PyTree, Array]:
         """Return b − (A + δI) x and its norm over ‖b‖, by one product."""
@@ -181,6 +191,7 @@ def assemble(
     *,
     damping: float = 0.0,
     rtol: float = 1e-5,
+    averages: bool = False,
 ) -> LinearSolver:
     """Build a ``LinearSolver`` from the solution of a well-scaled system.
 
@@ -192,6 +203,7 @@ def assemble(
       solve_scaled: ``(scaled_system, state) -> Solution``.
       damping: δ ≥ 0; the system solved is (A + δI) x = b.
       rtol: the residual up to which a solve without ``tolerance`` counts as converged.
+      averages: whether each product may have a matrix of its own; the residual is not measured then.
     """
     validate.number("damping", damping, low=0.0)
     validate.number("rtol", rtol, low=0.0)
@@ -211,10 +223,15 @@ def assemble(
             limit = divide(jnp.asarray(tolerance, size.dtype) / power, size)
 
         system = system._replace(matvec=_checked(system.matvec, b))
-        scaled = ScaledSystem(_damped(system.matvec, damping), b, size, limit, system)
+        scaled = ScaledSystem(_damped(system.matvec, damping), b, size, limit, system, damping)
+        if system.matvec_at is not None and not averages:
+            fix = "Use hg.solvers.neumann or hg.solvers.richardson with hg.FreshBatches, or pass one solve_batch."
+            raise ValueError(validate.message("one matrix for all products of this solver", "FreshBatches", fix))
         given = optax.tree.where(tree.all_finite(state), state, init(b))
         x, state, num_products, remainder, residual, status, own_damping = solve_scaled(scaled, given)
         total_damping = own_damping + damping
+        if system.matvec_at is not None and not tree.refuses_nan():
+            remainder, residual = None, jnp.nan
         if system.precision is not None:  # a recurrence tells nothing of the products' own rounding
             residual = jnp.maximum(residual, float(jnp.finfo(system.precision).eps))
         residual = undamped = jnp.where(size > 0, residual, 0.0).astype(size.dtype)

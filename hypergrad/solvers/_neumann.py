@@ -127,7 +127,7 @@ def neumann(
         status = jnp.where(total.residual > _DIVERGED, Status.DIVERGED, Status.TRUNCATED)
         return Solution(total.x, state, total.num_products + spent, total.term, total.residual, status)
 
-    return assemble(init, solve_scaled, damping=damping)
+    return assemble(init, solve_scaled, damping=damping, averages=True)
 
 
 def _unpreconditioned(remainder: PyTree) -> PyTree:
@@ -144,13 +144,13 @@ class _Sum(NamedTuple):
 
 
 def _series(scaled: ScaledSystem, alpha: Any, num_terms: int, unroll: int | bool, precondition: MatVec) -> _Sum:
-    matvec, b, size, limit, _ = scaled
+    b, size, limit = scaled.b, scaled.size, scaled.limit
     stop = -1.0 if limit is None else limit  # −1: take all terms
 
     def step(c: _Sum) -> _Sum:
         move = precondition(c.term)
         x = tree.add_scaled(c.x, alpha, move)
-        term = tree.add_scaled(c.term, -alpha, matvec(move))
+        term = tree.add_scaled(c.term, -alpha, scaled.product(c.num_products, move))
         residual = divide(tree.norm(term), size)
         # Past α λ = 2 a term turns round at each step; along negative curvature it grows without turning.
         overshot = tree.vdot(term, c.term) < 0

@@ -100,7 +100,7 @@ def richardson(
 
         def step(c: _Iteration) -> _Iteration:
             vector = optax.tree.where(c.trial, c.x, move(c.remainder, c.velocity))
-            image = tree.add_scaled(scaled.matvec(vector), damping, vector)
+            image = tree.add_scaled(scaled.product(c.num_products, vector), damping, vector)
             remainder = tree.add_scaled(c.remainder, -1.0, image)
             residual = divide(tree.norm(remainder), size)
             dropped = c.trial & ~(residual < _WORST_START)
@@ -127,7 +127,7 @@ def richardson(
         status, count = jnp.where(diverged, Status.DIVERGED, Status.TRUNCATED), final.num_products + power.num_products
         return Solution(final.x, state, count, final.remainder, final.residual, status, damping)
 
-    return assemble(init, solve_scaled)
+    return assemble(init, solve_scaled, averages=True)
 
 
 class _Iteration(NamedTuple):
