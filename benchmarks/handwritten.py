@@ -91,6 +91,48 @@ def cg(network: Network, num_steps: int, unroll: int | bool) -> Step:
     return _hypergradient(network, solve)
 
 
+def warm_cg(network: Network, num_products: int, ratio: float) -> Step:
+    """Return ``(params, log_decays, state, inner_batch, outer_batch) -> (value, hypergradient, state)``.
+
+    By warm, relatively damped conjugate gradients. ``state`` is the last solution over the norm of its right-hand side,
+    and the largest curvature seen.
+    """
+    loss = inner_loss(network)
+
+    def fn(params: Tree, log_decays: Tree, state: Tree, inner_batch: Tree, outer_batch: Tree) -> Any:
+        kept = []
+
+        def solve(product: Step, b: Tree) -> Tree:
+            last, top = state
+            size = _norm(b)
+            damping = ratio * top
+
+            def step(count: jax.Array, carry: Any) -> Any:
+                x, r, p, rr, seen = carry
+                image = product(p)
+                curvature, pp = _dot(p, image), _dot(p, p)
+                image, curvature = _axpy(damping, p, image), curvature + damping * pp
+                length = jnp.where((count == 0) & (top > 0), 1.0, rr / curvature)
+                left = _axpy(-length, image, r)
+                square = _dot(left, left)
+                bad = (count == 0) & ~(square < 9 * rr) | ~(curvature > 0.1 * damping * pp)
+                length, square = jnp.where(bad, 0.0, length), jnp.where(bad, rr, square)
+                x, r = _axpy(length, p, x), _axpy(-length, image, r)
+                turn = jnp.where((count == 0) & (top > 0), 0.0, square / rr)
+                return x, r, _axpy(turn, p, r), square, jnp.maximum(seen, jnp.abs(curvature / pp - damping))
+
+            first = jax.tree.map(lambda q, v: jnp.where(top > 0, size * q, v), last, b)
+            start = jax.tree.map(jnp.zeros_like, b), b, first, size * size, 0.9 * top
+            x, *_, seen = lax.fori_loop(0, num_products, step, start)
+            kept.append((_scaled(1 / size, x), seen))
+            return x
+
+        value, gradient = _implicit(network, loss, solve, params, log_decays, inner_batch, outer_batch)
+        return value, gradient, kept[0]
+
+    return fn
+
+
 def plain_step(network: Network, optimizer: optax.GradientTransformation) -> Step:
     """Return ``(params, state, log_decays, batch) -> (params, state)``: one training step at fixed decays."""
     loss = inner_loss(network)
@@ -127,6 +169,34 @@ def joint_step(
             count % every == 0, learn, lambda *unchanged: unchanged, log_decays, outer_state
         )
         return (params, log_decays), (inner_state, outer_state, count)
+
+    return step
+
+
+def warm_joint_step(
+    network: Network,
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    hypergradient: Step,
+    every: int,
+) -> Step:
+    """Return the joint step of a solver that keeps a state, which joins the optimizers' states."""
+    plain = plain_step(network, inner)
+
+    def step(variables: Tree, state: Tree, inner_batch: Tree, outer_batch: Tree) -> tuple[Tree, Tree]:
+        (params, log_decays), (inner_state, outer_state, count, solver_state) = variables, state
+        params, inner_state = plain(params, inner_state, log_decays, inner_batch)
+        count = count + 1
+
+        def learn(log_decays: Tree, outer_state: Tree, solver_state: Tree) -> tuple[Tree, Tree, Tree]:
+            _, gradient, solver_state = hypergradient(params, log_decays, solver_state, inner_batch, outer_batch)
+            updates, outer_state = outer.update(gradient, outer_state, log_decays)
+            return optax.apply_updates(log_decays, updates), outer_state, solver_state
+
+        log_decays, outer_state, solver_state = lax.cond(
+            count % every == 0, learn, lambda *unchanged: unchanged, log_decays, outer_state, solver_state
+        )
+        return (params, log_decays), (inner_state, outer_state, count, solver_state)
 
     return step
 

@@ -110,7 +110,7 @@ def steps(network: Network, step_size: float) -> dict[str, tuple[Any, tuple[Any,
     variables = hg.BilevelParams(*pair)
     by_hand = INNER.init(network.params), OUTER.init(network.log_decays), jnp.zeros((), jnp.int32)
 
-    def library(every: int) -> tuple[Any, tuple[Any, ...], int]:
+    def library(every: int, estimator: hg.Estimator = estimator) -> tuple[Any, tuple[Any, ...], int]:
         tx = hg.bilevel(estimator, inner_optimizer=INNER, outer_optimizer=OUTER, every=every)
 
         def step(variables: Any, state: Any, inner_batch: Tree, outer_batch: Tree) -> Any:
@@ -130,6 +130,8 @@ def steps(network: Network, step_size: float) -> dict[str, tuple[Any, tuple[Any,
         return handwritten.joint_step(network, INNER, OUTER, hypergradient, every)
 
     window = network.window
+    zeros = jax.tree.map(jnp.zeros_like, network.params), jnp.zeros(())
+    few = hg.implicit(problem, hg.solvers.cg(2, relative_damping=0.01, warm_start=True))
     return {
         "plain step": (
             handwritten.plain_step(network, INNER),
@@ -138,6 +140,13 @@ def steps(network: Network, step_size: float) -> dict[str, tuple[Any, tuple[Any,
         ),
         "joint step library": library(EVERY),
         "joint step hand": (hand(EVERY), (pair, by_hand, inner_batch, outer_batch), 2),
+        "joint step default library": library(EVERY, hg.implicit(problem)),
+        "joint step default hand": (
+            handwritten.warm_joint_step(network, INNER, OUTER, handwritten.warm_cg(network, 3, 0.01), EVERY),
+            (pair, (*by_hand, zeros), inner_batch, outer_batch),
+            2,
+        ),
+        "joint step 2 products library": library(EVERY, few),
         "idle step library": library(NEVER),
         "idle step hand": (hand(NEVER), (pair, by_hand, inner_batch, outer_batch), 2),
         "window library": (library_window, (variables, fused.init(variables), window, outer_batch), 2),
@@ -150,7 +159,16 @@ def steps(network: Network, step_size: float) -> dict[str, tuple[Any, tuple[Any,
 
 
 NEVER = 10**9
-CYCLES = {"joint step library": EVERY, "joint step hand": EVERY}
+CYCLES = dict.fromkeys(
+    (
+        "joint step library",
+        "joint step hand",
+        "joint step default library",
+        "joint step default hand",
+        "joint step 2 products library",
+    ),
+    EVERY,
+)
 
 
 class Effort(NamedTuple):

@@ -128,7 +128,11 @@ cases = given(
 )
 
 
-@pytest.mark.parametrize("name", CONJUGATE)
+def one_of_each(names, *fast):
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in fast)) for name in names]
+
+
+@pytest.mark.parametrize("name", one_of_each(CONJUGATE, "default", "cg", "recycled"))
 @settings(max_examples=40)
 @cases
 def test_conjugate_gradients_never_climb_and_never_lie(name, seed, spectrum, split_name, dtype, scale):
@@ -136,7 +140,7 @@ def test_conjugate_gradients_never_climb_and_never_lie(name, seed, spectrum, spl
     check(solver, rtol, SPLITS[split_name], seed, spectrum, DTYPES[dtype], scale, climbs=False)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", one_of_each(OTHERS, "richardson", "gmres"))
 @settings(max_examples=40)
 @cases
 def test_no_status_lies(name, seed, spectrum, split_name, dtype, scale):

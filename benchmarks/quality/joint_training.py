@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--seeds", type=int, default=5, help="of the default, Neumann and SOBA; at most 3 of the others"
     )
-    parser.add_argument("--merge", action="store_true", help="keep what the file has of other tasks")
+    parser.add_argument("--merge", action="store_true", help="keep what the file has of other tasks and solvers")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results")
     args = parser.parse_args(argv)
     names, solvers, seeds = args.only.split(";"), args.solvers.split(";"), args.seeds
@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     path = args.out / "joint_training.json"
     record: dict[str, Any] = json.loads(path.read_text()) if args.merge and path.exists() else {"tasks": {}}
     for name in names:
-        record["tasks"][name] = {**harness.circumstances(seeds), "solvers": {}}
+        known = record["tasks"].get(name, {}).get("solvers", {}) if args.merge else {}
+        record["tasks"][name] = {**harness.circumstances(seeds), "solvers": known}
         for solver in solvers:
             count = seeds if solver in ALWAYS else min(seeds, 3)
             found = run(name, SOLVERS[solver], count, steps=30 if args.quick else None)

@@ -87,9 +87,9 @@ def cg(
     Returns:
       A ``LinearSolver``. x is the last accepted iterate: CG minimises ½ xᵀ(A+δI)x − bᵀx, which never grows from step to
       step, while its residual may. At non-positive curvature the status is ``INDEFINITE``; x is where it started (0
-      without a warm start) if that is the first step. ``residual`` is the recurrence's; where rounding may have moved
-      it away from ‖b − (A + δI) x‖ by more than itself or ``rtol`` (large κ in float32), one product on top of
-      ``max_products`` measures it.
+      without a warm start) if that is the first step. ``residual`` is the
+      recurrence's. In more than ten products rounding may move it away from ‖b − (A + δI) x‖ (large κ in float32):
+      where that may exceed itself and ``rtol``, one product on top of ``max_products`` measures it.
 
     Raises:
       ValueError: ``max_products`` < 1, or < 2 with ``warm_start``; a negative ``rtol`` or damping; at ``solve``, a
@@ -142,7 +142,7 @@ def cg(
             total = damping + relative_damping * largest
             given = scaled.system, scaled.b, total, largest, state.preconditioner
             precondition, kept, extra = preconditioner.prepare(*given)
-        final = _krylov.run(
+        final, residual = _krylov.run(
             scaled,
             tree.scale(state.solution, scaled.size) if warm_start else None,
             max_products=max_products,
@@ -159,7 +159,7 @@ def cg(
         solution, scale = normalized(final.x, scaled.size) if warm_start else (), final.largest
         state = () if stateless else CGState(solution, scale if relative_damping > 0 else (), kept)
         used = jnp.maximum(final.damping, 0.0)
-        residual, count = final.residual(scaled.size), final.num_products + extra
+        count = final.num_products + extra
         return Solution(final.x, state, count, final.remainder, residual, final.status, used)
 
     return assemble(init, solve_scaled, damping=damping, rtol=rtol)

@@ -1,9 +1,6 @@
 """The iteration of conjugate gradients, for ``cg`` and ``recycled_cg``: warm starts, damping, preconditioning.
 
-    p = z = M⁻¹r;  repeat:  a = r·z / p·(A + δI)p;  x += a p;  r' = r − a (A + δI)p;  p = M⁻¹r' + (r'·z'/r·z) p
-
-One product with A per round, in one place of the program: a warm start is tried as a step of length 1 from 0, and the
-last residual is verified, where rounding spoilt the recurrence, as such a step too.
+p = z = M⁻¹r;  repeat:  a = r·z / p·(A + δI)p;  x += a p;  r' = r − a (A + δI)p;  p = M⁻¹r' + (r'·z'/r·z) p
 """
 
 from collections.abc import Callable
@@ -23,7 +20,7 @@ __all__ = ["FADE", "Kept", "Krylov", "at_most_once", "epsilon", "first_scale", "
 
 _WORST_START = 3.0  # a warm start whose residual is larger is dropped; a bound of 1 drops nearly all on mini-batches
 FADE = 0.9  # of λ̂ from one solve to the next, so that an old large curvature is forgotten
-_STEP, _TRIAL, _VERIFY = range(3)
+_FEW = 10  # products, in which the recurrence errs by no more than a few times the rounding of b − A x itself
 
 
 class Kept(NamedTuple):
@@ -43,7 +40,7 @@ class Krylov(NamedTuple):
     """The state of the iteration.
 
     ``energy`` is r·z; ``damping`` is the relative one, −1 until it is known; ``largest`` is λ̂, a lower bound of ‖A‖;
-    ``travelled`` bounds ‖x‖ on the way.
+    ``travelled`` bounds ‖x‖ on the way; ``square`` is ‖b − (A + δI) x‖².
     """
 
     x: PyTree
@@ -58,12 +55,8 @@ class Krylov(NamedTuple):
     num_products: Array
     status: Array
     kept: Kept | None
-    mode: Array
+    trial: Array  # the next product measures a warm start, as a step of length 1 from 0
     done: Array
-
-    def residual(self, size: Array) -> Array:
-        """Return ‖b − (A + δI) x‖/‖b‖."""
-        return divide(jnp.sqrt(self.square), size)
 
 
 def first_scale(scaled: ScaledSystem, largest: Array, *, unroll: int | bool) -> tuple[Array, Array]:
@@ -91,13 +84,14 @@ def run(
     precondition: MatVec | None,
     keep: bool,
     unroll: int | bool,
-) -> Krylov:
+) -> tuple[Krylov, Array]:
     """Iterate until the residual is at most ``stop``, the products are spent, or the curvature is not positive.
 
     Args:
       scaled: the system, which includes the constant damping.
       guess: None, or where to start; it is dropped where its residual is above 3 ‖b‖.
-      max_products: bound of ``num_products``, which one that verifies the residual may exceed by one.
+      max_products: bound of ``num_products``. Above ten, one product on top measures the residual where rounding may
+        have spoilt the recurrence.
       stop: relative residual.
       damping: δ = ρ λ̂; negative: ``ratio`` times the quotient of the first direction.
       ratio: ρ.
@@ -107,18 +101,20 @@ def run(
       precondition: M⁻¹, or None.
       keep: keep all directions, and make each new one conjugate to all of them rather than to the last.
       unroll: as for ``iterate``.
+
+    Returns:
+      The last state of the iteration, and the residual ‖b − (A + δI) x‖/‖b‖.
     """
     b, size = scaled.b, scaled.size
-    square = size * size
     first = b if precondition is None else precondition(b)
+    square, trial = size * size, jnp.array(False)
     energy, first_sq = (square, square) if precondition is None else (tree.vdot(b, first), tree.vdot(first, first))
-    trial = jnp.array(False)
     if guess is not None:
         guess_sq = tree.vdot(guess, guess)
         trial = (guess_sq > 0) & jnp.isfinite(guess_sq)
         first, first_sq = optax.tree.where(trial, (guess, guess_sq), (first, first_sq))
-    count, zero = jnp.asarray(num_products, jnp.int32), jnp.zeros_like(size)
-    start = Krylov(
+    count = jnp.asarray(num_products, jnp.int32)
+    c = Krylov(
         x=tree.promoted_zeros_like(b),
         remainder=b,
         direction=first,
@@ -127,21 +123,33 @@ def run(
         direction_sq=first_sq,
         damping=damping.astype(size.dtype),
         largest=largest.astype(size.dtype),
-        travelled=zero,
+        travelled=jnp.zeros_like(size),
         num_products=count,
         status=jnp.asarray(Status.TRUNCATED, jnp.int32),
         kept=_nothing_kept(b, max_products) if keep else None,
-        mode=jnp.where(trial, _TRIAL, _STEP).astype(jnp.int32),
+        trial=trial,
         done=(size == 0) | (~trial & (stop >= 1.0)) | (count >= max_products),
     )
+    step = lambda c: _step(scaled, c, max_products, stop, ratio, constant, precondition)  # noqa: E731
+    final = iterate(step, c, length=max_products, unroll=unroll)
 
-    def step(c: Krylov) -> Krylov:
-        return _step(scaled, c, max_products, stop, ratio, constant, precondition)
+    residual = divide(jnp.sqrt(final.square), size)
+    if max_products <= _FEW:
+        return final, residual
+    # The recurrence drifts from b − A x by at most about (steps)·ε·‖A‖·max‖x‖ (Greenbaum 1997).
+    scale = divide((final.largest + jnp.maximum(final.damping, 0.0) + constant) * final.travelled, size)
+    drift = final.num_products.astype(size.dtype) * epsilon(final.x) * scale
+    doubtful = jnp.isfinite(residual) & (drift > jnp.maximum(residual, stop))
 
-    if unroll is not True and unroll == 1:
-        return iterate(step, start, length=max_products + 1, unroll=1)
-    final = iterate(step, start, length=max_products, unroll=unroll)
-    return at_most_once(~final.done, step, final, unroll=unroll)
+    def measured(at: tuple[Krylov, Array]) -> tuple[Krylov, Array]:
+        c, _ = at
+        remainder, residual = scaled.measure(c.x)
+        if ratio > 0:
+            remainder = tree.add_scaled(remainder, -jnp.maximum(c.damping, 0.0), c.x)
+            residual = divide(tree.norm(remainder), size)
+        return c._replace(remainder=remainder, num_products=c.num_products + 1), residual
+
+    return at_most_once(doubtful, measured, (final, residual), unroll=unroll)
 
 
 def _step(
@@ -153,7 +161,6 @@ def _step(
     constant: float,
     precondition: MatVec | None,
 ) -> Krylov:
-    size, is_step = scaled.size, c.mode == _STEP
     image = scaled.matvec(c.direction)
     curvature = tree.vdot(c.direction, image)
     rayleigh = divide(curvature, c.direction_sq)
@@ -165,30 +172,29 @@ def _step(
         damping = jnp.where(unknown, ratio * jnp.where(jnp.isfinite(seen), seen, 0.0), damping)
         image = tree.add_scaled(image, damping, c.direction)
         curvature, rayleigh = curvature + damping * c.direction_sq, rayleigh + damping
-    largest = jnp.maximum(c.largest, jnp.where(jnp.isfinite(seen) & (c.mode != _VERIFY), seen, 0.0))
+    largest = jnp.maximum(c.largest, jnp.where(jnp.isfinite(seen), seen, 0.0))
 
-    length = jnp.where(is_step, divide(c.energy, curvature), 1.0)
+    length = jnp.where(c.trial, 1.0, divide(c.energy, curvature))
     finite = jnp.isfinite(curvature) & jnp.isfinite(length * jnp.sqrt(c.direction_sq))
     floor = jnp.maximum(0.1 * (damping + constant), 10 * epsilon(c.x) * largest)
-    exhausted = is_step & ~(c.direction_sq > 0)  # nothing is left that is conjugate to the directions before
-    accepted = finite & (~is_step | (rayleigh > floor))
+    exhausted = ~(c.direction_sq > 0)  # nothing is left that is conjugate to the directions before
+    accepted = finite & (c.trial | (rayleigh > floor))
     length = jnp.where(accepted, length, 0.0)
     left = tree.add_scaled(c.remainder, -length, image)
     square = tree.vdot(left, left)
-    dropped = (c.mode == _TRIAL) & ~(jnp.sqrt(square) < _WORST_START * size)
+    dropped = c.trial & ~(jnp.sqrt(square) < _WORST_START * scaled.size)
     length, square = jnp.where(dropped, 0.0, length), jnp.where(dropped, c.square, square)
-    remainder = tree.add_scaled(c.remainder, -length, image)
-    x, travelled = tree.add_scaled(c.x, length, c.direction), c.travelled + jnp.abs(length) * jnp.sqrt(c.direction_sq)
+    x, remainder = tree.add_scaled(c.x, length, c.direction), tree.add_scaled(c.remainder, -length, image)
 
     z = remainder if precondition is None else precondition(remainder)
     energy = square if precondition is None else tree.vdot(remainder, z)
     kept = c.kept
     if kept is not None:
-        place, curvature = c.num_products, jnp.where(is_step & accepted, curvature, 0.0)
+        place = c.num_products
         kept = Kept(
             _block.put(kept.directions, c.direction, place),
             _block.put(kept.images, image, place),
-            kept.curvatures.at[place].set(curvature),
+            kept.curvatures.at[place].set(jnp.where(accepted & ~c.trial, curvature, 0.0)),
         )
         shares = divide(_block.inner(kept.images, z), kept.curvatures)
         direction = tree.add_scaled(z, -1.0, _block.combine(kept.directions, shares))
@@ -197,23 +203,16 @@ def _step(
         # p = z + β p_before with z ⟂ p_before is never shorter than z in exact arithmetic: a tiny one is rounding.
         direction_sq = jnp.where(direction_sq > epsilon(c.x) * whole, direction_sq, 0.0)
     else:
-        share = jnp.where(is_step, divide(energy, c.energy), 0.0)
+        share = jnp.where(c.trial, 0.0, divide(energy, c.energy))
         direction = tree.add_scaled(z, share, c.direction)
         if precondition is None:
             direction_sq = square + share * share * c.direction_sq  # the new remainder ⟂ the old direction
         else:
             direction_sq = tree.vdot(direction, direction)
 
-    count, residual = c.num_products + 1, divide(jnp.sqrt(square), size)
+    count, residual = c.num_products + 1, divide(jnp.sqrt(square), scaled.size)
     # A square that underflows would make the next quotients meaningless.
     small = (residual <= stop) | (square <= jnp.finfo(square.dtype).tiny / epsilon(c.x))
-    finished = ~accepted | ~jnp.isfinite(square) | small | (count >= max_products)
-    # The recurrence drifts from b − A x by at most about (steps)·ε·‖A‖·max‖x‖ (Greenbaum 1997).
-    drift = count.astype(residual.dtype) * epsilon(c.x) * divide((largest + damping + constant) * travelled, size)
-    verify = finished & jnp.isfinite(square) & (drift > jnp.maximum(residual, stop)) & (c.mode != _VERIFY)
-    zeros = tree.promoted_zeros_like(x)
-    x, remainder, direction = optax.tree.where(verify, (zeros, scaled.b, x), (x, remainder, direction))
-    direction_sq = jnp.where(verify, jnp.ones_like(size), direction_sq)
     stopped = jnp.where(finite, Status.INDEFINITE, Status.NOT_FINITE)
     return Krylov(
         x,
@@ -224,12 +223,12 @@ def _step(
         direction_sq,
         damping,
         largest,
-        travelled,
+        c.travelled + jnp.abs(length) * jnp.sqrt(c.direction_sq),
         count,
         jnp.where(accepted | exhausted, c.status, stopped).astype(jnp.int32),
         kept,
-        jnp.where(verify, _VERIFY, _STEP).astype(jnp.int32),
-        finished & ~verify | (c.mode == _VERIFY),
+        jnp.zeros_like(c.trial),
+        ~accepted | ~jnp.isfinite(square) | small | (count >= max_products),
     )
 
 

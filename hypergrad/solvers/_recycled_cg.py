@@ -107,7 +107,7 @@ def recycled_cg(
         damping = relative_damping * largest
         own = scaled.system.diagonal()
         shifted = shifted_diagonal(scaled.system, scaled.b, damping, largest)
-        final = _krylov.run(
+        final, residual = _krylov.run(
             scaled,
             tree.scale(state.solution, scaled.size),
             max_products=max_products,
@@ -131,8 +131,6 @@ def recycled_cg(
         usable = tree.all_finite((basis, products))
         basis, products = optax.tree.where(usable, (basis, products), (state.basis, state.products))
         kept = RecycledState(normalized(final.x, scaled.size), basis, products, final.largest)
-        return Solution(
-            final.x, kept, final.num_products, final.remainder, final.residual(scaled.size), final.status, damping
-        )
+        return Solution(final.x, kept, final.num_products, final.remainder, residual, final.status, damping)
 
     return assemble(init, solve_scaled, rtol=rtol)
