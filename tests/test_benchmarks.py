@@ -27,6 +27,21 @@ def test_quick_run(name, tmp_path):
     assert "|" in (tmp_path / f"{name}.md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["joint_training", "solver_accuracy"])
+def test_quick_run_of_quality(name, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "HYPERGRAD_DATA"}
+    command = [sys.executable, f"benchmarks/quality/{name}.py", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert {"tasks"} <= set(record) or {"trajectories", "one shot", "networks"} <= set(record)
+    assert str(ROOT) not in json.dumps(record)
+    report = (tmp_path / f"{name}.md").read_text()
+    assert "|" in report
+    assert "nan" not in report
+
+
 def test_the_readme_s_table_of_methods_is_that_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = runpy.run_path(str(ROOT / "benchmarks" / "methods_report.py"), run_name="methods_report")

@@ -270,7 +270,7 @@ def report(record: dict[str, Any]) -> str:
 
 def harness_line(record: dict[str, Any]) -> str:
     """Return where and when it was measured."""
-    return ", ".join(f"{k} {record[k]}" for k in ("cpu", "cores", "jax", "date") if k in record) + "."
+    return ", ".join(f"{k} {record['machine'][k]}" for k in ("cpu", "cores", "jax", "date")) + "."
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -30,7 +30,7 @@ from hypergrad.estimators import _probe
 from hypergrad.estimators._paths import check_gradient_paths, check_outer_path
 from hypergrad.estimators._protocol import Estimate, Estimator, train_first
 from hypergrad.problem import BilevelProblem, check_problem
-from hypergrad.solvers import LinearSolver, LinearSystem, Status, cg, gmres
+from hypergrad.solvers import LinearSolver, LinearSystem, Status, cg, dense, gmres
 from hypergrad.solvers._base import blank_info
 from hypergrad.training import (
     Context,
@@ -48,6 +48,7 @@ __all__ = ["implicit"]
 _IN_TRAINING = cg(3, relative_damping=0.01, warm_start=True)
 _AT_SOLUTION = cg(100)
 _ASYMMETRIC = gmres(50, 25)
+_FEW_UNKNOWNS = 2000
 
 
 def implicit(
@@ -179,7 +180,22 @@ def implicit(
             found = lax.custom_root(slope, solved, lambda _slope, solved: solved, tangent_solve)
         return unknowns.fill(found, params)
 
-    return Estimator(problem, init, estimate, best_response=best_response)
+    def reference() -> Estimator:
+        return implicit(problem, _converged(symmetric=symmetric), diagonal=diagonal, trainable=trainable)
+
+    return Estimator(problem, init, estimate, best_response=best_response, reference=reference)
+
+
+def _converged(*, symmetric: bool) -> LinearSolver:
+    """Return the solver of checks: a factorisation up to 2,000 unknowns, beyond it an iteration that converges."""
+    direct = dense()
+    iterative = cg(5000, 1e-8) if symmetric else gmres(2000, 100, 1e-8)
+
+    def solve(system: LinearSystem, b: PyTree, state: PyTree, *, tolerance: Any = None) -> Any:
+        size = sum(leaf.size for leaf in jax.tree.leaves(b))
+        return (direct if size <= _FEW_UNKNOWNS else iterative).solve(system, b, state, tolerance=tolerance)
+
+    return LinearSolver(lambda _: (), solve)
 
 
 def _products(ctx: Context, unknowns: "_Unknowns") -> tuple[MatVec, MatVec]:

@@ -51,6 +51,8 @@ class Estimator(NamedTuple):
         for methods that differentiate them. ``tape`` reaches ``estimate`` as ``ctx.tape``.
       best_response: None, or ``best_response(ctx) -> params``, differentiable in λ, for ``hg.best_response``.
         ``ctx.at`` is ``ctx.start``: no step has been taken yet.
+      reference: None, or ``reference() -> Estimator``: the one that this approximates on purpose, by few products or
+        damping. ``check_hypergrad`` judges it, and reports the difference as a number.
     """
 
     problem: BilevelProblem
@@ -59,6 +61,7 @@ class Estimator(NamedTuple):
     advance: Callable[[PyTree, Context], PyTree] | None = None
     train: Callable[[PyTree, Context], tuple[Trained, PyTree, Any]] | None = None
     best_response: Callable[[Context], Params] | None = None
+    reference: Callable[[], "Estimator"] | None = None
 
 
 def train_first(ctx: Context) -> Context:
