@@ -42,6 +42,19 @@ def test_quick_run_of_quality(name, tmp_path):
     assert "nan" not in report
 
 
+@pytest.mark.slow
+def test_the_device_check_runs_on_a_cpu(tmp_path):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "benchmarks/device_check.py", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "device_check.json").read_text())
+    assert len(record["correctness"]) == 9
+    assert all(row["right"] for row in record["correctness"])
+    assert all("failed" not in row for row in record["speed"])
+    assert min(row["cosine"] for row in record["precision"]) > 0.9
+
+
 def test_the_readme_s_table_of_methods_is_that_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = runpy.run_path(str(ROOT / "benchmarks" / "methods_report.py"), run_name="methods_report")
