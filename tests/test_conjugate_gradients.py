@@ -335,6 +335,7 @@ def test_full_precision_is_asked_for_unless_the_user_chose():
         assert "HIGHEST" not in call()
 
 
+@pytest.mark.slow
 def test_compare_solvers_ranks_them_on_a_network():
     example = ridge(spread=0.05)
     lines = []

@@ -55,7 +55,7 @@ def test_a_solve_batch_takes_the_place_of_the_inner_batch_in_the_solve():
     assert int(state.info.num_skipped) == 0
 
 
-@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("indexed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_neumann_takes_a_fresh_batch_for_each_product(indexed, x64):
     """Written out: x = α Σ Π (I − αA_k) b, the mixed product on the last batch."""
     given = hg.IndexedBatch((X.reshape(60, 4), Y.reshape(60)), jnp.arange(60).reshape(5, 12)) if indexed else BATCHES
@@ -122,6 +122,7 @@ class TestMicrobatches:
         found = hg.value_and_hypergrad(hg.implicit(parts, hg.solvers.cg(8)))(w, h, batch(0), valid, key=None)[0]
         assert relative_error(found, want) < 1e-12
 
+    @pytest.mark.slow
     def test_take_the_memory_of_one(self):
         """A solve over 32 times the batch: scratch memory grows by little."""
         width, count = 256, 32

@@ -17,9 +17,21 @@ from hypergrad.solvers._base import blank_info
 from tests.catalogue import SOLVERS
 from tests.problems import relative_error, tree_of, vector_of
 
-rows = pytest.mark.parametrize("row", SOLVERS, ids=lambda r: r.name)
-solving = pytest.mark.parametrize("row", [r for r in SOLVERS if r.rtol], ids=lambda r: r.name)
-keeping = pytest.mark.parametrize("row", [r for r in SOLVERS if r.keeps_state], ids=lambda r: r.name)
+# Of each solver one row runs each time.
+RARER = "cg_unrolled", "cg_kept", "neumann_unrolled", "richardson_heavy", "gmres_warm", "foreign_warm"
+
+
+def over_rows(chosen):
+    """Return a mark of the rows that are chosen."""
+    slow = lambda row: [pytest.mark.slow] * (row.name in RARER)  # noqa: E731
+    return pytest.mark.parametrize(
+        "row", [pytest.param(row, marks=slow(row), id=row.name) for row in SOLVERS if chosen(row)]
+    )
+
+
+rows = over_rows(lambda row: True)
+solving = over_rows(lambda row: row.rtol)
+keeping = over_rows(lambda row: row.keeps_state)
 INDEFINITE = np.array([1, 1, -1, 1, 1, 1])
 
 # Solvers of the catalogue and of several tests: what is compiled for one test serves the others.
@@ -314,9 +326,7 @@ def test_tolerance_is_absolute_in_the_units_of_the_right_hand_side(row):
         assert optax.tree.norm(nothing) == 0.0
 
 
-@pytest.mark.parametrize(
-    "row", [r for r in SOLVERS if r.name != "dense" and "foreign" not in r.name], ids=lambda r: r.name
-)
+@over_rows(lambda row: row.name != "dense" and "foreign" not in row.name)
 def test_every_product_is_counted(row):
     """Set-up, warm starts and measured residuals included; what ``unroll`` computes and discards is not."""
     solver = row.make()
@@ -332,7 +342,7 @@ def test_every_product_is_counted(row):
     assert told <= len(CALLS) - before
 
 
-@pytest.mark.parametrize("row", [r for r in SOLVERS if r.rtol and "foreign" not in r.name], ids=lambda r: r.name)
+@over_rows(lambda row: row.rtol and "foreign" not in row.name)
 def test_no_nan_is_computed_even_where_it_would_be_discarded(row):
     """Checked after each operation, also inside loops, where an unrolled one goes on after its end."""
     _, b, matrix, _ = system()

@@ -26,6 +26,7 @@ def scalar_problem():
     return hg.BilevelProblem(inner, inner)
 
 
+@pytest.mark.slow
 def test_derivatives_of_a_response_of_any_order():
     respond = hg.best_response(hg.implicit(scalar_problem(), hg.solvers.cg(3)))
     fn = lambda a: respond(jnp.array(0.5), a, (), key=None)  # noqa: E731

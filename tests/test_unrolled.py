@@ -121,7 +121,9 @@ def differences(name, optimizer):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mode", [pytest.param(m, marks=[pytest.mark.slow] * (m == "one segment")) for m in MODES])
+@pytest.mark.parametrize(
+    "mode", [pytest.param(m, marks=[pytest.mark.slow] * (m not in ("default", "forward"))) for m in MODES]
+)
 @pytest.mark.parametrize(
     ("name", "optimizer"), [pytest.param("ridge", momentum, marks=pytest.mark.slow), ("logistic", adam)]
 )
@@ -225,7 +227,8 @@ def test_the_estimate_carries_what_the_window_reached():
     assert result.info == ()
 
 
-@pytest.mark.parametrize("window", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [1, 4])
 def test_no_second_forward_pass(window):
     """The inner loss runs once a step and call, whether or not an outer step is due."""
     base, calls = network(), []
@@ -316,7 +319,8 @@ def test_a_loss_may_close_over_traced_values(mode):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mode", ["default", pytest.param("forward", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "forward"])
 def test_a_fresh_optimizer_state_may_depend_on_the_hyperparameters(mode):
     base = logistic()
     problem = hg.BilevelProblem(
@@ -382,7 +386,7 @@ INDEXED = {
 @pytest.mark.parametrize(
     ("window", "name"),
     [
-        pytest.param(w, name, marks=[pytest.mark.slow] * ((w, name) not in ((1, "implicit"), (3, "unrolled"))))
+        pytest.param(w, name, marks=[pytest.mark.slow] * ((w, name) != (1, "implicit")))
         for w in (1, 3)
         for name in INDEXED
     ],
@@ -481,7 +485,8 @@ def test_the_default_interval_divides_the_window_if_it_can(length):
         assert length % every == 0
 
 
-@pytest.mark.parametrize("length", [53, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [53, 50])
 def test_long_windows_of_awkward_length(length):
     base = network()
     args = (*base.variables, window_of(base.inner_batch, length), base.outer_batch)
