@@ -27,7 +27,7 @@ class Mutant(NamedTuple):
     kind: str
 
 
-KEYS, FAULTS, TOYS = "test_keys.py", "test_faults.py", "test_toys.py"
+KEYS, FAULTS, TOYS, CG = "test_keys.py", "test_faults.py", "test_toys.py", "test_conjugate_gradients.py"
 MUTANTS = [
     # keys
     Mutant(
@@ -41,8 +41,8 @@ MUTANTS = [
     Mutant("drivers/_functional.py", "jax.random.fold_in(key, INIT)", "key", KEYS, "wrong key"),
     Mutant(
         "training.py",
-        "batch, ctx.keys.solve, ctx.at.model_state",
-        "batch, ctx.keys.outer, ctx.at.model_state",
+        "evaluate_inner(ctx.problem, at, batch, ctx.keys.solve,",
+        "evaluate_inner(ctx.problem, at, batch, ctx.keys.outer,",
         KEYS,
         "wrong key",
     ),
@@ -63,8 +63,8 @@ MUTANTS = [
     ),
     Mutant(
         "estimators/_implicit.py",
-        "LinearSystem(product, key=ctx.keys.estimate,",
-        "LinearSystem(product, key=ctx.keys.solve,",
+        "symmetric,\n            ctx.keys.estimate,",
+        "symmetric,\n            ctx.keys.solve,",
         KEYS,
         "wrong key",
     ),
@@ -85,8 +85,8 @@ MUTANTS = [
     # batches, windows and states
     Mutant(
         "training.py",
-        "batch = data.take(ctx.inner_batches, -1)",
-        "batch = data.take(ctx.inner_batches, 0)",
+        "return data.take(ctx.inner_batches, -1)",
+        "return data.take(ctx.inner_batches, 0)",
         KEYS,
         "first batch of a window",
     ),
@@ -306,8 +306,8 @@ MUTANTS = [
     ),
     Mutant(
         "solvers/_base.py",
-        "tree.add_scaled(remainder, damping, x)",
-        "tree.add_scaled(remainder, -damping, x)",
+        "tree.add_scaled(remainder, total_damping, x)",
+        "tree.add_scaled(remainder, -total_damping, x)",
         "test_solvers.py -k damping",
         "wrong sign",
     ),
@@ -319,29 +319,29 @@ MUTANTS = [
         "unscaled right-hand side",
     ),
     Mutant(
-        "solvers/_cg.py",
-        "10 * _epsilon(c.x) * stiffest",
-        "-1.0 * stiffest",
+        "solvers/_krylov.py",
+        "10 * epsilon(c.x) * largest)",
+        "-1.0 * largest)",
         "test_solvers.py -k cg",
         "negative curvature accepted",
     ),
     Mutant(
-        "solvers/_cg.py",
-        "c.trial & ~(square < c.remainder_sq)",
-        "c.trial & (square < 0)",
+        "solvers/_krylov.py",
+        "c.trial & ~(jnp.sqrt(square) <",
+        "c.trial & (jnp.sqrt(square) < 0 *",
         "test_solvers.py -k warm or random",
         "bad warm start kept",
     ),
     Mutant(
-        "solvers/_cg.py",
-        "        c.num_products + 1,\n        jnp.where(accepted",
-        "        c.num_products + ~c.trial,\n        jnp.where(accepted",
+        "solvers/_krylov.py",
+        "count, residual = c.num_products + 1,",
+        "count, residual = c.num_products + ~c.trial,",
         "test_solvers.py -k counted or warm",
         "product not counted",
     ),
     Mutant(
-        "solvers/_cg.py",
-        "square + ratio * ratio * c.direction_sq",
+        "solvers/_krylov.py",
+        "square + share * share * c.direction_sq",
         "square",
         "test_solvers.py -k cg",
         "wrong recurrence",
@@ -354,7 +354,7 @@ MUTANTS = [
         "wrong sign",
     ),
     Mutant(
-        "solvers/_neumann.py",
+        "solvers/_power.py",
         "cold = tree.norm(direction) == 0",
         "cold = jnp.array(True)",
         "test_solvers.py -k neumann",
@@ -362,7 +362,7 @@ MUTANTS = [
     ),
     Mutant(
         "solvers/_neumann.py",
-        "num_products += power.num_products",
+        "spent += power.num_products",
         "pass",
         "test_solvers.py -k counted or counts",
         "products not counted",
@@ -454,6 +454,82 @@ MUTANTS = [
         "foreign keyword",
     ),
     Mutant("tree.py", "int(limits.maxexp) // 2", "64", FAULTS + " -k norms", "range of float32"),
+    # damped, warm, preconditioned solvers
+    Mutant("solvers/_krylov.py", "floor = jnp.maximum(0.1 *", "floor = jnp.maximum(0.0 *", CG, "floor of curvature"),
+    Mutant("solvers/_krylov.py", "_WORST_START = 3.0", "_WORST_START = 1.0", CG, "good warm start dropped"),
+    Mutant("solvers/_krylov.py", "FADE = 0.9", "FADE = 1.0", CG, "scale that never fades"),
+    Mutant(
+        "solvers/_krylov.py", "jnp.where(unknown & ~(rayleigh > constant), stretch, seen)", "seen", CG, "negative scale"
+    ),
+    Mutant(
+        "solvers/_krylov.py",
+        "share = jnp.where(c.trial, 0.0, ",
+        "share = jnp.where(c.trial, 1.0, ",
+        CG,
+        "stale direction",
+    ),
+    Mutant("solvers/_block.py", "_REST = 0.3", "_REST = 300.0", CG, "wrong rest of the spectrum"),
+    Mutant("solvers/_recycled_cg.py", "a - d.astype(p.dtype) * p", "a + d.astype(p.dtype) * p", CG, "wrong sign"),
+    Mutant(
+        "solvers/_richardson.py",
+        "momentum, velocity) if momentum",
+        "0.0, velocity) if momentum",
+        CG,
+        "momentum dropped",
+    ),
+    Mutant(
+        "solvers/_richardson.py",
+        "alpha, stop = divide(1.0, power.top + damping)",
+        "alpha, stop = divide(3.0, power.top + damping)",
+        CG,
+        "step too long",
+    ),
+    Mutant("solvers/_gmres.py", "for _ in range(2):", "for _ in range(0):", CG, "basis not orthogonal"),
+    Mutant("solvers/_gmres.py", "-sin * c.target[c.place]", "sin * c.target[c.place]", CG, "wrong rotation"),
+    Mutant("solvers/preconditioners.py", "state.age % every == 0", "state.age == 0", CG, "never made anew"),
+    Mutant(
+        "estimators/_implicit.py",
+        "diagonal(params, ctx.problem.constrain(ctx.hyperparams))",
+        "diagonal(params, ctx.hyperparams)",
+        CG,
+        "unconstrained diagonal",
+    ),
+    Mutant("curvature.py", "lambda q: of_params(q)[0]", "lambda q: q", "test_residuals.py", "identity for a Jacobian"),
+    Mutant(
+        "problem.py",
+        "residual=None if problem.residual is None else over_unconstrained(problem.residual)",
+        "residual=problem.residual",
+        "test_residuals.py",
+        "residual not wrapped",
+    ),
+    Mutant(
+        "residuals.py",
+        "optax.tree.add_scale(params, -step_size,",
+        "optax.tree.add_scale(params, step_size,",
+        "test_residuals.py",
+        "wrong sign",
+    ),
+    Mutant(
+        "training.py",
+        "place % data.window_length(batches)",
+        "0 * place",
+        "test_solve_batches.py",
+        "one batch for all products",
+    ),
+    Mutant(
+        "problem.py",
+        "value.astype(total.dtype) / count",
+        "value.astype(total.dtype)",
+        "test_solve_batches.py",
+        "sum for a mean",
+    ),
+    Mutant(
+        "diagnostics/_check.py",
+        "return status == Status.TRUNCATED or",
+        "return True or",
+        "test_check_hypergrad.py",
+        "own estimate never judged",
+    ),
 ]
 
 
