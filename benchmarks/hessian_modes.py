@@ -30,7 +30,7 @@ from jax import lax
 from networks import Network, Tree
 
 import hypergrad as hg
-from hypergrad.solvers import _base, _cg, _neumann
+from hypergrad.solvers import _base, _krylov, _neumann
 
 NAMES = ("mlp64", "mlp256", "mlp1024", "cnn", "transformer")
 STEPS = 10
@@ -115,7 +115,7 @@ def candidates(network: Network, step_size: float) -> dict[str, Any]:
             x, _, info = solvers[solver].solve(hg.solvers.LinearSystem(product), b, ())
             return x, info
 
-        with mock.patch.object(_neumann, "iterate", LOOPS[loop]), mock.patch.object(_cg, "iterate", LOOPS[loop]):
+        with mock.patch.object(_neumann, "iterate", LOOPS[loop]), mock.patch.object(_krylov, "iterate", LOOPS[loop]):
             return jax.jit(solve).lower(*arguments(network)).compile()
 
     mode_loops = [CHOSEN_LOOP, *(["unrolled scan"] if network.unroll is True else [])]

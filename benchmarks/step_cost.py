@@ -132,6 +132,11 @@ def steps(network: Network, step_size: float) -> dict[str, tuple[Any, tuple[Any,
     window = network.window
     zeros = jax.tree.map(jnp.zeros_like, network.params), jnp.zeros(())
     few = hg.implicit(problem, hg.solvers.cg(2, relative_damping=0.01, warm_start=True))
+
+    def warm_by_hand(products: int) -> tuple[Any, tuple[Any, ...], int]:
+        fn = handwritten.warm_joint_step(network, INNER, OUTER, handwritten.warm_cg(network, products, 0.01), EVERY)
+        return fn, (pair, (*by_hand, zeros), inner_batch, outer_batch), 2
+
     return {
         "plain step": (
             handwritten.plain_step(network, INNER),
@@ -141,12 +146,9 @@ def steps(network: Network, step_size: float) -> dict[str, tuple[Any, tuple[Any,
         "joint step library": library(EVERY),
         "joint step hand": (hand(EVERY), (pair, by_hand, inner_batch, outer_batch), 2),
         "joint step default library": library(EVERY, hg.implicit(problem)),
-        "joint step default hand": (
-            handwritten.warm_joint_step(network, INNER, OUTER, handwritten.warm_cg(network, 3, 0.01), EVERY),
-            (pair, (*by_hand, zeros), inner_batch, outer_batch),
-            2,
-        ),
+        "joint step default hand": warm_by_hand(3),
         "joint step 2 products library": library(EVERY, few),
+        "joint step 2 products hand": warm_by_hand(2),
         "idle step library": library(NEVER),
         "idle step hand": (hand(NEVER), (pair, by_hand, inner_batch, outer_batch), 2),
         "window library": (library_window, (variables, fused.init(variables), window, outer_batch), 2),
@@ -160,14 +162,7 @@ def steps(network: Network, step_size: float) -> dict[str, tuple[Any, tuple[Any,
 
 NEVER = 10**9
 CYCLES = dict.fromkeys(
-    (
-        "joint step library",
-        "joint step hand",
-        "joint step default library",
-        "joint step default hand",
-        "joint step 2 products library",
-    ),
-    EVERY,
+    (f"joint step{kind} {whose}" for kind in ("", " default", " 2 products") for whose in ("library", "hand")), EVERY
 )
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "evaluate_outer",
     "evaluate_residual",
     "microbatched",
+    "refuse_residual",
     "refuse_response",
     "reparameterize",
     "with_residual",
@@ -212,8 +213,7 @@ def microbatched(problem: BilevelProblem, num_microbatches: int) -> BilevelProbl
       TypeError: ``problem`` is not a ``BilevelProblem``, ``num_microbatches`` is not an int.
       ValueError: a stateful problem, or one with a residual or a response; at a call, a batch that does not divide.
 
-    Valid when each loss is a mean over examples; with m = 1, and without random numbers for any m, nothing changes but
-    the rounding.
+    Valid when each loss is a mean over examples: without random numbers, nothing changes but the rounding.
 
     >>> import jax.numpy as jnp
     >>> loss = lambda w, h, batch, key: jnp.mean((w - batch) ** 2)
@@ -228,32 +228,31 @@ def microbatched(problem: BilevelProblem, num_microbatches: int) -> BilevelProbl
         fix = "Split the batch inside the loss, by lax.scan over jax.checkpoint."
         raise ValueError(validate.message("a problem without model state and residual", "one with", fix))
 
-    def over_parts(loss: Loss) -> Loss:
-        @functools.wraps(loss)
+    def over_parts(name: str) -> Loss:
+        @functools.wraps(getattr(problem, name))
         def mean(params: Params, hyperparams: Hyperparams, batch: Batch, key: Array | None) -> Any:
             parts = data.split(batch, count)
 
             @jax.checkpoint
-            def one(params: Params, hyperparams: Hyperparams, index: Array, part: PyTree) -> Any:
+            def one(params: Params, hyperparams: Hyperparams, index: Array, part: PyTree) -> tuple[Array, Any]:
                 own = None if key is None else jax.random.fold_in(key, index)
-                return loss(params, hyperparams, data.gathered(data.with_windowed(batch, part)), own)
+                at = BilevelParams(params, hyperparams)
+                result = _evaluate(problem, name, at, data.with_windowed(batch, part), own, ())
+                return result.value, result.aux
 
             def step(total: Array, at: tuple[Array, PyTree]) -> tuple[Array, Any]:
-                result = one(params, hyperparams, *at)
-                value, aux = result if problem.has_aux else (result, ())
+                value, aux = one(params, hyperparams, *at)
                 return total + value.astype(total.dtype) / count, aux
 
-            shape = jax.eval_shape(one, params, hyperparams, jnp.int32(0), jax.tree.map(lambda x: x[0], parts))
-            dtype = tree.wider((shape[0] if problem.has_aux else shape).dtype)
+            first = jnp.zeros((), jnp.int32), jax.tree.map(lambda x: x[0], parts)
+            dtype = tree.wider(jax.eval_shape(one, params, hyperparams, *first)[0].dtype)
             numbers = jnp.arange(count, dtype=jnp.int32)
             value, aux = jax.lax.scan(step, jnp.zeros((), dtype), (numbers, parts))
             return (value, aux) if problem.has_aux else value
 
         return mean
 
-    return dataclasses.replace(
-        problem, inner_loss=over_parts(problem.inner_loss), outer_loss=over_parts(problem.outer_loss)
-    )
+    return dataclasses.replace(problem, inner_loss=over_parts("inner_loss"), outer_loss=over_parts("outer_loss"))
 
 
 def with_residual(problem: BilevelProblem, residual: Loss) -> BilevelProblem:
@@ -334,6 +333,14 @@ def refuse_response(name: str, problem: BilevelProblem) -> None:
         wanted = f"{name} to be applied to a problem over plain weights"
         fix = "The order is hg.reparameterize, then with_response or self_tuning, then perturbed, each at most once."
         raise ValueError(validate.message(wanted, "one that already has a response or is perturbed", fix))
+
+
+def refuse_residual(name: str, problem: BilevelProblem) -> None:
+    """Refuse a problem whose inner solution is given by a residual, in what takes it for a minimum."""
+    if problem.residual is not None:
+        wanted = f"a problem without a residual for {name}, which takes the inner solution for a minimum of the loss"
+        fix = "Use hg.implicit, and compare it with differences of your own solver's solutions."
+        raise ValueError(validate.message(wanted, "one made by hg.with_residual", fix))
 
 
 def check_variables(variables: Any) -> BilevelParams:

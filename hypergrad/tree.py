@@ -77,7 +77,7 @@ def scaled_norm(tree: PyTree) -> Array:
 
     def attempt(at: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         _, unit, count = at
-        size = norm(jax.tree.map(lambda x: x / unit.astype(x.dtype), tree)).astype(dtype)
+        size = norm(jax.tree.map(lambda x: x.astype(dtype) / unit, tree))
         other = jnp.where(size > 1, root, 1.0 / root).astype(dtype)
         usable = jnp.isfinite(size) & (size > floor)
         return size * unit, jnp.where(usable, unit, other), jnp.where(usable, 2, count + 1)

@@ -321,6 +321,61 @@ def test_gmres_restarts(x64):
     assert bool(info.converged)
 
 
+def test_gmres_takes_back_a_cycle_that_gains_nothing():
+    """On singular matrices, where rounding would send x to 1e8 and the residual above its start."""
+    ones, b = jnp.ones((2, 2)), jnp.array([1.0, 0.3])
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        q, _ = np.linalg.qr(rng.normal(size=(12, 12)))
+        singular = jnp.asarray((q * np.r_[np.linspace(1, 2, 11), 0]) @ q.T, jnp.float32)
+        for matrix, right in ((ones, b), (singular, jnp.asarray(rng.normal(size=12), jnp.float32))):
+            for restart in (2, 6, 25):
+                solver = hg.solvers.gmres(50, restart)
+                system = LinearSystem(lambda v, matrix=matrix: matrix @ v, symmetric=False)
+                x, _, info = jax.jit(lambda b, s=solver, system=system: s.solve(system, b, ()))(right)
+                assert float(info.residual) <= 1.0
+                assert float(jnp.linalg.norm(x)) < 2.0 or matrix is singular
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        hg.solvers.recycled_cg(3, 3),
+        hg.solvers.cg(3, preconditioner=hg.preconditioners.jacobi()),
+        hg.solvers.neumann(400, preconditioner=hg.preconditioners.jacobi()),
+    ],
+)
+def test_a_diagonal_of_zeros_counts_as_none(solver):
+    values, b = jnp.array([1.0, 2.0, 3.0]), jnp.ones(3)
+    system, state = LinearSystem(lambda v: values * v, diagonal=lambda: jnp.zeros(3)), solver.init(b)
+    for _ in range(3):
+        x, state, _ = solver.solve(system, b, state)
+    np.testing.assert_allclose(x, b / values, rtol=1e-4)
+
+
+def test_small_condition_number_in_float32_does_not_claim_more_digits_than_there_are():
+    """A recurrence goes on falling where b − A x rests at the rounding."""
+    rng = np.random.default_rng(0)
+    q, _ = np.linalg.qr(rng.normal(size=(12, 12)))
+    for solver in (hg.solvers.recycled_cg(10, 12, 1e-4), hg.solvers.cg(10, 1e-12, warm_start=True)):
+        matrix, b = (q * np.logspace(0, -3, 12)) @ q.T, rng.normal(size=12)
+        state = solver.init(jnp.asarray(b, jnp.float32))
+        system = LinearSystem(lambda v, matrix=matrix: jnp.asarray(matrix, jnp.float32) @ v)
+        for _ in range(5):
+            x, state, info = solver.solve(system, jnp.asarray(b, jnp.float32), state)
+            stored = np.asarray(jnp.asarray(matrix, jnp.float32), float)
+            true = np.linalg.norm(b - stored @ np.asarray(x, float)) / np.linalg.norm(b)
+            rounding = 1e-6 * np.linalg.norm(np.asarray(x, float)) / np.linalg.norm(b)
+            assert float(info.residual) == pytest.approx(true, rel=0.5, abs=10 * rounding)
+
+
+def test_what_leaves_no_product_for_the_solve_is_refused():
+    with pytest.raises(ValueError, match="at least 2 with relative_damping and a preconditioner"):
+        hg.solvers.cg(1, relative_damping=0.01, preconditioner=hg.preconditioners.jacobi())
+    with pytest.raises(ValueError, match="max_products of at least 3"):
+        hg.solvers.gmres(2, 5, warm_start=True)
+
+
 def test_full_precision_is_asked_for_unless_the_user_chose():
     """Visible in the program: what a GPU with TF32 or a TPU would do with it."""
     example = ridge()

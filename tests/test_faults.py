@@ -692,3 +692,12 @@ def test_a_zero_right_hand_side_of_a_singular_system():
     _, _, info = hg.solvers.dense().solve(hg.LinearSystem(lambda v: 0 * v), jnp.zeros(3), ())
     assert Status(int(info.status)) == Status.CONVERGED
     assert float(info.residual) == 0.0
+
+
+def test_norms_of_leaves_of_several_precisions():
+    with jax.enable_x64(True):
+        mixed = {"a": jnp.zeros(3), "b": jnp.zeros((2, 2), jnp.float32)}
+        assert float(scaled_norm(mixed)) == 0.0
+        _, _, info = hg.solvers.cg(3).solve(hg.LinearSystem(lambda v: v), mixed, ())
+        assert Status(int(info.status)) == Status.CONVERGED
+        assert float(scaled_norm({"a": jnp.array(1e-200), "b": jnp.zeros(2, jnp.float32)})) == pytest.approx(1e-200)

@@ -224,6 +224,15 @@ def test_what_is_refused(make, message):
         make(hg.BilevelProblem(least_squares, outer))
 
 
+def test_what_takes_the_solution_for_a_minimum_refuses_a_residual():
+    problem, h, _ = made("lasso")
+    at = hg.BilevelParams(jnp.ones(6), h)
+    with pytest.raises(ValueError, match="without a residual for check_hypergrad"):
+        hg.diagnostics.check_hypergrad(hg.implicit(problem), at, (X, Y), (XV, YV), key=None)
+    with pytest.raises(ValueError, match="without a residual for with_response"):
+        hg.responses.with_response(problem, hg.responses.linear())
+
+
 def test_a_residual_of_another_structure_is_refused():
     problem = hg.with_residual(hg.BilevelProblem(least_squares, outer), lambda w, h, b, k: {"w": w})
     with pytest.raises((TypeError, ValueError), match="the residual"):

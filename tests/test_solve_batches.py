@@ -157,6 +157,17 @@ class TestMicrobatches:
         assert float(value) == pytest.approx(1.5 + float(sum(noise)) / 2, rel=1e-6)
         np.testing.assert_allclose(aux, [1.0, 5.0])
 
+    def test_refuse_losses_of_another_form_by_name(self):
+        vector, pair = (lambda w, h, x, k: x * w), (lambda w, h, x, k: (jnp.mean(x) * w, 1.0))
+        for loss, options, message in (
+            (vector, {}, "scalar"),
+            (pair, {}, "has_aux=True"),
+            (lambda w, h, x, k: jnp.mean(x) * w, {"has_aux": True}, r"\(scalar, aux\)"),
+        ):
+            problem = hg.microbatched(hg.BilevelProblem(loss, loss, **options), 2)
+            with pytest.raises((TypeError, ValueError), match=message):
+                problem.inner_loss(jnp.array(1.0), None, jnp.arange(4.0), None)
+
     def test_keep_flags_and_refuse_what_does_not_divide(self):
         loss = lambda w, h, b, key: jnp.mean(b["x"] - w) if b["flag"] else jnp.nan * w  # noqa: E731
         problem = hg.microbatched(hg.BilevelProblem(loss, loss), 2)

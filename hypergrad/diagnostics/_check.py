@@ -22,7 +22,7 @@ from hypergrad.diagnostics._base import Alignment, align, digits, flat, readable
 from hypergrad.diagnostics._differences import Direction, Reference
 from hypergrad.drivers import one_estimate, solves_in
 from hypergrad.estimators import Estimator
-from hypergrad.problem import BilevelParams, check_model_state, check_variables
+from hypergrad.problem import BilevelParams, check_model_state, check_variables, refuse_residual
 from hypergrad.solvers import SolveInfo, Status
 from hypergrad.training import Context, Trained, inner_loss_fn, outer_loss_fn, split_keys
 from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params
@@ -142,7 +142,7 @@ def check_hypergrad(
 
     Raises:
       TypeError: no estimator, or variables that are no ``BilevelParams``.
-      ValueError: what the estimator itself refuses; ``rtol`` or ``step`` not positive.
+      ValueError: what the estimator itself refuses; a problem with a residual; ``rtol`` or ``step`` not positive.
 
     Valid when φ is smooth within the steps: where a kink (ReLU) or a basin's edge is nearer than 1e-7, differences of
     two step sizes disagree, and the check is inconclusive. A random direction sees an error in one of a leaf's n like
@@ -166,6 +166,7 @@ def check_hypergrad(
         fix = "Pass e.g. hg.implicit(problem, hg.solvers.neumann(20))."
         raise TypeError(validate.message("an Estimator", validate.describe(estimator), fix))
     check_variables(variables)
+    refuse_residual("check_hypergrad", estimator.problem)
     validate.number("rtol", rtol, low=0.0, strict=True)
     if step is not None:
         validate.number("step", step, low=0.0, strict=True)

@@ -94,7 +94,7 @@ def value_and_hypergrad(
 def hypergrad(estimator: Estimator, inner_optimizer: Any = None) -> Callable[..., Hyperparams]:
     """Return a function that gives the hypergradient alone, as ``jax.grad`` does beside ``jax.value_and_grad``.
 
-    ``fn(params, hyperparams, inner_batch, outer_batch, *, key, model_state=None) -> hypergrad``
+    ``fn(params, hyperparams, inner_batch, outer_batch, *, key, solve_batch=None, model_state=None) -> hypergrad``
 
     Args:
       estimator: as for ``value_and_hypergrad``.
@@ -127,9 +127,11 @@ def hypergrad(estimator: Estimator, inner_optimizer: Any = None) -> Callable[...
         outer_batch: Batch,
         *,
         key: Key,
+        solve_batch: Batch = None,
         model_state: ModelState = None,
     ) -> Hyperparams:
-        (_, gradient), _ = with_info(params, hyperparams, inner_batch, outer_batch, key=key, model_state=model_state)
+        given = {"key": key, "solve_batch": solve_batch, "model_state": model_state}
+        (_, gradient), _ = with_info(params, hyperparams, inner_batch, outer_batch, **given)
         return gradient
 
     return fn

@@ -28,6 +28,7 @@ from hypergrad.problem import (
     ResponseSpec,
     check_problem,
     evaluate_inner,
+    refuse_residual,
     refuse_response,
 )
 from hypergrad.responses._base import broadcast_per_example, check_response_params, check_size, flat
@@ -170,6 +171,7 @@ def self_tuning(
     """
     check_problem(problem)
     refuse_response("self_tuning", problem)
+    refuse_residual("self_tuning", problem)
     variant = delta_stn() if variant is None else variant
     if not isinstance(variant, SelfTuningVariant):
         fix = "Pass hg.responses.delta_stn() or hg.responses.stn()."

@@ -12,7 +12,7 @@ from typing import Any
 from jax import lax
 
 from hypergrad import validate
-from hypergrad.problem import BilevelProblem, ResponseSpec, check_problem, refuse_response
+from hypergrad.problem import BilevelProblem, ResponseSpec, check_problem, refuse_residual, refuse_response
 from hypergrad.responses._base import Response
 from hypergrad.types import Array, Batch, Hyperparams, Loss, ModelState, Params, PyTree
 
@@ -55,6 +55,7 @@ def with_response(problem: BilevelProblem, response: Response) -> BilevelProblem
         fix = "Pass e.g. hg.responses.linear(), or hg.responses.Response(init, apply)."
         raise TypeError(validate.message("response to be a Response", validate.describe(response), fix))
     refuse_response("with_response", problem)
+    refuse_residual("with_response", problem)
 
     def weights(response_params: PyTree, hyperparams: Hyperparams) -> Params:
         return response.apply(response_params, hyperparams, lax.stop_gradient(hyperparams))

@@ -237,6 +237,8 @@ def assemble(
         residual = undamped = jnp.where(size > 0, residual, 0.0).astype(size.dtype)
         if remainder is not None and not _is_zero(total_damping):
             undamped = divide(tree.norm(tree.add_scaled(remainder, total_damping, x)), size)
+            if system.precision is not None:
+                undamped = jnp.maximum(undamped, jnp.where(size > 0, float(jnp.finfo(system.precision).eps), 0.0))
         is_valid = finite & tree.all_finite(tree.scale(x, power)) & (status != Status.NOT_FINITE)
         is_valid &= jnp.isfinite(residual) | (remainder is None)
         is_zero = finite & (size == 0)
@@ -271,7 +273,8 @@ def shifted_diagonal(system: LinearSystem, b_like: PyTree, damping: Array, large
     if own is None:
         return None
     validate.same_structure("system.diagonal()", own, "b", b_like)
-    top = jnp.maximum(tree.max_abs(own), largest)
+    top = jnp.maximum(tree.max_abs(own), jnp.maximum(largest, damping))
+    top = jnp.where(top > 0, top, 1.0 / jnp.finfo(top.dtype).eps)  # nothing is known: the identity
     return jax.tree.map(
         lambda d, b: jnp.maximum(
             d.astype(b.dtype) + damping.astype(b.dtype),

@@ -88,12 +88,14 @@ def cg(
       A ``LinearSolver``. x is the last accepted iterate: CG minimises ½ xᵀ(A+δI)x − bᵀx, which never grows from step to
       step, while its residual may. At non-positive curvature the status is ``INDEFINITE``; x is where it started (0
       without a warm start) if that is the first step. ``residual`` is the
-      recurrence's. In more than ten products rounding may move it away from ‖b − (A + δI) x‖ (large κ in float32):
-      where that may exceed itself and ``rtol``, one product on top of ``max_products`` measures it.
+      recurrence's. Where rounding may have moved it away from ‖b − (A + δI) x‖ by more than itself or ``rtol`` (large κ
+      in float32), one product on top of ``max_products`` measures it; not for up to five products with
+      ``relative_damping``, where rounding is about 1e-5 at most.
 
     Raises:
-      ValueError: ``max_products`` < 1, or < 2 with ``warm_start``; a negative ``rtol`` or damping; at ``solve``, a
-        system that is not symmetric, or a preconditioner that lacks something.
+      ValueError: ``max_products`` < 1, or < 2 with ``warm_start`` or with both ``relative_damping`` and a
+        preconditioner; a negative ``rtol`` or damping; at ``solve``, a system that is not symmetric, or a
+        preconditioner that lacks something.
       TypeError: an argument of the wrong type.
 
     Valid when A + δI is symmetric positive definite, or semidefinite with b in its range. Elsewhere iterates
@@ -118,6 +120,10 @@ def cg(
         fix = "A warm start takes one product itself: pass max_products=2 or more."
         raise ValueError(validate.message("max_products to be at least 2 with warm_start", str(max_products), fix))
 
+    if relative_damping > 0 and preconditioner is not None and max_products < 2:
+        fix = "The first solve takes one product to find the scale of the damping: pass max_products=2 or more."
+        wanted = "max_products of at least 2 with relative_damping and a preconditioner"
+        raise ValueError(validate.message(wanted, str(max_products), fix))
     stateless = not (warm_start or relative_damping > 0 or preconditioner)
 
     def init(b_like: PyTree) -> PyTree:

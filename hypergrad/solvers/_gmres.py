@@ -34,6 +34,7 @@ from hypergrad.types import Array, PyTree
 __all__ = ["gmres"]
 
 _WORST_START = 3.0  # a warm start whose residual is larger is dropped
+_GAIN = 0.999  # a cycle that reduces the residual by less is taken back, and ends the solve
 
 
 def gmres(
@@ -42,7 +43,8 @@ def gmres(
     """Solve A x = b by GMRES, restarted every ``restart`` steps, until ‖b − A x‖ ≤ rtol·‖b‖.
 
     Args:
-      max_products: largest number of products with A, ≥ 2. One at the end of every cycle measures the residual.
+      max_products: largest number of products with A, ≥ 2, or ≥ 3 with ``warm_start``. One at the end of every cycle
+        measures the residual.
       restart: m ≥ 1, the dimension of the Krylov space. Memory: m + 1 vectors. Cost per step, besides the product: up
         to 4m vector operations.
       rtol: relative residual at which to stop, ≥ 0. float32 reaches about 1e-6.
@@ -51,15 +53,15 @@ def gmres(
         (convolutions on CPU); 1 is a loop that stops early.
 
     Returns:
-      A ``LinearSolver``, whose ``residual`` is measured. The residual never grows, but may stall: with
-      ``restart`` below the number of unknowns, A may be such that no cycle gains anything.
+      A ``LinearSolver``, whose ``residual`` is measured. It never grows from cycle to cycle: one that gains nothing (A
+      singular, or ``restart`` below the number of unknowns) is taken back and ends the solve.
 
     Raises:
-      ValueError: ``max_products`` < 2, ``restart`` < 1, ``rtol`` < 0.
+      ValueError: ``max_products`` too small, ``restart`` < 1, ``rtol`` < 0.
       TypeError: one of them is not a number.
 
-    Valid when A is invertible; fast when its eigenvalues lie in few clusters away from 0, as those of a contraction's
-    I − ∂T/∂w do.
+    Valid when A is invertible; on a singular one x may have a large part that A does not see. Fast when the eigenvalues
+    of A lie in few clusters away from 0, as those of a contraction's I − ∂T/∂w do.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> turn = jnp.array([[1.0, -2.0], [2.0, 1.0]])
@@ -73,9 +75,10 @@ def gmres(
     validate.positive_int("max_products", max_products)
     validate.positive_int("restart", restart)
     validate.unroll(unroll)
-    if max_products < 2:
-        fix = "The last product measures the residual: pass max_products=2 or more."
-        raise ValueError(validate.message("max_products of at least 2", str(max_products), fix))
+    least = 3 if warm_start else 2
+    if max_products < least:
+        fix = f"The last product measures the residual, and one more a warm start: pass max_products={least} or more."
+        raise ValueError(validate.message(f"max_products of at least {least}", str(max_products), fix))
 
     def init(b_like: PyTree) -> PyTree:
         return WarmStart(tree.promoted_zeros_like(b_like)) if warm_start else ()
@@ -87,6 +90,7 @@ def gmres(
         trial = (tree.norm(guess) > 0) if warm_start else jnp.array(False)
         empty = _Cycle(
             x=guess,
+            before=tree.promoted_zeros_like(b),
             basis=_first(_block.zeros(b, restart + 1), b, size),
             triangle=jnp.eye(restart, dtype=dtype),
             rotations=jnp.zeros((restart, 2), dtype),
@@ -118,6 +122,7 @@ def gmres(
 
 class _Cycle(NamedTuple):
     x: PyTree
+    before: PyTree  # x at the start of the cycle
     basis: PyTree  # V, orthonormal
     triangle: Array  # R of the QR factorisation of H̄; the identity beyond ``place``
     rotations: Array  # its Givens rotations (cos, sin)
@@ -142,9 +147,15 @@ def _measured(scaled: ScaledSystem, c: _Cycle, image: PyTree, stop: Any, max_pro
     zeros = tree.promoted_zeros_like(c.x)
     x, remainder = optax.tree.where(dropped, (zeros, scaled.b), (c.x, remainder))
     size = jnp.where(dropped, scaled.size, size)
+    # The remainder at the start of the cycle is its first basis vector times its norm.
+    first, old = jax.tree.map(lambda rows: rows[0], c.basis), c.residual * scaled.size
+    worse = (c.num_products > 0) & ~(size < _GAIN * old)
+    x, remainder = optax.tree.where(worse, (c.before, tree.scale(first, old)), (x, remainder))
+    size = jnp.where(worse, old, size)
     residual, count = divide(size, scaled.size), c.num_products + 1
     return _Cycle(
         x=x,
+        before=x,
         basis=_first(jax.tree.map(jnp.zeros_like, c.basis), remainder, size),
         triangle=jnp.eye(len(c.triangle), dtype=c.triangle.dtype),
         rotations=jnp.zeros_like(c.rotations),
@@ -154,7 +165,9 @@ def _measured(scaled: ScaledSystem, c: _Cycle, image: PyTree, stop: Any, max_pro
         residual=residual,
         num_products=count,
         measuring=jnp.zeros_like(c.measuring),
-        done=~(residual > stop) | (count >= max_products - 1),  # a cycle takes a product, and measuring it another
+        done=worse
+        | ~(residual > stop)
+        | (count >= max_products - 1),  # a cycle takes a product, and measuring it another
     )
 
 
@@ -189,7 +202,8 @@ def _extended(c: _Cycle, image: PyTree, goal: Array, max_products: int) -> _Cycl
     ended = exhausted | ~(jnp.abs(target[place]) > goal) | (place >= length) | (count >= max_products - 1)
     # A zero on the diagonal belongs to a direction that A does not move: no step along it.
     diagonal = jnp.diag(triangle)
-    usable = (jnp.arange(length, dtype=jnp.int32) < place) & (diagonal > 0)
+    smallest = jnp.finfo(diagonal.dtype).eps ** 0.5 * jnp.max(jnp.abs(triangle))  # below, x would be rounding
+    usable = (jnp.arange(length, dtype=jnp.int32) < place) & (diagonal > smallest)
     safe = jnp.where(usable[:, None], triangle, jnp.eye(length, dtype=triangle.dtype))
     shares = lax.linalg.triangular_solve(safe, jnp.where(usable, target[:length], 0.0)[:, None], left_side=True)[:, 0]
     moved = tree.add_scaled(c.x, 1.0, _block.combine(c.basis, jnp.append(shares, jnp.zeros_like(left))))

@@ -20,7 +20,7 @@ __all__ = ["FADE", "Kept", "Krylov", "at_most_once", "epsilon", "first_scale", "
 
 _WORST_START = 3.0  # a warm start whose residual is larger is dropped; a bound of 1 drops nearly all on mini-batches
 FADE = 0.9  # of λ̂ from one solve to the next, so that an old large curvature is forgotten
-_FEW = 10  # products, in which the recurrence errs by no more than a few times the rounding of b − A x itself
+_FEW = 5  # damped products, in which the recurrence errs by about the rounding of b − A x itself, at most 1e-5
 
 
 class Kept(NamedTuple):
@@ -90,8 +90,8 @@ def run(
     Args:
       scaled: the system, which includes the constant damping.
       guess: None, or where to start; it is dropped where its residual is above 3 ‖b‖.
-      max_products: bound of ``num_products``. Above ten, one product on top measures the residual where rounding may
-        have spoilt the recurrence.
+      max_products: bound of ``num_products``. One product on top measures the residual where rounding may have
+        spoilt the recurrence, but for up to five damped products.
       stop: relative residual.
       damping: δ = ρ λ̂; negative: ``ratio`` times the quotient of the first direction.
       ratio: ρ.
@@ -134,7 +134,7 @@ def run(
     final = iterate(step, c, length=max_products, unroll=unroll)
 
     residual = divide(jnp.sqrt(final.square), size)
-    if max_products <= _FEW:
+    if max_products <= _FEW and ratio > 0 and precondition is None and not keep:
         return final, residual
     # The recurrence drifts from b − A x by at most about (steps)·ε·‖A‖·max‖x‖ (Greenbaum 1997).
     scale = divide((final.largest + jnp.maximum(final.damping, 0.0) + constant) * final.travelled, size)
