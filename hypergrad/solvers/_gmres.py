@@ -149,7 +149,7 @@ def _measured(scaled: ScaledSystem, c: _Cycle, image: PyTree, stop: Any, max_pro
     size = jnp.where(dropped, scaled.size, size)
     # The remainder at the start of the cycle is its first basis vector times its norm.
     first, old = jax.tree.map(lambda rows: rows[0], c.basis), c.residual * scaled.size
-    worse = (c.num_products > 0) & ~(size < _GAIN * old)
+    worse = (c.num_products > 0) & jnp.isfinite(size) & (size >= _GAIN * old)
     x, remainder = optax.tree.where(worse, (c.before, tree.scale(first, old)), (x, remainder))
     size = jnp.where(worse, old, size)
     residual, count = divide(size, scaled.size), c.num_products + 1
