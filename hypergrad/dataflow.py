@@ -68,8 +68,8 @@ def unmoved(
     passed = [a is b for a, b in zip(body.outvars[:size], body.invars[:size], strict=True)]
     zeros = _follow_zeros(first, [False] * inputs)
     zeros = [zero and not same for zero, same in zip(zeros, passed, strict=True)]
-    zero_outputs = _zeros_of_loop(body, [], zeros, [False] * inputs)[size:]
-    moved = _loop(body, [], [False] * size, [True] * inputs)[size:]
+    zero_outputs = _loop(_follow_zeros, all, body, [], zeros, [False] * inputs)[size:]
+    moved = _loop(_follow, any, body, [], [False] * size, [True] * inputs)[size:]
     return [zero or not mark for mark, zero in zip(moved, zero_outputs, strict=True)]
 
 
@@ -167,10 +167,10 @@ def _outputs(eqn: Any, inputs: list[bool]) -> list[bool]:
     """Return the marks of an equation's outputs, given those of its inputs."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        return _loop(*_scan_parts(eqn, inputs))
+        return _loop(_follow, any, *_scan_parts(eqn, inputs))
     if name == "while":
         of_test, constants = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-        carry = _loop(_jaxpr(params["body_jaxpr"]), inputs[of_test:constants], inputs[constants:], [])
+        carry = _loop(_follow, any, _jaxpr(params["body_jaxpr"]), inputs[of_test:constants], inputs[constants:], [])
         (goes_on,) = _follow(_jaxpr(params["cond_jaxpr"]), inputs[:of_test] + carry)
         return [goes_on or mark for mark in carry]
     if name == "cond":
@@ -213,7 +213,7 @@ def _zero_outputs(eqn: Any, zeros: list[bool], numbers: list[Any]) -> list[bool]
         else:
             of_test, start = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
             body, constants, carry, slices = _jaxpr(params["body_jaxpr"]), zeros[of_test:start], zeros[start:], []
-        return _zeros_of_loop(body, constants, carry, slices)
+        return _loop(_follow_zeros, all, body, constants, carry, slices)
     if name == "cond":
         branches = [_follow_zeros(_jaxpr(branch), zeros[1:]) for branch in params["branches"]]
         return [all(found) for found in zip(*branches, strict=True)]
@@ -229,16 +229,6 @@ def _zero_outputs(eqn: Any, zeros: list[bool], numbers: list[Any]) -> list[bool]
         or (name == "select_n" and all(zeros[1:]))
     )
     return [every] * len(eqn.outvars)
-
-
-def _zeros_of_loop(body: Any, constants: list[bool], carry: list[bool], slices: list[bool]) -> list[bool]:
-    """Return which of a loop's carry and of what it stacks are zero after any number of rounds, none included."""
-    while True:
-        outputs = _follow_zeros(body, [*constants, *carry, *slices])
-        kept = [a and b for a, b in zip(carry, outputs, strict=False)]
-        if kept == carry:
-            return kept + outputs[len(carry) :]
-        carry = kept
 
 
 def _scan_parts(eqn: Any, marks: list[bool]) -> tuple[Any, list[bool], list[bool], list[bool]]:
@@ -261,14 +251,24 @@ def _stacked(variables: Sequence[Any], of_body: Sequence[Any]) -> int:
     return sum(len(v.aval.shape) > len(b.aval.shape) for v, b in zip(variables, of_body, strict=True))
 
 
-def _loop(body: Any, constants: list[bool], carry: list[bool], slices: list[bool]) -> list[bool]:
-    """Return the marks of a loop's carry and of what it stacks, with those that any number of rounds adds."""
+def _loop(
+    follow: Callable[[Any, Sequence[bool]], list[bool]],
+    join: Callable[[Iterable[bool]], bool],
+    body: Any,
+    constants: list[bool],
+    carry: list[bool],
+    slices: list[bool],
+) -> list[bool]:
+    """Return the marks of a loop's carry and of what it stacks, after any number of rounds, none included.
+
+    ``follow`` gives the marks of one round; ``join`` is ``any`` for marks that rounds add, ``all`` for those they take.
+    """
     while True:
-        outputs = _follow(body, [*constants, *carry, *slices])
-        grown = [a or b for a, b in zip(carry, outputs, strict=False)]
-        if grown == carry:
-            return grown + outputs[len(carry) :]
-        carry = grown
+        outputs = follow(body, [*constants, *carry, *slices])
+        joined = [join(pair) for pair in zip(carry, outputs, strict=False)]
+        if joined == carry:
+            return joined + outputs[len(carry) :]
+        carry = joined
 
 
 def _merge_inside(eqn: Any) -> tuple[Any, list[Any]]:

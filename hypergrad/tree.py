@@ -180,7 +180,7 @@ def wider(*dtypes: Any) -> Any:
 
 
 def total(terms: list[Array]) -> Array:
-    """Return the sum of scalars in the widest of their dtypes, at least float32; 0 of none."""
+    """Return the sum of arrays of one shape in the widest of their dtypes, at least float32; 0 of none."""
     dtype = wider(*(term.dtype for term in terms))
     result = jnp.zeros((), dtype)
     for term in terms:

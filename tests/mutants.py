@@ -404,8 +404,8 @@ MUTANTS = [
     ),
     Mutant(
         "dataflow.py",
-        "[a and b for a, b in zip(carry",
-        "[a for a, _ in zip(carry",
+        "_loop(_follow_zeros, all, body, constants, carry",
+        "_loop(_follow_zeros, any, body, constants, carry",
         "test_probe.py",
         "carry of a loop kept",
     ),
@@ -433,7 +433,7 @@ MUTANTS = [
     ),
     Mutant(
         "dataflow.py",
-        "return kept + outputs[len(carry) :]",
+        "return joined + outputs[len(carry) :]",
         "return outputs[: len(carry)] + outputs[len(carry) :]",
         "test_probe.py -k untrained",
         "no round",
@@ -456,7 +456,7 @@ MUTANTS = [
     Mutant("tree.py", "int(limits.maxexp) // 2", "64", FAULTS + " -k norms", "range of float32"),
     # damped, warm, preconditioned solvers
     Mutant("solvers/_krylov.py", "floor = jnp.maximum(0.1 *", "floor = jnp.maximum(0.0 *", CG, "floor of curvature"),
-    Mutant("solvers/_krylov.py", "_WORST_START = 3.0", "_WORST_START = 1.0", CG, "good warm start dropped"),
+    Mutant("solvers/_base.py", "WORST_START = 3.0", "WORST_START = 1.0", CG, "good warm start dropped"),
     Mutant("solvers/_krylov.py", "FADE = 0.9", "FADE = 1.0", CG, "scale that never fades"),
     Mutant(
         "solvers/_krylov.py", "jnp.where(unknown & ~(rayleigh > constant), stretch, seen)", "seen", CG, "negative scale"

@@ -134,7 +134,7 @@ def implicit(
 
         check_outer_path("implicit", lambda w: unknowns.restrict(outer, params)(w, hyperparams)[0], solved)
         # A leaf that acts on frozen weights alone has a hypergradient of zero, and rightly so: only others are refused.
-        everything = mixed if unknowns.all else _products(ctx, unknowns.thawed())[1]
+        everything = mixed if unknowns.all else _products(ctx, _Unknowns(ctx, trainable=True))[1]
         unmixed = dataflow.independent_leaves(everything, tree.promote(solved if unknowns.all else params))
         check_gradient_paths("implicit", hyperparams, unmixed, lambda h: outer(params, h)[0])
 
@@ -272,12 +272,6 @@ class _Unknowns:
     def fill(self, solved: Params, params: Params) -> Params:
         """Return ``params`` with ``solved`` in the places of the unknowns."""
         return jax.tree.map(lambda mark, new, x: new if mark else x, self.marks, solved, params)
-
-    def thawed(self) -> "_Unknowns":
-        """Return the same with every weight an unknown."""
-        thawed = object.__new__(_Unknowns)
-        thawed.marks = jax.tree.map(lambda _: True, self.marks)
-        return thawed
 
     def restricted(self, residual: Callable[..., Params], params: Params) -> Callable[..., Params]:
         """Return a residual as a function of the unknowns, and its leaves that belong to them."""

@@ -23,6 +23,7 @@ from hypergrad import tree, validate
 from hypergrad.types import Array, MatVec, PyTree
 
 __all__ = [
+    "DIVERGED",
     "LinearSolver",
     "LinearSystem",
     "Preconditioner",
@@ -30,7 +31,9 @@ __all__ = [
     "SolveInfo",
     "Solution",
     "Status",
+    "WORST_START",
     "WarmStart",
+    "at_most_once",
     "assemble",
     "blank_info",
     "check_preconditioner",
@@ -40,6 +43,10 @@ __all__ = [
     "refuse_asymmetric",
     "shifted_diagonal",
 ]
+
+
+WORST_START = 3.0  # a warm start whose residual is larger is dropped; a bound of 1 drops nearly all on mini-batches
+DIVERGED = 1e3  # a residual that grew this far only grows: ‖(I − αA)ᵏ b‖ is log-convex in k
 
 
 class Status(enum.IntEnum):
@@ -319,6 +326,14 @@ def iterate(step: Callable[[LoopVars], LoopVars], start: LoopVars, *, length: in
         return lax.while_loop(lambda c: ~c.done & (c.num_products < length), step, start)
     final, _ = lax.scan(lambda c, _: (optax.tree.where(c.done, c, step(c)), None), start, length=length, unroll=unroll)
     return final
+
+
+def at_most_once(needed: Array, fn: Callable[[Any], Any], start: Any, *, unroll: int | bool) -> Any:
+    """Return ``fn(start)`` where ``needed``, and ``start`` elsewhere."""
+    if unroll is not True and unroll == 1:  # a loop of one round, which ``vmap`` does not run for all
+        one_round = lambda c: (fn(c[0]), jnp.zeros_like(needed))  # noqa: E731
+        return lax.while_loop(lambda c: c[1], one_round, (start, needed))[0]
+    return lax.cond(needed, fn, lambda c: c, start)
 
 
 def _power_of_two(x: Array) -> Array:

@@ -31,12 +31,12 @@ def put(block: PyTree, vector: PyTree, place: Array) -> PyTree:
 
 def inner(block: PyTree, vector: PyTree) -> Array:
     """Return the m dot products of the block's vectors with ``vector``."""
-    return _sum(jax.tree.map(lambda rows, x: _dot(rows, x, x.ndim, 0), block, vector))
+    return tree.total(jax.tree.leaves(jax.tree.map(lambda rows, x: _dot(rows, x, x.ndim, 0), block, vector)))
 
 
 def gram(a: PyTree, b: PyTree) -> Array:
     """Return the matrix aᵢ·bⱼ."""
-    return _sum(jax.tree.map(lambda p, q: _dot(p, q, p.ndim - 1, 1), a, b))
+    return tree.total(jax.tree.leaves(jax.tree.map(lambda p, q: _dot(p, q, p.ndim - 1, 1), a, b)))
 
 
 def combine(block: PyTree, coefficients: Array) -> PyTree:
@@ -133,12 +133,3 @@ def _dot(a: Array, b: Array, count: int, skipped: int) -> Array:
 def _aligned(vector: Array, like: Array) -> Array:
     """Return a leaf of a vector so that it multiplies a leaf of a block, without implicit promotion."""
     return jnp.reshape(vector, (1,) * (like.ndim - vector.ndim) + vector.shape).astype(like.dtype)
-
-
-def _sum(terms: PyTree) -> Array:
-    leaves = jax.tree.leaves(terms)
-    dtype = tree.wider(*(leaf.dtype for leaf in leaves))
-    result = leaves[0].astype(dtype)
-    for leaf in leaves[1:]:
-        result = result + leaf.astype(dtype)
-    return result

@@ -19,6 +19,7 @@ from jax import lax
 from hypergrad import tree, validate
 from hypergrad.solvers import _block
 from hypergrad.solvers._base import (
+    WORST_START,
     LinearSolver,
     ScaledSystem,
     Solution,
@@ -33,7 +34,6 @@ from hypergrad.types import Array, PyTree
 
 __all__ = ["gmres"]
 
-_WORST_START = 3.0  # a warm start whose residual is larger is dropped
 _GAIN = 0.999  # a cycle that reduces the residual by less is taken back, and ends the solve
 
 
@@ -143,7 +143,7 @@ def _measured(scaled: ScaledSystem, c: _Cycle, image: PyTree, stop: Any, max_pro
     """Begin a cycle at x, with its measured residual."""
     remainder = tree.add_scaled(scaled.b, -1.0, image)
     size = tree.norm(remainder)
-    dropped = (c.num_products == 0) & ~(size < _WORST_START * scaled.size)
+    dropped = (c.num_products == 0) & ~(size < WORST_START * scaled.size)
     zeros = tree.promoted_zeros_like(c.x)
     x, remainder = optax.tree.where(dropped, (zeros, scaled.b), (c.x, remainder))
     size = jnp.where(dropped, scaled.size, size)

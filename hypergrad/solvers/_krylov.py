@@ -3,22 +3,19 @@
 p = z = M⁻¹r;  repeat:  a = r·z / p·(A + δI)p;  x += a p;  r' = r − a (A + δI)p;  p = M⁻¹r' + (r'·z'/r·z) p
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from hypergrad import tree
 from hypergrad.solvers import _block
-from hypergrad.solvers._base import ScaledSystem, Status, divide, iterate
+from hypergrad.solvers._base import WORST_START, ScaledSystem, Status, at_most_once, divide, iterate
 from hypergrad.types import Array, MatVec, PyTree
 
-__all__ = ["FADE", "Kept", "Krylov", "at_most_once", "epsilon", "first_scale", "run"]
+__all__ = ["FADE", "Kept", "Krylov", "epsilon", "first_scale", "run"]
 
-_WORST_START = 3.0  # a warm start whose residual is larger is dropped; a bound of 1 drops nearly all on mini-batches
 FADE = 0.9  # of λ̂ from one solve to the next, so that an old large curvature is forgotten
 _FEW = 5  # damped products, in which the recurrence errs by about the rounding of b − A x itself, at most 1e-5
 
@@ -182,7 +179,7 @@ def _step(
     length = jnp.where(accepted, length, 0.0)
     left = tree.add_scaled(c.remainder, -length, image)
     square = tree.vdot(left, left)
-    dropped = c.trial & ~(jnp.sqrt(square) < _WORST_START * scaled.size)
+    dropped = c.trial & ~(jnp.sqrt(square) < WORST_START * scaled.size)
     length, square = jnp.where(dropped, 0.0, length), jnp.where(dropped, c.square, square)
     x, remainder = tree.add_scaled(c.x, length, c.direction), tree.add_scaled(c.remainder, -length, image)
 
@@ -230,14 +227,6 @@ def _step(
         jnp.zeros_like(c.trial),
         ~accepted | ~jnp.isfinite(square) | small | (count >= max_products),
     )
-
-
-def at_most_once(needed: Array, fn: Callable[[Any], Any], start: Any, *, unroll: int | bool) -> Any:
-    """Return ``fn(start)`` where ``needed``, and ``start`` elsewhere."""
-    if unroll is not True and unroll == 1:  # a loop of one round, which ``vmap`` does not run for all
-        one_round = lambda c: (fn(c[0]), jnp.zeros_like(needed))  # noqa: E731
-        return lax.while_loop(lambda c: c[1], one_round, (start, needed))[0]
-    return lax.cond(needed, fn, lambda c: c, start)
 
 
 def epsilon(x: PyTree) -> float:

@@ -17,6 +17,7 @@ import optax
 
 from hypergrad import tree, validate
 from hypergrad.solvers._base import (
+    DIVERGED,
     LinearSolver,
     Preconditioner,
     ScaledSystem,
@@ -34,7 +35,6 @@ from hypergrad.types import Array, MatVec, PyTree
 __all__ = ["neumann"]
 
 _WARM_POWER_STEPS = 2
-_DIVERGED = 1e3  # a residual that grew this far only grows: ‖(I − αA)ᵏ b‖ is log-convex in k
 
 
 class NeumannState(NamedTuple):
@@ -124,7 +124,7 @@ def neumann(
             missed = total.overshot & jnp.isfinite(total.residual) & (total.residual > 1.0)
             last = normalized(total.term, total.residual * scaled.size)
             state = NeumannState(optax.tree.where(missed, last, power.direction), kept)
-        status = jnp.where(total.residual > _DIVERGED, Status.DIVERGED, Status.TRUNCATED)
+        status = jnp.where(total.residual > DIVERGED, Status.DIVERGED, Status.TRUNCATED)
         return Solution(total.x, state, total.num_products + spent, total.term, total.residual, status)
 
     return assemble(init, solve_scaled, damping=damping, averages=True)
@@ -154,7 +154,7 @@ def _series(scaled: ScaledSystem, alpha: Any, num_terms: int, unroll: int | bool
         residual = divide(tree.norm(term), size)
         # Past α λ = 2 a term turns round at each step; along negative curvature it grows without turning.
         overshot = tree.vdot(term, c.term) < 0
-        done = ~(residual <= _DIVERGED) | (residual <= stop)
+        done = ~(residual <= DIVERGED) | (residual <= stop)
         return _Sum(term, x, c.num_products + 1, residual, overshot, done)
 
     one = jnp.ones_like(size)

@@ -15,14 +15,22 @@ import jax.numpy as jnp
 import optax
 
 from hypergrad import tree, validate
-from hypergrad.solvers._base import LinearSolver, ScaledSystem, Solution, Status, assemble, divide, iterate, normalized
+from hypergrad.solvers._base import (
+    DIVERGED,
+    WORST_START,
+    LinearSolver,
+    ScaledSystem,
+    Solution,
+    Status,
+    assemble,
+    divide,
+    iterate,
+    normalized,
+)
 from hypergrad.solvers._power import iterate_power
 from hypergrad.types import Array, PyTree
 
 __all__ = ["richardson"]
-
-_WORST_START = 3.0  # a start whose residual is larger is dropped
-_DIVERGED = 1e3
 
 
 class RichardsonState(NamedTuple):
@@ -103,13 +111,13 @@ def richardson(
             image = tree.add_scaled(scaled.product(c.num_products, vector), damping, vector)
             remainder = tree.add_scaled(c.remainder, -1.0, image)
             residual = divide(tree.norm(remainder), size)
-            dropped = c.trial & ~(residual < _WORST_START)
+            dropped = c.trial & ~(residual < WORST_START)
             zeros = tree.promoted_zeros_like(b)
             x = optax.tree.where(c.trial, vector, tree.add_scaled(c.x, 1.0, vector))
             velocity = optax.tree.where(c.trial, c.velocity, vector)
             x, velocity, remainder = optax.tree.where(dropped, (zeros, zeros, b), (x, velocity, remainder))
             residual = jnp.where(dropped, 1.0, residual)
-            done = ~(residual <= _DIVERGED) | (residual <= stop)
+            done = ~(residual <= DIVERGED) | (residual <= stop)
             return _Iteration(x, velocity, remainder, residual, c.num_products + 1, jnp.zeros_like(c.trial), done)
 
         start = tree.scale(state.solution, size)
@@ -118,7 +126,7 @@ def richardson(
         done = (size == 0) | (~trial & (stop >= one))
         first = _Iteration(start, velocity, b, one, jnp.zeros((), jnp.int32), trial, done)
         final = iterate(step, first, length=num_products, unroll=unroll)
-        diverged = ~(final.residual <= _DIVERGED)
+        diverged = ~(final.residual <= DIVERGED)
         last = move(final.remainder, final.velocity)
         zeros = tree.promoted_zeros_like(b)
         goes_on = normalized(tree.add_scaled(final.x, 1.0, last), size), normalized(last, size)

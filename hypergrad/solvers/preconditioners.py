@@ -17,7 +17,7 @@ from jax import lax
 
 from hypergrad import validate
 from hypergrad.solvers import _block
-from hypergrad.solvers._base import LinearSystem, Preconditioner, shifted_diagonal
+from hypergrad.solvers._base import LinearSystem, Preconditioner, at_most_once, shifted_diagonal
 from hypergrad.types import Array, MatVec, PyTree
 
 __all__ = ["Preconditioner", "jacobi", "nystrom"]
@@ -125,9 +125,7 @@ def nystrom(rank: int, *, every: int = 10) -> Preconditioner:
                 products = jax.tree.map(lambda a, s, d: a - d.astype(s.dtype) * s, products, basis, own)
             return NystromState(basis, products, state.age), jnp.asarray(rank, jnp.int32)
 
-        made, count, _ = lax.while_loop(
-            lambda c: c[2], lambda c: (*make(c), jnp.zeros_like(due)), (state, jnp.zeros((), jnp.int32), due)
-        )
+        made, count = at_most_once(due, make, (state, jnp.zeros((), jnp.int32)), unroll=1)
         apply = _block.low_rank_inverse(made.basis, made.products, diagonal, damping)
         return apply, made._replace(age=made.age + 1), count
 
