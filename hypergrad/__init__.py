@@ -5,7 +5,7 @@
 What is where:
 
     problem       BilevelProblem, BilevelParams, reparameterize; bijectors, penalties, noise
-                  with_residual, residuals, microbatched; IndexedBatch, FreshBatches
+                  with_prior, priors; with_residual, residuals; microbatched; IndexedBatch, FreshBatches
     estimators    implicit (with solvers, preconditioners), unrolled (reverse, forward), direct (with responses)
     drivers       bilevel (one optax transformation), value_and_hypergrad, hypergrad, best_response; guard
     diagnostics   check_hypergrad, compare, retrain, plots
@@ -27,7 +27,8 @@ One log decay per weight, tuned by the validation loss while the weights train:
 
 from hypergrad import _installation  # noqa: F401, I001  first: it names a foreign package of the same name
 
-from hypergrad import bijectors, diagnostics, integrations, noise, optimizers, penalties, residuals, responses, solvers
+from hypergrad import bijectors, diagnostics, integrations, noise, optimizers, penalties, priors, residuals, responses
+from hypergrad import solvers
 from hypergrad.bijectors import Bijector, constrain, unconstrain
 from hypergrad.data import FreshBatches, IndexedBatch
 from hypergrad.drivers import (
@@ -43,7 +44,15 @@ from hypergrad.drivers import (
     value_and_hypergrad,
 )
 from hypergrad.estimators import Estimate, Estimator, UnrollMode, direct, forward, implicit, reverse, unrolled
-from hypergrad.problem import BilevelParams, BilevelProblem, microbatched, reparameterize, with_residual
+from hypergrad.problem import (
+    BilevelParams,
+    BilevelProblem,
+    OverfittingWarning,
+    microbatched,
+    reparameterize,
+    with_prior,
+    with_residual,
+)
 from hypergrad.solvers import LinearSolver, LinearSystem, SolveInfo, preconditioners
 from hypergrad.training import Context, Keys, Trained, inner_loss_fn, outer_loss_fn, train
 
@@ -55,9 +64,12 @@ __all__ = [
     "BilevelProblem",
     "FreshBatches",
     "IndexedBatch",
+    "OverfittingWarning",
     "microbatched",
+    "priors",
     "reparameterize",
     "residuals",
+    "with_prior",
     "with_residual",
     # constrained hyperparameters
     "Bijector",

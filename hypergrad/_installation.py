@@ -12,7 +12,7 @@ __all__ = ["foreign_files"]
 
 _OURS = {
     *("__init__", "_installation", "bijectors", "curvature", "data", "dataflow", "noise", "optimizers", "penalties"),
-    *("problem", "residuals", "training", "tree", "types", "validate"),
+    *("priors", "problem", "residuals", "training", "tree", "types", "validate"),
     *("diagnostics", "drivers", "estimators", "integrations", "responses", "solvers"),
 }
 

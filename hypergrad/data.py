@@ -17,6 +17,7 @@ __all__ = [
     "FreshBatches",
     "IndexedBatch",
     "gathered",
+    "num_examples",
     "of_length",
     "one_step",
     "split",
@@ -72,6 +73,17 @@ def gathered(batch: Batch) -> Batch:
       ValueError: data whose leaves have no common leading axis.
     """
     return jax.tree.map(lambda part: _gather(part) if _is_indexed(part) else part, batch, is_leaf=_is_indexed)
+
+
+def num_examples(batch: Batch) -> tuple[bool, int]:
+    """Return whether the batch tells the size of its whole data set, and that size, or else its own.
+
+    The size is the longest leading axis; 0 where there is none.
+    """
+    parts = jax.tree.leaves(batch, is_leaf=_is_indexed)
+    indexed = [part.data for part in parts if _is_indexed(part)]
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(indexed or parts)]
+    return bool(indexed), max((shape[0] for shape in shapes if shape), default=0)
 
 
 def windowed(batches: Batch) -> PyTree:

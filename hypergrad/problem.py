@@ -10,6 +10,7 @@ step in freely; it composes with itself.
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ __all__ = [
     "BilevelParams",
     "BilevelProblem",
     "LossValue",
+    "OverfittingWarning",
     "ResponseSpec",
     "check_model_state",
     "check_problem",
@@ -35,8 +37,17 @@ __all__ = [
     "refuse_residual",
     "refuse_response",
     "reparameterize",
+    "warn_of_overfitting",
+    "with_prior",
     "with_residual",
 ]
+
+
+class OverfittingWarning(UserWarning):
+    """More hyperparameters than validation examples, and no prior: they can fit the noise of the validation set.
+
+    Silence it by ``warnings.filterwarnings("ignore", category=hg.OverfittingWarning)``.
+    """
 
 
 class BilevelParams(NamedTuple):
@@ -93,6 +104,7 @@ class BilevelProblem:
       has_aux: both losses return ``(scalar, aux)``.
       stateful: both losses return ``(scalar, model_state)``, or ``(scalar, (model_state, aux))`` with aux.
       constrain: maps unconstrained hyperparameters to those that the original losses see.
+      has_prior: set by ``with_prior``: the outer loss contains a prior on the hyperparameters.
       residual: set by ``with_residual``: what is zero at the inner solution in place of ∇_w L_in; None for a minimum.
       response: set by ``hg.responses``, whose transforms make the inner variable a learned response; None otherwise.
 
@@ -109,6 +121,7 @@ class BilevelProblem:
     has_aux: bool = False
     stateful: bool = False
     constrain: Callable[[Hyperparams], Hyperparams] = dataclasses.field(default=_unchanged, kw_only=True)
+    has_prior: bool = dataclasses.field(default=False, kw_only=True)
     residual: Loss | None = dataclasses.field(default=None, kw_only=True)
     response: ResponseSpec | None = dataclasses.field(default=None, kw_only=True)
 
@@ -253,6 +266,75 @@ def microbatched(problem: BilevelProblem, num_microbatches: int) -> BilevelProbl
         return mean
 
     return dataclasses.replace(problem, inner_loss=over_parts("inner_loss"), outer_loss=over_parts("outer_loss"))
+
+
+def with_prior(problem: BilevelProblem, prior: Callable[[Hyperparams], Array], *, num_examples: int) -> BilevelProblem:
+    """Return the problem with a prior on its hyperparameters: the outer loss becomes L_out(w, λ) + prior(λ) / N.
+
+    With L_out the mean negative log-likelihood of N validation examples, λ* is then the most probable λ given them
+    (MAP). Use it where hyperparameters outnumber validation examples.
+
+    Args:
+      problem: over plain weights.
+      prior: ``prior(hyperparams) -> scalar``, −log p(λ) up to a constant, e.g. ``hg.priors.normal(start, 1.0)``. It
+        receives the hyperparameters that the losses of ``problem`` receive: after ``reparameterize`` the unconstrained
+        ones; a later ``reparameterize`` wraps it with the losses.
+      num_examples: N ≥ 1, the examples of the whole validation set, also where an outer batch has fewer.
+
+    Returns:
+      A ``BilevelProblem``.
+
+    Raises:
+      TypeError: ``problem`` is not a ``BilevelProblem``, ``prior`` is not callable, ``num_examples`` is not an int.
+      ValueError: ``num_examples`` < 1, or ``problem`` is one over a learned response; at a call, a prior that returns
+        no scalar.
+
+    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> loss = lambda w, decay, batch, key: jnp.sum(w**2)
+    >>> problem = hg.reparameterize(hg.BilevelProblem(loss, loss), hg.bijectors.exp())
+    >>> problem = with_prior(problem, hg.priors.normal(0.0, scale=1.0), num_examples=100)
+    >>> round(float(problem.outer_loss(jnp.ones(2), jnp.array([1.0, 3.0]), None, None)), 4)      # 2 + ½ (1 + 9) / 100
+    2.05
+
+    Reference: Lorraine, Vicol & Duvenaud, arXiv 1911.02590, section 5.1 (overfitting a small validation set).
+    """
+    check_problem(problem)
+    refuse_response("with_prior", problem)
+    if not callable(prior):
+        fix = "Pass prior(hyperparams) -> scalar, e.g. hg.priors.normal(start, 1.0)."
+        raise TypeError(validate.message("prior to be callable", validate.describe(prior), fix))
+    count = validate.positive_int("num_examples", num_examples)
+
+    @functools.wraps(problem.outer_loss)
+    def outer_loss(params: Params, hyperparams: Hyperparams, *args: Any) -> Any:
+        result = problem.outer_loss(params, hyperparams, *args)
+        penalty = validate.scalar_loss("prior", prior(hyperparams), "Return one number, −log p(λ).") / count
+        if problem.stateful or problem.has_aux:
+            value, *rest = result
+            return value + penalty, *rest
+        return result + penalty
+
+    return dataclasses.replace(problem, outer_loss=outer_loss, has_prior=True)
+
+
+def warn_of_overfitting(problem: BilevelProblem, hyperparams: Hyperparams, outer_batch: Batch) -> None:
+    """Warn where hyperparameters outnumber validation examples and there is no prior.
+
+    An ``IndexedBatch`` says how many examples there are. A plain batch may be a small part of them: the bound is then
+    ten times its size.
+    """
+    known, found = data.num_examples(outer_batch)
+    count = sum(leaf.size for leaf in jax.tree.leaves(hyperparams))
+    if problem.has_prior or problem.response is not None or not found or count <= found * (1 if known else 10):
+        return
+    examples = f"{found:,} validation examples" if known else f"outer batches of {found:,} examples"
+    warnings.warn(
+        f"{count:,} hyperparameters are learned from {examples} without a prior: they can fit the noise of the "
+        "validation set. Add a prior, hg.with_prior(problem, hg.priors.normal(start, 1.0), num_examples=...); or learn "
+        "fewer, such as one per layer or group; or keep a third split, and stop where its loss rises.",
+        OverfittingWarning,
+        stacklevel=2,
+    )
 
 
 def with_residual(problem: BilevelProblem, residual: Loss) -> BilevelProblem:

@@ -1,7 +1,7 @@
 """The law: layers without cycles, everything public documented, nothing private of others.
 
     L0  types, tree, validate, data, dataflow, curvature                    in this order
-    L1  bijectors, penalties, optimizers, noise
+    L1  bijectors, penalties, priors, optimizers, noise
     L2  problem, then training, residuals
     L3  solvers/
     L4  estimators/, responses/
@@ -27,6 +27,7 @@ from hypergrad import (
     noise,
     optimizers,
     penalties,
+    priors,
     responses,
     solvers,
 )
@@ -45,6 +46,7 @@ LAYERS = {
     "noise": 1,
     "optimizers": 1,
     "penalties": 1,
+    "priors": 1,
     "problem": 2.0,
     "residuals": 2.1,
     "training": 2.1,
@@ -181,6 +183,7 @@ def public():
     for module in (bijectors, diagnostics, responses, solvers):
         found |= {f"{module.__name__}.{name}": getattr(module, name) for name in module.__all__}
     found |= {f"hg.penalties.{name}": getattr(penalties, name) for name in ("l1", "l2")}
+    found |= {f"hg.priors.{name}": getattr(priors, name) for name in priors.__all__}
     found |= {f"hg.optimizers.{name}": getattr(optimizers, name) for name in optimizers.__all__}
     found |= {f"hg.noise.{name}": getattr(noise, name) for name in dir(noise) if _is_own(getattr(noise, name), noise)}
     return found

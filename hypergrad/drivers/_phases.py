@@ -10,6 +10,7 @@ import optax
 from hypergrad import tree, validate
 from hypergrad.drivers._guard import Guard
 from hypergrad.estimators import Estimate, Estimator
+from hypergrad.problem import warn_of_overfitting
 from hypergrad.training import Context, train_with_updates
 from hypergrad.types import Array, Params, PyTree
 
@@ -106,6 +107,7 @@ def train_and_advance(
 
 def estimate(estimator: Estimator, state: PyTree, ctx: Context) -> Estimate:
     """Return the estimate, its state in the form of ``state``."""
+    warn_of_overfitting(ctx.problem, ctx.hyperparams, ctx.outer_batch)
     result = estimator.estimate(state, ctx)
     if not isinstance(result, Estimate):
         fix = "Return hg.Estimate(value, hypergrad, state, info, aux)."
