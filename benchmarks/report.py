@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 OVER_HAND, IDLE_SMALL, IDLE_LARGE, COMPILE = 1.15, 1.15, 1.25, 1.5
+JOINT_STEPS = {"joint step": None, "joint step default": 1.6, "joint step 2 products": 1.45}  # in plain steps
 UNROLL_SCRATCH, LONG_MIB = 25.0, 4096.0
 UNROLLS = {
     "unroll 10 library": "hypergradient through 10 steps, over hand-written",
@@ -187,7 +188,11 @@ def _targets(record: dict[str, Any]) -> list[Sequence[str]]:
             measured = found["hypergradient"]["candidates"]["neumann 10 library"]["in_units"]
             add("Neumann 10 with a given step, in gradients", name, 1.15 * FLOOR[name], measured)
         calls = found["steps"]["candidates"]
-        add("joint step, over hand-written", name, OVER_HAND, calls["joint step library"]["over_hand"])
+        for which, limit in JOINT_STEPS.items():
+            if f"{which} library" in calls:
+                add(f"{which}, over hand-written", name, OVER_HAND, calls[f"{which} library"]["over_hand"])
+                if limit is not None:
+                    add(f"{which}, over a plain step", name, limit, calls[f"{which} library"]["in_units"])
         if "window library" in calls:
             add("fused window, over hand-written", name, OVER_HAND, calls["window library"]["over_hand"])
         large = found["weights"] > 300_000
@@ -203,7 +208,9 @@ def _targets(record: dict[str, Any]) -> list[Sequence[str]]:
                 if method in calls:
                     measured = calls[method]["in_units" if method.startswith("idle") else "over_hand"]
                     add(what + setting, name, OVER_HAND, measured)
-        add("compile time of the joint step, over hand-written", name, COMPILE, found["compile_s"]["over_hand"])
+        compiled = found["compile_s"]
+        which = "joint step default" if "joint step default library" in compiled else "joint step"
+        add(f"compile time of the {which}, over hand-written", name, COMPILE, compiled["over_hand"])
     return rows
 
 

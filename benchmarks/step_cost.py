@@ -5,11 +5,12 @@
 In one run, candidates taking turns (``harness.py``):
 
  1. a hypergradient (Neumann 10 and 20, Neumann 10 with its own step, CG 10), in gradients of the inner loss;
- 2. a joint step, an outer step every 10: ``hg.bilevel`` by the step and by the window, over a plain Adam step;
+ 2. a joint step, an outer step every 10: ``hg.bilevel`` by the step (Neumann 10, the default solver, two of its
+    products) and by the window, over a plain Adam step;
  3. a call of ``update`` on which nothing outer is due, over a plain Adam step;
  4. a hypergradient through 10 and 50 steps of descent (``unroll_steps.py``), in windows of 10 plain ones;
  5. ``hg.bilevel`` through windows of 10 steps, on a call with an outer step and on one without, likewise;
- 6. compile time of the joint step;
+ 6. compile time of the joint step with the default solver;
  7. scratch memory of every compiled function, and the process's peak resident memory.
 
 Writes ``step_cost.json`` and, by ``report.py``, ``step_cost.md``. The calls of 2 to 5 are timed a second time in
@@ -239,7 +240,7 @@ PARTS = {"steps": time_steps, "unroll_steps": time_unrolls}
 
 def compile_times(network: Network, step_size: float, rounds: int) -> dict[str, Any]:
     """Return seconds to trace, lower and compile the joint step, the library's and the hand-written in turn."""
-    seconds: dict[str, list[float]] = {"joint step library": [], "joint step hand": []}
+    seconds: dict[str, list[float]] = {"joint step default library": [], "joint step default hand": []}
     for _ in range(rounds):
         for name, samples in seconds.items():
             jax.clear_caches()
@@ -315,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             child = ["--only", name, "--part", "peak", "--which"]
             found["peak_rss_mib"] = {
                 which: round(harness.in_a_process(__file__, [*child, which]), 1)
-                for which in ("plain step", "joint step library", "joint step hand")
+                for which in ("plain step", "joint step library", "joint step default library", "joint step hand")
             }
         record["networks"] = harness.in_order({**record["networks"], name: found}, NAMES)
         _save(args.out, record)
