@@ -35,7 +35,6 @@ class Settings(NamedTuple):
     steps: int = 2000  # of training weights along; from scratch half as many
     batch: int = 250
     every: int = 5  # steps of training an outer step, after a warm-up of a twentieth of all steps
-    num_terms: int = 20  # of the Neumann series
     rate: float = 3e-3
     decay: float = 3e-3  # where weights are jointly trained; one of DECAYS
     outer_rate: float = 0.1

@@ -1,7 +1,7 @@
 """Learn how to augment images: every weight of a small network that changes them is tuned for validation loss.
 
     inner:  w*(φ) = argmin_w  E_z CE(w; a_φ(x, z)) + ½ c ‖w‖²        training images x, noise z; Adam
-    outer:  min_φ  CE(w*(φ); validation images as they are)           Adam on the hypergradient, Neumann series
+    outer:  min_φ  CE(w*(φ); validation images as they are)           Adam on the implicit hypergradient
 
 a_φ is a Flax network: from noise an affine warp around the identity, from noise and image a small change of each pixel.
 The table also has no augmentation, a fixed recipe at the best of five strengths, the network before it learned,
@@ -78,7 +78,7 @@ def learning(problem: hg.BilevelProblem, settings: Settings) -> Training:
 
     def transformation(key: jax.Array) -> optax.GradientTransformationExtraArgs:
         return hg.bilevel(
-            hg.implicit(problem, hg.solvers.neumann(settings.num_terms)),
+            hg.implicit(problem),
             inner_optimizer=settings.optimizer(),
             outer_optimizer=optax.adam(outer_rate),
             every=settings.due,

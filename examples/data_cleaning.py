@@ -1,7 +1,7 @@
 """Learn one weight for every training example where many labels are wrong, by implicit differentiation.
 
     inner:  w*(λ) = argmin_w  meanᵢ λᵢ CEᵢ(w; noisy labels) + ½ c ‖w‖²,  λ in (0, 1)      Adam
-    outer:  min_λ  CE(w*(λ); a few clean validation examples)         Adam on the hypergradient, Neumann series
+    outer:  min_λ  CE(w*(λ); a few clean validation examples)         Adam on the implicit hypergradient
 
 All weights start at ½, so that the sign of all that an example's weight has moved is the verdict on its label: below
 ½ it is suspected. The table compares the jointly trained network with networks trained from scratch: on all labels,
@@ -77,7 +77,7 @@ def make_learner(
 ) -> Callable[..., tuple[Any, np.ndarray]]:
     """Return ``learn(params, data, key, run) -> (params, weights)``, which trains the network and weights together."""
     tx = hg.bilevel(
-        hg.implicit(problem, hg.solvers.neumann(settings.num_terms)),
+        hg.implicit(problem),
         inner_optimizer=optax.adam(settings.rate),
         outer_optimizer=optax.adam(settings.outer_rate),
         every=lambda n: (n > settings.steps // 20) & (n % settings.every == 0),

@@ -27,7 +27,6 @@ class Settings(NamedTuple):
     batch: int  # examples a gradient; a smaller split is used whole
     outer_rate: float
     every: int  # inner steps an outer step, after a warm-up of a tenth of all steps
-    num_terms: int  # of the Neumann series
     seeds: int
     full_grid: bool = True  # also a grid of which every point gets the budget of a learning run
     inner_rate: float = 1e-3
