@@ -3,6 +3,7 @@
     hvp(f, w)              v ↦ (∂²f/∂w²) v  =  ∂_w ⟨∂f/∂w, v⟩          symmetric
     mixed_vjp(f, w, λ)     q ↦ (∂²f/∂w∂λ)ᵀ q  =  ∂_λ ⟨∂f/∂w, q⟩        from weights to hyperparameters
     residual_vjp(r, w, λ)  q ↦ (∂r/∂w)ᵀ q and (∂r/∂λ)ᵀ q           where a residual takes the place of ∂f/∂w
+    residual_jvp(r, w)     v ↦ (∂r/∂w) v
 
 The first two are reverse over forward: the gradient of a directional derivative, which is one ``jvp``. The choice of
 mode is made here alone, by ``benchmarks/results/hessian_modes.md``: on CPU this mode is the fastest, or within a few
@@ -27,7 +28,7 @@ from jax.extend import core as jex_core
 from hypergrad import dataflow, tree
 from hypergrad.types import Array, Hyperparams, MatVec, ModelState, Params, PyTree
 
-__all__ = ["hvp", "mixed_mode_gradient", "mixed_vjp", "residual_vjp"]
+__all__ = ["hvp", "mixed_mode_gradient", "mixed_vjp", "residual_jvp", "residual_vjp"]
 
 
 def hvp(fn: Callable[[Params], Array], params: Params) -> MatVec:
@@ -72,6 +73,20 @@ def residual_vjp(
     _, of_params = jax.vjp(lambda w: widened(w, hyperparams), wide)
     _, of_hyperparams = jax.vjp(lambda h: widened(wide, h), hyperparams)
     return (lambda q: of_params(q)[0]), (lambda q: of_hyperparams(q)[0])
+
+
+def residual_jvp(residual: Callable[[Params], Params], params: Params) -> MatVec:
+    """Return v ↦ (∂r/∂w) v for a residual r(w) shaped like the weights; through ``custom_vjp`` as vjp of a vjp."""
+    wide = tree.promote(params)
+
+    def widened(w: Params) -> Params:
+        return tree.promote(residual(optax.tree.cast_like(w, params)))
+
+    if not _has_custom_vjp(widened, wide):
+        return lambda vector: jax.jvp(widened, (wide,), (vector,))[1]
+    _, pull_back = jax.vjp(widened, wide)
+    _, push_forward = jax.vjp(lambda q: pull_back(q)[0], wide)
+    return lambda vector: push_forward(vector)[0]
 
 
 def mixed_mode_gradient(
@@ -129,7 +144,7 @@ def _widened(fn: Callable[[Params], Array], params: Params) -> Callable[[Params]
     return lambda wide: fn(optax.tree.cast_like(wide, params))
 
 
-def _has_custom_vjp(fn: Callable[[Params], Array], params: Params) -> bool:
+def _has_custom_vjp(fn: Callable[[Params], PyTree], params: Params) -> bool:
     return _contains_custom_vjp(jax.make_jaxpr(fn)(params).jaxpr)
 
 

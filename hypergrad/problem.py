@@ -421,7 +421,7 @@ def refuse_residual(name: str, problem: BilevelProblem) -> None:
     """Refuse a problem whose inner solution is given by a residual, in what takes it for a minimum."""
     if problem.residual is not None:
         wanted = f"a problem without a residual for {name}, which takes the inner solution for a minimum of the loss"
-        fix = "Use hg.implicit, and compare it with differences of your own solver's solutions."
+        fix = "Use hg.implicit: it differentiates the solution of a residual."
         raise ValueError(validate.message(wanted, "one made by hg.with_residual", fix))
 
 

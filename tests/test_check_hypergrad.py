@@ -10,7 +10,8 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.diagnostics import _differences
-from hypergrad.diagnostics._optimum import minimize
+from hypergrad.diagnostics._kinks import weights_at_kinks
+from hypergrad.diagnostics._optimum import minimize, root
 from hypergrad.training import split_keys
 from tests import problems
 
@@ -444,3 +445,200 @@ def test_without_an_inner_solution_nothing_is_measured(monkeypatch):
     assert short.verdict == "inconclusive"
     assert "the limit of a check" in short.reasons[0]
     assert np.isnan(short.rows[-1].measured)
+
+
+MATRIX = np.array([[2.0, 0.5, -0.8, 0.3], [0.5, 1.0, 0.4, 0.2], [-0.8, 0.4, 1.5, -0.1], [0.3, 0.2, -0.1, 1.0]])
+SPARSE = np.array([1.5, -1.0, 0.0, 0.0])
+STRENGTH = 0.3
+# A w − b + λ z = 0 with z = sign(w) where w is not 0, else within ±1: the lasso's solution is SPARSE.
+OFFSET = MATRIX @ SPARSE + STRENGTH * np.array([1.0, -1.0, 0.4, -0.6])
+TARGET = np.array([0.2, 0.1, 0.7, -0.4])
+
+
+def quadratic(w, h, batch, key):
+    return 0.5 * w @ MATRIX @ w - OFFSET @ w
+
+
+def lasso(w, h, batch, key):
+    return quadratic(w, h, batch, key) + jnp.exp(h) * jnp.sum(jnp.abs(w))
+
+
+def to_target(w, h, batch, key):
+    return 0.5 * jnp.sum((w - TARGET) ** 2)
+
+
+def lasso_derivative():
+    """|dφ/dh|, that along the gradient, by the closed form on the support: dw/dλ = −A⁻¹ sign(w) there."""
+    slope = np.linalg.solve(MATRIX[:2, :2], -np.sign(SPARSE[:2]))
+    return abs(STRENGTH * slope @ (SPARSE - TARGET)[:2])
+
+
+def soft(w, h, step):
+    return jnp.sign(w) * jnp.maximum(jnp.abs(w) - step * jnp.exp(h), 0.0)
+
+
+def proximal():
+    problem = hg.BilevelProblem(quadratic, to_target)
+    return hg.with_residual(problem, hg.residuals.proximal_gradient(problem, soft, 0.3))
+
+
+def sparse(weights=SPARSE):
+    return hg.BilevelParams(jnp.asarray(weights), jnp.log(jnp.array(STRENGTH)))
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_lasso_given_plainly_is_named_and_its_residual_passes():
+    """The first is wrong, the second right, beside the closed form; the report of the first names the second."""
+    plain = check(hg.implicit(hg.BilevelProblem(lasso, to_target), hg.solvers.dense()), sparse(), (), (), key=None)
+    want = lasso_derivative()
+    assert plain.verdict == "at a kink of the inner loss"
+    assert plain.kinks == {"": 2}
+    assert len(plain.reasons) == 1
+    assert "2 of the weights" in str(plain)
+    assert "hg.residuals.proximal_gradient" in str(plain)
+    assert abs(plain.rows[0].estimated - want) > 0.05 * want
+    right = check(hg.implicit(proximal(), hg.solvers.dense()), sparse(), (), (), key=None)
+    assert right.passed, str(right)
+    assert right.rows[0].estimated == pytest.approx(want, rel=1e-9)
+    assert right.rows[0].measured == pytest.approx(want, rel=1e-6)
+    assert right.kinks == {}
+    assert right.inner_gradient_norm < 1e-12
+
+
+def trained(loss, optimizer, start, num_steps=5000):
+    def step(_, at):
+        updates, state = optimizer.update(jax.grad(loss)(at[0]), at[1], at[0])
+        return optax.apply_updates(at[0], updates), state
+
+    run = jax.jit(lambda w: jax.lax.fori_loop(0, num_steps, step, (w, optimizer.init(w)))[0])
+    return run(start)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_weights_near_their_kinks_are_found(dtype, x64):
+    """At 0, or where steps of a finite length leave them: up to 0.1 away."""
+    fn, epsilon = (lambda w: lasso(w, np.log(STRENGTH), (), None)), float(jnp.finfo(dtype).eps)
+    start = jnp.full(4, 0.1, dtype)
+    away = [trained(fn, each, start) for each in (optax.sgd(0.3), optax.sgd(0.01), optax.adam(0.05), optax.adam(1e-3))]
+    assert 0.01 < np.abs(away[0][2:]).max() < 0.1
+    for weights in (jnp.asarray(SPARSE, dtype), *away):
+        assert weights.dtype == dtype
+        assert weights_at_kinks(fn, weights, epsilon) == {"": 2}
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_norm_at_zero_is_a_kink_and_leaves_are_counted():
+    def fn(w):
+        norms = jnp.linalg.norm(w["rows"], axis=1)
+        return jnp.sum((w["rows"][0] - 2.0) ** 2) + jnp.sum(norms) + jnp.sum((w["bias"] - 1.0) ** 2)
+
+    weights = {"bias": jnp.ones(2), "rows": jnp.zeros((3, 2)).at[0].set(2.0 - 0.5 / np.sqrt(2))}
+    assert weights_at_kinks(fn, weights, 1e-16) == {"['rows']": 4}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_smooth_losses_have_no_kinks(dtype, x64):
+    """Neither a bend narrower than most steps, nor a saturated loss, nor weights that are no solution."""
+    epsilon = float(jnp.finfo(dtype).eps)
+    bend = lambda w: quadratic(w, 0, (), None) + hg.penalties.l1(w, STRENGTH, smoothing=1e-3)  # noqa: E731
+    at_bend = minimize(bend, jnp.asarray(SPARSE, dtype)).params
+    assert np.abs(at_bend[2:]).max() < 1e-2
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(20, 4)), dtype)
+    labels = jnp.sign(x @ jnp.array([1.0, -1.0, 0.5, 0.2], dtype))
+    logistic = lambda w: jnp.mean(jax.nn.softplus(-labels * (x @ w)))  # noqa: E731
+    separable = trained(logistic, optax.sgd(5.0), jnp.zeros(4, dtype), 2000)
+    for fn, weights in (
+        (bend, at_bend),
+        (logistic, separable),
+        (lambda w: quadratic(w, 0, (), None), jnp.asarray(np.linalg.solve(MATRIX, OFFSET), dtype)),
+        (lambda w: quadratic(w, 0, (), None), jnp.zeros(4, dtype)),
+        (lambda w: lasso(w, np.log(STRENGTH), (), None), jnp.full(4, 5.0, dtype)),
+    ):
+        assert weights_at_kinks(fn, weights, epsilon) == {}
+
+
+@pytest.mark.usefixtures("x64")
+def test_networks_with_relus_have_no_kinks_that_count():
+    """Training ends at kinks that examples make; with one input they cross little more than one bias."""
+    for seed in (0, 2):
+        rng = np.random.default_rng(seed)
+        x, y = jnp.asarray(rng.normal(size=(64, 1))), jnp.asarray(rng.normal(size=64))
+
+        def fn(w, x=x, y=y):
+            fitted = jax.nn.relu(x @ w["hidden"] + w["bias"]) @ w["last"]
+            return jnp.mean((fitted - y) ** 2) + 1e-2 * optax.tree.norm(w, squared=True)
+
+        hidden, last = (jnp.asarray(rng.normal(size=s) * np.sqrt(2 / s[0])) for s in ((1, 2), (2,)))
+        start = {"hidden": hidden, "bias": jnp.zeros(2), "last": last}
+        for weights in (start, trained(fn, optax.adam(1e-2), start, 3000)):
+            assert weights_at_kinks(fn, weights, 2e-16) == {}
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_smoothed_penalty_passes():
+    inner = lambda w, h, b, k: quadratic(w, h, b, k) + hg.penalties.l1(w, jnp.exp(h))  # noqa: E731
+    at = sparse()
+    solved = minimize(lambda w: inner(w, at.hyperparams, (), None), at.params).params
+    problem = hg.BilevelProblem(inner, to_target)
+    found = check(hg.implicit(problem, hg.solvers.dense()), at._replace(params=solved), (), (), key=None)
+    assert found.passed, str(found)
+    assert found.kinks == {}
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_kink_of_data_is_inconclusive_and_not_taken_for_a_penalty():
+    """Least absolute errors: the solution fits some of the examples exactly, at kinks that cross all weights."""
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.normal(size=(9, 3))), jnp.asarray(rng.normal(size=9))
+    inner = lambda w, h, b, k: jnp.mean(jnp.abs(x @ w - y)) + 0.01 * jnp.exp(h) * jnp.sum(w**2)  # noqa: E731
+    problem = hg.BilevelProblem(inner, lambda w, h, b, k: jnp.sum((w - 1.0) ** 2))
+    fitted = trained(lambda w: inner(w, 0.0, (), None), optax.adam(1e-4), jnp.zeros(3), 20_000)
+    assert int((jnp.abs(x @ fitted - y) < 1e-3).sum()) >= 2
+    found = check(hg.implicit(problem, CG), hg.BilevelParams(fitted, jnp.array(0.0)), (), (), key=None)
+    assert found.verdict == "inconclusive"
+    assert "kink" in found.reasons[0]
+    assert found.kinks == {}
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_wrong_hypergradient_of_a_residual_fails_and_early_weights_are_named():
+    right = hg.implicit(proximal(), hg.solvers.dense())
+
+    def estimate(state, ctx):
+        found = right.estimate(state, ctx)
+        return found._replace(hypergrad=1.2 * found.hypergrad)
+
+    wrong = check(right._replace(estimate=estimate), sparse(), (), (), key=None)
+    assert wrong.verdict == "FAILED"
+    early = check(right, sparse(0.8 * SPARSE), (), (), key=None)
+    assert early.verdict == "not at a solution of the inner problem"
+    assert "‖residual‖ = " in early.reasons[0]
+    assert early.inner_gradient_norm > 0.01
+    assert early.error_at_optimum < 1e-6
+    assert early.rows[0].measured == pytest.approx(lasso_derivative(), rel=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_residual_without_a_solution_is_inconclusive():
+    loss = lambda w, h, batch, key: jnp.sum(w**2)  # noqa: E731
+    problem = hg.with_residual(hg.BilevelProblem(loss, loss), lambda w, h, batch, key: w**2 + jnp.exp(h))
+    found = check(hg.implicit(problem), hg.BilevelParams(jnp.ones(2), jnp.array(0.0)), (), (), key=None)
+    assert found.verdict == "inconclusive"
+    assert "the iteration w ← w − residual did not converge, ‖residual‖ =" in found.reasons[0]
+    assert np.isnan(found.rows[0].measured)
+
+
+@pytest.mark.usefixtures("x64")
+def test_root_takes_the_better_of_two_steps():
+    """A lasso from far away, a fixed point that repels plain steps, and one on which Newton's method alone diverges."""
+    residual = lambda w: proximal().residual(w, jnp.log(STRENGTH), (), None)  # noqa: E731
+    far = root(residual, jnp.array([30.0, 50.0, -40.0, 20.0]))
+    assert bool(far.converged)
+    np.testing.assert_allclose(far.params, SPARSE, atol=1e-12)
+    repelled = root(lambda w: 3.0 * (w - jnp.cos(w)), jnp.array([0.5]))
+    assert bool(repelled.converged)
+    np.testing.assert_allclose(repelled.params, jnp.cos(repelled.params), rtol=1e-12)
+    overshot = root(jnp.arctan, jnp.array([3.0]))
+    assert bool(overshot.converged)
+    assert abs(float(overshot.params[0])) < 1e-12

@@ -56,6 +56,9 @@ def test_products_pass_a_model_with_a_custom_vjp(wrap, x64):
     np.testing.assert_allclose(product(jnp.ones(2)), 3 * w)
     mixed = curvature.mixed_vjp(lambda w, h: h * jnp.sum(wrap(cubed)(w)), w, h)
     np.testing.assert_allclose(mixed(jnp.ones(2)), 3 * jnp.sum(w**2))
+    turn = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+    push = curvature.residual_jvp(lambda w: turn @ wrap(cubed)(w), w)
+    np.testing.assert_allclose(push(jnp.array([1.0, -1.0])), turn @ (3 * w**2 * jnp.array([1.0, -1.0])))
 
 
 def test_products_of_low_precision_weights_are_float32():

@@ -3,13 +3,16 @@
     ⟨hypergrad, d⟩   against   [φ(λ + hd) − φ(λ − hd)] / 2h,      extrapolated from h and h/2 (Richardson)
 
     φ(λ) = L_out(w_K(λ), λ)  for estimators that differentiate steps: the window is run again
-    φ(λ) = L_out(w*(λ), λ)   for all others: the inner problem is solved again, to rounding, from the weights given
+    φ(λ) = L_out(w*(λ), λ)   for all others: the inner problem is solved again, to rounding, from the weights given;
+                             of a problem with a residual, r(w*(λ), λ) = 0 in place of the minimum
 
 Neither differentiates anything in λ. Two step sizes tell how far the difference quotient itself can be trusted.
 """
 
 import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad import data, dataflow, tree, validate
-from hypergrad.diagnostics import _differences
+from hypergrad.diagnostics import _differences, _kinks
 from hypergrad.diagnostics._base import Alignment, align, digits, flat, readable, table
 from hypergrad.diagnostics._differences import Direction, Reference
 from hypergrad.drivers import one_estimate, solves_in
 from hypergrad.estimators import Estimator
-from hypergrad.problem import BilevelParams, check_model_state, check_variables, refuse_residual
+from hypergrad.problem import BilevelParams, check_model_state, check_variables
 from hypergrad.solvers import SolveInfo, Status
-from hypergrad.training import Context, Trained, inner_loss_fn, outer_loss_fn, split_keys
+from hypergrad.training import Context, Trained, inner_loss_fn, outer_loss_fn, residual_fn, split_keys
 from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params
 
 __all__ = ["HypergradCheck", "check_hypergrad"]
@@ -34,6 +37,7 @@ _WIDE_STEPS = (1e-2, 3e-2, 1e-1)  # where the losses compute in less
 _PASSED, _FAILED, _INCONCLUSIVE = "passed", "FAILED", "inconclusive"
 _BROKEN = 3.0  # the residual from which the guard skips a step: such a solve is a failure
 _UNSOLVED = "not at a solution of the inner problem"
+_KINKED = "at a kink of the inner loss"
 
 
 class HypergradCheck(NamedTuple):
@@ -41,8 +45,8 @@ class HypergradCheck(NamedTuple):
 
     Attributes:
       verdict: "passed": every direction agrees within ``rtol``, by differences that are certain so far. "not at a
-        solution of the inner problem": at the solution the estimate is right. "inconclusive": no difference that is
-        certain disagrees. "FAILED" otherwise.
+        solution of the inner problem": at the solution the estimate is right. "at a kink of the inner loss": see
+        ``kinks``. "inconclusive": no difference that is certain disagrees. "FAILED" otherwise.
       reasons: why it did not pass, most certain first; empty if passed.
       rows: one ``Direction`` for each leaf, and one more of random signs for each leaf of more than one number.
       rtol: the tolerance asked for.
@@ -50,12 +54,16 @@ class HypergradCheck(NamedTuple):
       dtype: of the lowest precision in which the losses compute.
       note: why not in float64, where it was possible to say; empty otherwise.
       outer_loss: at the weights of the estimate.
-      inner_gradient_norm: ‖∇_w L_in‖ there, on the batch and with the key that the linear solve sees.
+      inner_gradient_norm: ‖∇_w L_in‖ there, on the batch and with the key that the linear solve sees; of a problem with
+        a residual ‖residual‖.
       error_at_optimum: the largest error of an estimate at the inner optimum instead; NaN where there is none.
       residual: of the estimate's linear solve; NaN without one.
       solver_cosine: where the estimate's linear solve stopped early or is damped, the cosine of its hypergradient with
         that of a converged, undamped solve. The rows then judge the latter: few products are no failure. NaN elsewhere.
       solver_error: ‖a − b‖/‖b‖ of the same two.
+      kinks: how many weights of a leaf are at a kink of the inner loss (|w|, a norm at 0), by the leaf's path. Such a
+        weight stays at its kink when λ moves, and ``hg.implicit`` moves it. Looked for where a difference is uncertain,
+        since Newton's method ends at a kink; empty otherwise.
     """
 
     verdict: str
@@ -71,6 +79,7 @@ class HypergradCheck(NamedTuple):
     residual: float
     solver_cosine: float = math.nan
     solver_error: float = math.nan
+    kinks: Mapping[str, int] = MappingProxyType({})
 
     @property
     def passed(self) -> bool:
@@ -116,7 +125,9 @@ def check_hypergrad(
     Two directions per leaf of the hyperparameters: along the estimate, which tells its length, and random signs, which
     every entry enters. ⟨hypergrad, d⟩ is compared with [φ(λ + hd) − φ(λ − hd)]/2h, φ the outer loss after the window's
     steps (estimators that differentiate them) or at the inner optimum, found again by Newton's method (all others; for
-    a learned response that of the problem over plain weights).
+    a learned response that of the problem over plain weights). Of a problem with a residual (``hg.with_residual``) the
+    solution of r(w, λ) = 0 takes the place of the optimum, found again by fixed-point steps w − r(w, λ) and, where they
+    are better, Newton's.
 
     Where the linear solve of ``hg.implicit`` stops early or is damped, as by default, the hypergradient of a converged,
     undamped solve is judged, and the report says how far the estimator's own is from it.
@@ -142,13 +153,15 @@ def check_hypergrad(
 
     Raises:
       TypeError: no estimator, or variables that are no ``BilevelParams``.
-      ValueError: what the estimator itself refuses; a problem with a residual; ``rtol`` or ``step`` not positive.
+      ValueError: what the estimator itself refuses; ``rtol`` or ``step`` not positive.
 
     Valid when φ is smooth within the steps: where a kink (ReLU) or a basin's edge is nearer than 1e-7, differences of
     two step sizes disagree, and the check is inconclusive. A random direction sees an error in one of a leaf's n like
     entries divided by √n: a pass is no proof for single entries of large leaves. Where the inner loss is random, w* is
     that of the key's draw; a learned response follows the mean over draws, and is not judged. A saddle that Newton's
-    method starts at passes.
+    method starts at passes. An inner loss with |w| or the norm of a group, whose solution is at that kink, is named as
+    such; one with kinks made by data (a hinge of margins, absolute errors, ReLUs), at which no Newton step is possible,
+    is inconclusive.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: jnp.sum(0.5 * jnp.exp(h) * w**2 - w)                  # w* = exp(-h)
@@ -166,7 +179,6 @@ def check_hypergrad(
         fix = "Pass e.g. hg.implicit(problem, hg.solvers.neumann(20))."
         raise TypeError(validate.message("an Estimator", validate.describe(estimator), fix))
     check_variables(variables)
-    refuse_residual("check_hypergrad", estimator.problem)
     validate.number("rtol", rtol, low=0.0, strict=True)
     if step is not None:
         validate.number("step", step, low=0.0, strict=True)
@@ -249,7 +261,7 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
     measured = _differences.measure(reference, estimates, steps, rtol=rtol, epsilon=epsilon)
     rows, *others = [[_differences.direction(each, *pair, rtol) for pair in measured] for each in estimates]
     errors = [row.error for there in others for row in there if row.uncertainty <= rtol]
-    slope = _inner_gradient(ctx)
+    slope = _condition(ctx)
     found = HypergradCheck(
         verdict=_PASSED,
         reasons=(),
@@ -299,7 +311,7 @@ def _explained(
     """Return a check that did not pass, with verdict and reasons; ``solve`` is that at the optimum if there is one."""
     rtol, key, response = found.rtol, ctx.keys.solve, case.estimator.problem.response is not None
     other = ctx if key is None else ctx._replace(keys=ctx.keys._replace(solve=jax.random.fold_in(key, 1)))
-    again, redrawn = (float(np.nan_to_num(align(_inner_gradient(where), slope).error)) for where in (ctx, other))
+    again, redrawn = (float(np.nan_to_num(align(_condition(where), slope).error)) for where in (ctx, other))
     noise = f"another key changes its gradient by {digits(redrawn)} of its norm"
     noisy = key is not None and redrawn > 1e-6
     vague = [row for row in found.rows if not row.uncertainty <= rtol]
@@ -308,8 +320,13 @@ def _explained(
     stopped = "a residual that was not measured" if math.isnan(residual) else f"residual {digits(residual)}"
     broken = residual > 1 or status in ("DIVERGED", "NOT_FINITE") or (status == "INDEFINITE" and residual > rtol)
     norm, there = digits(found.inner_gradient_norm), found.error_at_optimum
-    solved = there <= rtol
+    solved, has_residual = there <= rtol, ctx.problem.residual is not None
+    if vague and reference.optimum is not None and not (response or has_residual):
+        at, epsilon = ctx.at.params, float(jnp.finfo(found.dtype).eps)
+        kinks = _kinks.weights_at_kinks(lambda w: inner_loss_fn(ctx)(w, ctx.hyperparams), at, epsilon)
+        found = found._replace(kinks=kinks)
     reasons = [  # most certain first; from "broke down" on, a difference that can be trusted disagrees
+        _Reason(bool(found.kinks), _kinked(found.kinks), _KINKED, ends=not wrong),
         _Reason(
             not np.isfinite(gradient).all(),
             "the estimate is not finite: look for inf or NaN in the losses and in their derivatives",
@@ -331,7 +348,12 @@ def _explained(
             "this check solves for one. Check without the noise",
             _INCONCLUSIVE,
         ),
-        _Reason(bool(vague), _uncertain(vague, reference, found.dtype), _INCONCLUSIVE, ends=not wrong),
+        _Reason(
+            bool(vague),
+            _uncertain(vague, reference, found.dtype, has_residual=has_residual),
+            _INCONCLUSIVE,
+            ends=not wrong,
+        ),
         _Reason(
             broken,
             f"the linear solve broke down ({status}, residual {digits(residual)}): H is singular or indefinite here, "
@@ -340,7 +362,8 @@ def _explained(
         ),
         _Reason(
             there <= 0.5 * wrong,
-            f"the inner problem is not solved at these weights, with this batch and key: ‖∇_w L_in‖ = {norm}. At its "
+            "the inner problem is not solved at these weights, with this batch and key: "
+            f"‖{'residual' if has_residual else '∇_w L_in'}‖ = {norm}. At its "
             f"solution {'the estimate is right' if solved else 'more is wrong'} (error {digits(there)}). Train "
             "longer, or check there",
             _UNSOLVED if solved else _FAILED,
@@ -377,10 +400,10 @@ def _explained(
 
 
 def _values(case: _Case) -> np.ndarray:
-    """Return both losses at the point given, where random numbers enter them."""
+    """Return both losses at the point given, where random numbers enter them, and a residual's norm."""
     ctx = case.context()
     if ctx.keys.inner is None:
-        return np.zeros(2)
+        return np.zeros(())
     return np.array(jax.jit(functools.partial(_losses, ctx))(case.given[0]), np.float64)
 
 
@@ -390,16 +413,29 @@ def _same(own: np.ndarray, wide: np.ndarray, variables: BilevelParams) -> bool:
     return bool(np.allclose(own, wide, rtol=max(1e-5, 20 * coarsest), atol=1e-6, equal_nan=True))
 
 
-def _losses(ctx: Context, at: tuple[Params, Hyperparams]) -> tuple[Array, Array]:
-    return inner_loss_fn(ctx)(*at), outer_loss_fn(ctx)(*at)[0]
+def _losses(ctx: Context, at: tuple[Params, Hyperparams]) -> tuple[Array, ...]:
+    """Return both losses, and the norm of a residual."""
+    losses = inner_loss_fn(ctx)(*at), outer_loss_fn(ctx)(*at)[0]
+    return losses if ctx.problem.residual is None else (*losses, tree.norm(residual_fn(ctx)(*at)))
 
 
-def _inner_gradient(ctx: Context) -> np.ndarray:
-    """Return ∇_w L_in, traced anew at every call."""
-    return flat(jax.jit(jax.grad(inner_loss_fn(ctx)))(ctx.at.params, ctx.hyperparams))
+def _condition(ctx: Context) -> np.ndarray:
+    """Return what is zero at the inner solution, ∇_w L_in or the residual, traced anew at every call."""
+    fn = jax.grad(inner_loss_fn(ctx)) if ctx.problem.residual is None else residual_fn(ctx)
+    return flat(jax.jit(fn)(ctx.at.params, ctx.hyperparams))
 
 
-def _uncertain(vague: list[Direction], reference: Reference, dtype: str) -> str:
+def _kinked(kinks: Mapping[str, int]) -> str:
+    """Say where the kinks are and what to do; "" where there are none."""
+    where = " and ".join(f"{count} of {readable(leaf) or 'the weights'}" for leaf, count in kinks.items())
+    return (
+        f"weights are at a kink of the inner loss ({where}; |w| or a norm at 0): they stay there when λ moves, and "
+        "hg.implicit moves them. Leave the term with the kink out of the inner loss, and give its prox to "
+        "hg.with_residual(problem, hg.residuals.proximal_gradient(problem, prox, step_size))"
+    )
+
+
+def _uncertain(vague: list[Direction], reference: Reference, dtype: str, *, has_residual: bool) -> str:
     """Say why differences cannot be trusted; "" where all can be."""
     if not vague:
         return ""
@@ -413,6 +449,14 @@ def _uncertain(vague: list[Direction], reference: Reference, dtype: str) -> str:
         cause = "the limit of a check: take fewer weights or examples, or more decay, or train longer"
     worst = max(vague, key=lambda row: np.nan_to_num(row.uncertainty, nan=np.inf))
     leaf, optimum = readable(worst.leaf) or "hyperparams", reference.optimum
+    if has_residual and optimum is not None and not optimum.converged:
+        if reference.products_left() > 0:
+            cause = (
+                "and no solution to rounding: is w − residual a step towards the solution (check sign and step size), "
+                "and do these weights lie near one?"
+            )
+        reached = f"‖residual‖ = {digits(float(optimum.gradient_norm))} after {int(optimum.num_steps)} steps"
+        return f"inconclusive: the iteration w ← w − residual did not converge, {reached}, {cause}"
     if optimum is not None and not optimum.converged:
         spent = f"{int(optimum.num_products):,} Hessian products"
         return f"inconclusive: from these weights {spent} led to no inner solution to rounding, {cause}"

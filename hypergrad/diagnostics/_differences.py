@@ -10,7 +10,7 @@ Reference: Richardson, The approximate arithmetical solution by finite differenc
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import numpy as np
 from hypergrad import tree
 from hypergrad.diagnostics import _optimum
 from hypergrad.diagnostics._base import flat
-from hypergrad.training import Context, inner_loss_fn, outer_loss_fn, train
+from hypergrad.training import Context, inner_loss_fn, outer_loss_fn, residual_fn, train
 from hypergrad.types import Array, Hyperparams, Params
 
 __all__ = ["MAX_PRODUCTS", "Difference", "Direction", "Probe", "Reference"]
@@ -28,7 +28,7 @@ __all__ += ["direction", "measure", "resolved", "rolled_out"]
 _SMALLEST = 1e-6  # root mean square of a leaf: below, rounding of φ would drown its differences
 _FLOOR = 1e-3  # of the whole gradient's norm: what a leaf's error is measured against at the least
 MAX_PRODUCTS = 40_000
-"""Hessian products that the solves of one check may take: for ten thousand weights some minutes."""
+"""Products with the Hessian, or with ∂r/∂w, that the solves of one check may take: for 10,000 weights some minutes."""
 _FIRST_SHARE = 0.2  # of them for the first solve, from the weights given
 
 
@@ -111,15 +111,18 @@ def rolled_out(ctx: Context) -> Reference:
 
 
 def resolved(ctx: Context) -> Reference:
-    """Return φ(λ) at the inner optimum: sought from the weights ``ctx.at``, and from there for other λ."""
-    inner, outer = inner_loss_fn(ctx), outer_loss_fn(ctx)
+    """Return φ(λ) at the inner solution: sought from the weights ``ctx.at``, and from there for other λ."""
+    outer = outer_loss_fn(ctx)
+    # A minimum of the inner loss, or what a residual has in its place.
+    search: Any = _optimum.minimize if ctx.problem.residual is None else _optimum.root
+    fn: Any = inner_loss_fn(ctx) if ctx.problem.residual is None else residual_fn(ctx)
 
     @jax.jit
     def solve(
         base: Params, guess: Params, ratio: float, hyperparams: Hyperparams, max_products: int
     ) -> tuple[_optimum.Optimum, Array]:
         start = jax.tree.map(lambda w, g: w + jnp.asarray(ratio, w.dtype) * (g - w), base, guess)
-        found = _optimum.minimize(lambda w: inner(w, hyperparams), start, max_products=max_products)
+        found = search(lambda w: fn(w, hyperparams), start, max_products=max_products)
         return found, outer(found.params, hyperparams)[0]
 
     limit, first = int(_FIRST_SHARE * MAX_PRODUCTS), tree.promote(ctx.at.params)

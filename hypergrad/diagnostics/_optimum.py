@@ -1,11 +1,14 @@
-"""The inner optimum to rounding: Newton's method with conjugate gradients, for small problems and for checks.
+"""The inner solution to rounding: Newton's method with a Krylov solver, for small problems and for checks.
 
-    w ← w − t q,   (∇²f) q = ∇f by CG until its residual is 1e-4 or curvature ends,   t halved until f falls enough
+    minimize   w ← w − t q,              (∇²f) q = ∇f by CG until its residual is 1e-4 or curvature ends,
+                                         t halved until f falls enough
+    root       w ← w − q or w − r(w),    (∂r/∂w) q = r by GMRES, whichever of the two has the smaller residual
 
 Estimators never solve the inner problem; what they claim about its solution is judged at solutions found here. The
 method needs a few tens of steps where first-order training needs many thousands, and reaches the rounding of the dtype.
 
-Reference: Nocedal & Wright, Numerical Optimization, 2nd ed. 2006, ch. 7.1.
+Reference: Nocedal & Wright, Numerical Optimization, 2nd ed. 2006, ch. 7.1; Qi & Sun, A nonsmooth version of Newton's
+method, Mathematical Programming 58, 1993 (``root`` where a projection or a prox has kinks).
 """
 
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from jax import lax
 from hypergrad import curvature, dataflow, solvers, tree
 from hypergrad.types import Array, Params
 
-__all__ = ["Optimum", "minimize"]
+__all__ = ["Optimum", "minimize", "root"]
 
 _ENOUGH = 1e-4  # of the decrease that the slope promises
 _HALVINGS = 40
@@ -30,13 +33,15 @@ class Optimum(NamedTuple):
     """Where Newton's method ended.
 
     Attributes:
-      params: tree like the weights, at the lowest Newton decrement seen; where converged, one step further.
-      decrement: scalar, √(∇fᵀ H⁻¹ ∇f) there, before that step: the distance to the minimum in the norm of its Hessian.
-      gradient_norm: scalar, ‖∇f‖ there, before that step.
-      num_steps: int32 scalar, Newton steps taken.
-      num_products: int32 scalar, Hessian products of all steps together.
-      converged: bool scalar, squared, the decrement is at most ε^1.25 (1 + |f|): 1e-10 away in float64.
-        ε is that of the dtype in which ``fn`` computes, whatever it returns.
+      params: tree like the weights, at the lowest decrement seen (``root``: the last); where converged, one step
+        further.
+      decrement: scalar, √(∇fᵀ H⁻¹ ∇f) there, before that step: the distance to the minimum in the norm of its Hessian;
+        of ``root`` ‖q‖, the distance to the solution.
+      gradient_norm: scalar, ‖∇f‖ there, before that step; of ``root`` ‖r‖.
+      num_steps: int32 scalar, steps taken.
+      num_products: int32 scalar, products with the Hessian, or with ∂r/∂w, of all steps together.
+      converged: bool scalar, squared, the decrement is at most ε^1.25 (1 + |f|), of ``root`` ε^1.25 (1 + ‖w‖)²: 1e-10
+        away in float64. ε is that of the dtype in which the function computes, whatever it returns.
     """
 
     params: Params
@@ -102,6 +107,55 @@ def minimize(
     best = Optimum(wide, infinite, infinite, none, none, jnp.array(False))
     start = _At(wide, value, best, none, ~jnp.isfinite(value))
     return lax.while_loop(lambda at: ~at.done, step, start).best
+
+
+def root(
+    residual: Callable[[Params], Params], params: Params, *, max_steps: int = 200, max_products: int | Array = 40_000
+) -> Optimum:
+    """Solve r(w) = 0 from ``params`` to rounding, as far as ``max_steps`` steps go.
+
+    Each step takes w − q, Newton's, or w − r(w), which is the fixed-point, projected-gradient or proximal-gradient step
+    of ``hg.residuals``, whichever has the smaller residual: at least as fast as a contraction, and in a few steps near
+    a solution. No step begins after ``max_products`` products with ∂r/∂w; one step takes at most 500.
+    """
+    wide = tree.promote(params)
+    dtype = tree.wider(*(leaf.dtype for leaf in jax.tree.leaves(wide)))
+    epsilon = jnp.finfo(dataflow.working_precision(residual, wide)).eps
+    size = sum(leaf.size for leaf in jax.tree.leaves(wide))
+    solver = solvers.gmres(min(2 * size + 2, 500), min(size, 100), rtol=1e-4)
+
+    def of(params: Params) -> tuple[Params, Array]:
+        value = tree.promote(residual(params))
+        return value, tree.norm(value).astype(dtype)
+
+    def step(at: tuple[Optimum, Params, Array]) -> tuple[Optimum, Params, Array]:
+        here, value, _ = at
+        system = solvers.LinearSystem(curvature.residual_jvp(residual, here.params), symmetric=False)
+        solution, _, info = solver.solve(system, value, ())
+        newton, plain = optax.tree.sub(here.params, solution), optax.tree.sub(here.params, value)
+        (of_newton, newton_norm), (of_plain, plain_norm) = of(newton), of(plain)
+        # A residual that is not finite is no better than any: comparisons with NaN are false.
+        nearer = newton_norm <= jnp.where(jnp.isfinite(plain_norm), plain_norm, jnp.inf)
+        length = tree.norm(solution).astype(dtype)
+        solved = (info.residual <= 1e-2) & (length <= epsilon**0.625 * (1 + tree.norm(here.params)))
+        solved = (solved | (here.gradient_norm == 0)) & jnp.isfinite(length)
+        spent = here.num_products + info.num_products
+        norm = jnp.where(nearer, newton_norm, plain_norm)
+        new = Optimum(
+            params=optax.tree.where(solved | nearer, newton, plain),
+            decrement=length,
+            gradient_norm=jnp.where(solved, here.gradient_norm, norm),
+            num_steps=here.num_steps + 1,
+            num_products=spent,
+            converged=solved,
+        )
+        done = solved | ~jnp.isfinite(norm) | (new.num_steps >= max_steps) | (spent >= max_products)
+        return new, optax.tree.where(nearer, of_newton, of_plain), done
+
+    value, norm = of(wide)
+    none = jnp.zeros((), jnp.int32)
+    start = Optimum(wide, jnp.array(jnp.inf, dtype), norm, none, none, jnp.array(False))
+    return lax.while_loop(lambda at: ~at[2], step, (start, value, ~jnp.isfinite(norm)))[0]
 
 
 def _backtrack(
