@@ -39,7 +39,7 @@ class Settings(NamedTuple):
         return (n > self.steps // 10) & (n % self.every == 0)
 
     def learning_cost(self) -> float:
-        """Return the cost of a learning run in gradients: three products and a mixed one per outer step count 2 each."""
+        """Return the cost of a learning run in gradients; the four products of an outer step count 2 each."""
         outer_steps = sum(bool(self.due(n)) for n in range(1, self.steps + 1))
         return self.steps + 2 * 4 * outer_steps + outer_steps * self.valid / self.batch
 

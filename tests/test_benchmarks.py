@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["step_cost", "hessian_modes", "unroll_memory", "methods"])
+@pytest.mark.parametrize("name", ["step_cost", "hessian_modes", "unroll_memory", "methods", "frozen_weights"])
 def test_quick_run(name, tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--out", str(tmp_path)]

@@ -372,6 +372,26 @@ def test_trainable_weights_are_named_in_the_functional_forms():
         hg.hypergrad(hg.implicit(HALF, hg.solvers.cg(5), trainable={"a": True}))(w, h, (), (), key=None)
 
 
+def test_a_product_with_a_frozen_prefix_costs_a_third_at_most():
+    """Nine tenths of the weights lie before the trained ones; operations as XLA counts them."""
+    layers = [jnp.eye(16)] * 10
+
+    def loss(w, h, batch, key):
+        out = functools.reduce(lambda x, matrix: jnp.tanh(x @ matrix), w, batch)
+        return jnp.mean(out**2) + h * jnp.sum(w[-1] ** 2)
+
+    problem = hg.BilevelProblem(loss, lambda w, h, batch, key: loss(w, 0.0, batch, key))
+
+    def operations(trainable, terms):
+        solver = hg.solvers.neumann(terms, 0.1, unroll=True)
+        fn = hg.value_and_hypergrad(hg.implicit(problem, solver, trainable=trainable))
+        call = jax.jit(lambda w, h, batch: fn(w, h, batch, batch, key=None))
+        return call.lower(layers, jnp.array(0.1), jnp.ones((8, 16))).compile().cost_analysis()["flops"]
+
+    everything, last = (operations(of, 2) - operations(of, 1) for of in (True, [False] * 9 + [True]))
+    assert everything > 3 * last > 0
+
+
 def test_optimizers_of_another_interface_are_refused_by_name():
     with pytest.raises(TypeError, match=r"inner_optimizer to update from.*lookahead"):
         run(make(inner_optimizer=optax.lookahead(optax.sgd(0.1), 5, 0.5)))
