@@ -43,6 +43,18 @@ def test_quick_run_of_quality(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_quick_run_of_an_experiment(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "HYPERGRAD_DATA"}
+    command = [sys.executable, "experiments/text_decay.py", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (rows,) = json.loads((tmp_path / "text_decay.json").read_text())["seeds"]
+    assert len(rows) == 8
+    assert rows["by frequency, learned"]["valid"] < rows["one decay, grid"]["valid"]
+    assert (tmp_path / "text_decay.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
 def test_the_device_check_runs_on_a_cpu(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "benchmarks/device_check.py", "--quick", "--out", str(tmp_path)]
