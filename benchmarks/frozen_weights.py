@@ -101,7 +101,7 @@ def problem(case: Case) -> hg.BilevelProblem:
     return hg.BilevelProblem(inner, outer)
 
 
-def candidate(case: Case, products: int, batches: tuple[Any, Any]) -> Candidate:
+def candidate(case: Case, products: int, batches: tuple[Any, ...]) -> Candidate:
     """Return a hypergradient with so many products, compiled."""
     solver = hg.solvers.neumann(products, step_size=0.01)
     fn = hg.value_and_hypergrad(hg.implicit(problem(case), solver, trainable=case.trainable))
@@ -143,7 +143,7 @@ def measure(inputs: int, width: int, depth: int, batch: int, rounds: int, min_ms
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark and write its results."""
     args = harness.arguments(__doc__ or "", ["mlp"], Path(__file__).parent / "results").parse_args(argv)
-    sizes, rounds, min_ms = ((8, 16, 3, 8), 3, 5.0) if args.quick else ((784, 256, 12, 256), args.rounds, 60.0)
+    sizes, rounds, min_ms = ((8, 8, 12, 8), 3, 5.0) if args.quick else ((784, 256, 12, 256), args.rounds, 60.0)
     found = {**harness.circumstances(rounds), "cases": measure(*sizes, rounds, min_ms)}
     record = {"quick": args.quick, "networks": {"mlp": found}}
     head = (

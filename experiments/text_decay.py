@@ -81,7 +81,7 @@ class Found(NamedTuple):
 
     log_decays: jax.Array
     gradients: float
-    curve: list[tuple[float, float, float, float]] = []  # gradients, fitted, held out, test loss  # noqa: RUF012
+    curve: list[tuple[float, ...]] = []  # gradients, fitted, held out, test loss  # noqa: RUF012
 
 
 class Solution(NamedTuple):
@@ -101,8 +101,10 @@ def load(seed: int, size: Size, *, idf: bool = False) -> Data:
     counts = counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9)
     order = np.random.default_rng(seed).permutation(len(classes))
     parts = np.split(order, [size.train, size.train + size.valid])
-    splits = (Documents(jnp.asarray(counts[at], jnp.float32), jnp.asarray(classes[at], jnp.int32)) for at in parts)
-    return Data(*splits, frequency)
+    train, valid, test = (
+        Documents(jnp.asarray(counts[at], jnp.float32), jnp.asarray(classes[at], jnp.int32)) for at in parts
+    )
+    return Data(train, valid, test, frequency)
 
 
 def corpus(words: int) -> tuple[np.ndarray, np.ndarray]:
