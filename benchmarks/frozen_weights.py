@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark and write its results."""
     args = harness.arguments(__doc__ or "", ["mlp"], Path(__file__).parent / "results").parse_args(argv)
     sizes, rounds, min_ms = ((8, 8, 12, 8), 3, 5.0) if args.quick else ((784, 256, 12, 256), args.rounds, 60.0)
+    jax.config.update("jax_disable_most_optimizations", args.quick)  # most of a quick run is compilation
     found = {**harness.circumstances(rounds), "cases": measure(*sizes, rounds, min_ms)}
     record = {"quick": args.quick, "networks": {"mlp": found}}
     head = (
