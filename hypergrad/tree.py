@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hypergrad.types import Array, PyTree
 
@@ -27,9 +28,12 @@ __all__ = [
     "max_abs",
     "newly_bad",
     "norm",
+    "placed_like",
     "promote",
     "promoted_zeros_like",
     "refuses_nan",
+    "replicated",
+    "replicated_sharding",
     "scale",
     "scaled_norm",
     "split_floating",
@@ -119,6 +123,31 @@ def all_finite(tree: PyTree) -> Array:
     """
     sums = [jnp.sum(0 * leaf) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)]
     return functools.reduce(lambda is_finite, s: is_finite & ~jnp.isnan(s), sums, jnp.array(True))
+
+
+def replicated_sharding(x: Array, ndim: int) -> NamedSharding | None:
+    """Return that of an array copied to all devices of the mesh of ``x``; None unless the mesh has explicit axes.
+
+    On explicit axes a sharding is part of the type, and JAX asks for that of a contraction over a sharded axis.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    return NamedSharding(mesh, PartitionSpec(*[None] * ndim)) if AxisType.Explicit in mesh.axis_types else None
+
+
+def replicated(tree: PyTree) -> PyTree:
+    """Copy every leaf that lies on a mesh of explicit axes to all its devices."""
+
+    def copied(x: Array) -> Array:
+        sharding = replicated_sharding(x, x.ndim)
+        return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+    return jax.tree.map(copied, tree)
+
+
+def placed_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Return ``tree`` in the explicit shardings of ``like``, a tree from ``jax.eval_shape``."""
+    move = lambda x, y: x if y.sharding is None else jax.sharding.reshard(x, y.sharding)  # noqa: E731
+    return jax.tree.map(move, tree, like)
 
 
 def strip_weak_types(tree: PyTree) -> PyTree:

@@ -67,6 +67,7 @@ def _self_tuned(problem: hg.BilevelProblem, variant: hg.responses.SelfTuningVari
 
 
 ESTIMATORS = [
+    EstimatorRow("implicit", hg.implicit),
     EstimatorRow("implicit_neumann", lambda problem: hg.implicit(problem, hg.solvers.neumann(10))),
     EstimatorRow("implicit_cg", lambda problem: hg.implicit(problem, hg.solvers.cg(10, damping=0.1, warm_start=True))),
     EstimatorRow("implicit_dense", lambda problem: hg.implicit(problem, hg.solvers.dense(damping=0.1))),

@@ -22,8 +22,8 @@ def rows_with(*fast):
 
 
 # One row of each family runs each time, and a single one of those where the wrapper matters more than the estimator.
-rows = rows_with("implicit_neumann", "unrolled", "direct_gated")
-single_row = rows_with("implicit_neumann")
+rows = rows_with("implicit", "unrolled", "direct_gated")
+single_row = rows_with("implicit")
 
 
 @functools.cache
@@ -157,6 +157,7 @@ def test_one_trace_and_a_state_that_keeps_its_form(row, window):
     assert relative_error(variables.params, start(row).params) > 0
 
 
+@pytest.mark.slow  # a scan runs in ``test_vmap_over_whole_runs``
 @single_row
 def test_scan_equals_a_loop_of_calls(row):
     tx, step = compiled(row)

@@ -14,7 +14,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import hypergrad as hg
-from tests.problems import batch_norm
+from tests.catalogue import SOLVERS
+from tests.problems import batch_norm, ridge
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,51 @@ def test_resume_is_bit_identical(through, training, tmp_path):
         np.testing.assert_array_equal(mine, theirs)
     assert int(there_state.step) == 6
     assert int(there_state.info.step) == 6
+
+
+SETTINGS = {
+    "default": hg.implicit,
+    **{row.name: lambda problem, row=row: hg.implicit(problem, row.make()) for row in SOLVERS if row.keeps_state},
+    "cg_jacobi": lambda problem: hg.implicit(
+        problem, hg.solvers.cg(3, preconditioner=hg.preconditioners.jacobi()), diagonal=lambda w, decay: decay
+    ),
+    "cg_nystrom": lambda problem: hg.implicit(
+        problem, hg.solvers.cg(3, preconditioner=hg.preconditioners.nystrom(2, every=4))
+    ),
+    "neumann_nystrom": lambda problem: hg.implicit(
+        problem, hg.solvers.neumann(5, preconditioner=hg.preconditioners.nystrom(2, every=4))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "default")) for n in SETTINGS])
+def test_a_solver_goes_on_where_its_state_was_saved(name):
+    """Bitwise; a fresh state in place of the solver's own changes the result, unless the solver keeps none."""
+    example = ridge(dtype=jnp.float32)
+    estimator = SETTINGS[name](example.problem)
+    tx = hg.bilevel(estimator, inner_optimizer=optax.sgd(0.05), outer_optimizer=optax.adam(1e-2), key=3)
+
+    @jax.jit
+    def step(variables, state):
+        batches = {"inner_batch": example.inner_batch, "outer_batch": example.outer_batch}
+        updates, state = tx.update(None, state, variables, **batches)
+        return optax.apply_updates(variables, updates), state
+
+    def steps(variables, state):
+        for _ in range(3):
+            variables, state = step(variables, state)
+        return variables, state
+
+    fresh = example.variables, tx.init(example.variables)
+    middle = steps(*fresh)
+    wanted = steps(*middle)
+    restored = jax.tree.map(jnp.asarray, through_msgpack(fresh, middle, None))
+    found = steps(*restored)
+    for mine, theirs in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    forgetful = steps(restored[0], restored[1]._replace(estimator=fresh[1].estimator))
+    kept = jax.tree.leaves(forgetful[1].estimator)
+    assert any((a != b).any() for a, b in zip(kept, jax.tree.leaves(wanted[1].estimator), strict=True)) == bool(kept)
 
 
 @pytest.mark.slow

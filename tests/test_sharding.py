@@ -1,7 +1,9 @@
 """Eight devices, and two processes, give the answer of one; shardings are kept."""
 
+import contextlib
 import functools
 import json
+import math
 import os
 import pathlib
 import socket
@@ -21,62 +23,136 @@ import hypergrad as hg
 from tests import two_processes
 from tests.problems import relative_error
 
+
+def _preconditioned(solver, preconditioner):
+    return lambda problem: hg.implicit(problem, solver(preconditioner=preconditioner), diagonal=lambda w, decay: decay)
+
+
 ESTIMATORS = {
+    "default": hg.implicit,
     "neumann": lambda problem: hg.implicit(problem, hg.solvers.neumann(10)),
+    "neumann_jacobi": _preconditioned(functools.partial(hg.solvers.neumann, 5), hg.preconditioners.jacobi()),
     "cg": lambda problem: hg.implicit(problem, hg.solvers.cg(10, damping=1.0, warm_start=True)),
+    "cg_kept": lambda problem: hg.implicit(problem, hg.solvers.cg(5, damping=1.0, reorthogonalize=True)),
+    "cg_jacobi": _preconditioned(functools.partial(hg.solvers.cg, 5, damping=1.0), hg.preconditioners.jacobi()),
+    "cg_nystrom": _preconditioned(
+        functools.partial(hg.solvers.cg, 5, damping=1.0), hg.preconditioners.nystrom(3, every=2)
+    ),
+    "recycled_cg": lambda problem: hg.implicit(
+        problem, hg.solvers.recycled_cg(4, 3, relative_damping=0.1), diagonal=lambda w, decay: decay
+    ),
+    "richardson": lambda problem: hg.implicit(problem, hg.solvers.richardson(2, momentum=0.5)),
+    "gmres": lambda problem: hg.implicit(problem, hg.solvers.gmres(6, 4, warm_start=True)),
+    "dense": lambda problem: hg.implicit(problem, hg.solvers.dense(damping=1.0)),
     "unrolled": lambda problem: hg.unrolled(problem, hg.reverse(2)),
 }
+WINDOWS = {"cg": 2, "unrolled": 4}
 
 
 def sharded_over(mesh, variables, batch):
     """Split the first kernel by columns, the second by rows, batches by examples; biases are copied."""
-    specs = {"first": {"kernel": P(None, "d"), "bias": P("d")}, "second": {"kernel": P("d", None), "bias": P()}}
+    specs = {"first": {"kernel": P(None, "d"), "bias": P("d")}, "second": {"kernel": P("d", None), "bias": P(None)}}
     put = lambda tree: jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs)  # noqa: E731
-    return hg.BilevelParams(put(variables.params), put(variables.hyperparams)), jax.device_put(
-        batch, NamedSharding(mesh, P("d"))
-    )
+    explicit = AxisType.Explicit in mesh.axis_types  # one explicit axis cannot split both sides of a product
+    batch = jax.device_put(batch, NamedSharding(mesh, P() if explicit else P("d")))
+    return hg.BilevelParams(put(variables.params), put(variables.hyperparams)), batch
 
 
-@pytest.mark.parametrize(
-    ("name", "window"),
-    [("neumann", 1), *(pytest.param(*row, marks=pytest.mark.slow) for row in (("cg", 2), ("unrolled", 4)))],
-)
-def test_eight_devices_give_the_answer_of_one(name, window):
-    assert jax.device_count() == 8
-    mesh = Mesh(np.array(jax.devices()), ("d",))
-    problem, variables, batch = two_processes.problem()
+def same_shardings(a, b):
+    """Return whether each leaf lies on the same devices in the same pieces."""
+    return jax.tree.all(jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), a, b))
+
+
+def split_like(weights, state):
+    """Return how many leaves of a state are vectors, or blocks of them; each is split over devices as its weight is."""
+    name = jax.tree_util.keystr
+    pieces = {name(path): w.sharding.shard_shape(w.shape) for path, w in jax.tree.leaves_with_path(weights)}
+    count = 0
+    for path, leaf in jax.tree.leaves_with_path(state):
+        for weight, piece in pieces.items():
+            if name(path).endswith(weight):
+                assert leaf.sharding.shard_shape(leaf.shape)[leaf.ndim - len(piece) :] == piece, name(path)
+                count += 1
+    return count
+
+
+@functools.cache
+def three_steps(name, kind):
+    """Return the variables and the state before and after three joint steps on one device, or on eight of a mesh."""
+    explicit = kind == "Explicit"
+    problem, variables, batch = two_processes.problem(P(None, None) if explicit else None)
+    window = WINDOWS.get(name, 1)
     tx = hg.bilevel(
         ESTIMATORS[name](problem),
         inner_optimizer=optax.adam(1e-2, eps_root=1e-8),
         outer_optimizer=optax.adam(1e-1, eps=1e-4),  # smaller, it blows up the rounding of entries that are nearly 0
         window=window,
+        guard=hg.guard(max_residual=math.inf),  # three damped products on far weights
     )
 
+    @jax.jit
     def step(variables, state, batch):
         inner = batch if window == 1 else jax.tree.map(lambda x: jnp.stack([x] * window), batch)
         updates, state = tx.update(None, state, variables, inner_batch=inner, outer_batch=batch)
         return optax.apply_updates(variables, updates), state
 
-    results = []
-    for v, b in ((variables, batch), sharded_over(mesh, variables, batch)):
-        state = tx.init(v)
-        first, run = state, jax.jit(step)
-        before = v
+    context = contextlib.nullcontext()
+    if kind is not None:
+        mesh = jax.make_mesh((8,), ("d",), axis_types=(getattr(AxisType, kind),))
+        variables, batch = sharded_over(mesh, variables, batch)
+        context = jax.set_mesh(mesh) if explicit else context
+    with context:
+        before = variables, tx.init(variables)
+        after = before
         for _ in range(3):
-            v, state = run(v, state, b)
-        results.append((v, state))
-        same = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), before, v)
-        assert jax.tree.all(same)
-        kept = jax.tree.map(
-            lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), first.estimator, state.estimator
-        )
-        assert jax.tree.all(kept)
-    one, eight = results
-    assert relative_error(eight[0], one[0]) < 1e-5
-    assert float(eight[1].info.hypergrad_norm) == pytest.approx(float(one[1].info.hypergrad_norm), rel=1e-4)
-    kernel = eight[0].params["first"]["kernel"]
+            after = step(*after, batch)
+    return before, after
+
+
+CASES = [(name, kind) for name in ESTIMATORS for kind in ("Auto", "Explicit")]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case != ("default", "Auto"))) for case in CASES],
+)
+def test_eight_devices_give_the_answer_of_one(name, kind):
+    assert jax.device_count() == 8
+    (start, first), (variables, state) = three_steps(name, kind)
+    _, (alone, alone_state) = three_steps(name, None)
+    assert same_shardings(start, variables)
+    assert same_shardings(first.estimator, state.estimator)
+    if jax.tree.leaves(state.estimator):
+        assert split_like(variables.params, state.estimator) > 0
+    assert relative_error(variables, alone) < 1e-5
+    assert int(state.info.num_skipped) == 0
+    assert float(state.info.hypergrad_norm) == pytest.approx(float(alone_state.info.hypergrad_norm), rel=1e-4)
+    kernel = variables.params["first"]["kernel"]
     assert len({shard.device for shard in kernel.addressable_shards}) == 8
     assert kernel.addressable_shards[0].data.shape == (kernel.shape[0], kernel.shape[1] // 8)
+
+
+def test_on_explicit_axes_a_state_from_one_device_moves_to_its_weights():
+    """As one that was restored; the solver contracts blocks of vectors over the axis that is split."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    weights, batch = jnp.linspace(0.0, 1.0, 16), jnp.linspace(1.0, 2.0, 16)
+    problem = hg.BilevelProblem(
+        lambda w, h, b, k: (0.5 * jnp.exp(h) * w**2 - b * w).sum(), lambda w, h, b, k: ((w - b) ** 2).sum()
+    )
+    estimator = hg.implicit(problem, hg.solvers.recycled_cg(3, 2))
+    tx = hg.bilevel(estimator, inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.adam(0.1))
+    step = jax.jit(lambda v, s: tx.update(None, s, v, inner_batch=batch, outer_batch=batch))
+    alone = hg.BilevelParams(weights, weights)
+    state = tx.init(alone)
+    with jax.set_mesh(mesh):
+        split = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("d"))), alone)
+        updates, moved = step(split, state)
+        _, info = hg.value_and_hypergrad(estimator)(*split, batch, batch, key=None, state=state.estimator)
+    wanted, _ = step(alone, state)
+    assert relative_error(updates, wanted) < 1e-5
+    for found in (moved.estimator, info.state):
+        assert found.solution.sharding.spec == moved.outer[0].mu.sharding.spec == P("d")
+        assert found.basis.sharding.spec == P(None, "d")
 
 
 @pytest.mark.slow

@@ -120,20 +120,25 @@ def test_a_check_of_the_gradient(setting):
 def test_what_is_not_known_with_nan_checks(solver):
     """An inner loss that is not known, and a residual that is not measured, are NaN; the setting must find none."""
     problem = hg.BilevelProblem(lambda w, h, b, k: jnp.sum((w - h) ** 2), lambda w, h, b, k: jnp.sum(w**2))
-    estimator, w, h = hg.implicit(problem, solver), jnp.ones(2), jnp.zeros(2)
-    tx = hg.bilevel(estimator, inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1))
-    state = tx.init(hg.BilevelParams(w, h))
+    w, h = jnp.ones(2), jnp.zeros(2)
 
-    @jax.jit
-    def both(w, h, state):
-        _, info = hg.value_and_hypergrad(estimator)(w, h, (), (), key=None)
-        _, state = tx.update(jnp.ones(2), state, hg.BilevelParams(w, h), inner_batch=(), outer_batch=())
-        return info, state.info
+    def infos():
+        """Compile anew: the setting is read while tracing."""
+        estimator = hg.implicit(problem, solver)
+        fn = hg.value_and_hypergrad(estimator)
+        tx = hg.bilevel(estimator, inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1))
 
-    for info in (hg.value_and_hypergrad(estimator)(w, h, (), (), key=None)[1], *both(w, h, state)):
+        @jax.jit
+        def both(w, h, state):
+            _, info = fn(w, h, (), (), key=None)
+            _, state = tx.update(jnp.ones(2), state, hg.BilevelParams(w, h), inner_batch=(), outer_batch=())
+            return info, state.info
+
+        return fn(w, h, (), (), key=None)[1], *both(w, h, tx.init(hg.BilevelParams(w, h)))
+
+    for info in infos():
         assert np.isnan(info.inner_loss)
-    jax.clear_caches()
     with jax.debug_nans(True):
-        for info in (hg.value_and_hypergrad(estimator)(w, h, (), (), key=None)[1], *both(w, h, state)):
+        for info in infos():
             assert float(info.inner_loss) == 2.0
             assert not bool(info.skipped)

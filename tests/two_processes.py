@@ -16,14 +16,17 @@ from jax.sharding import PartitionSpec as P
 import hypergrad as hg
 
 
-def problem():
-    """Return a two-layer network with a log decay a weight, its variables, and one batch."""
+def problem(out_sharding=None):
+    """Return a two-layer network with a log decay a weight, its variables, and one batch.
+
+    ``out_sharding`` is that of the logits, which a mesh of explicit axes asks for.
+    """
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(16, 6)).astype(np.float32), rng.integers(0, 3, 16)
 
     def nll(params, batch):
         hidden = jnp.tanh(batch[0] @ params["first"]["kernel"] + params["first"]["bias"])
-        logits = hidden @ params["second"]["kernel"] + params["second"]["bias"]
+        logits = jnp.matmul(hidden, params["second"]["kernel"], out_sharding=out_sharding) + params["second"]["bias"]
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
     def inner(params, decay, batch, key):

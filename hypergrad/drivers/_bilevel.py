@@ -234,7 +234,7 @@ def bilevel(
         model_state: ModelState,
         extra: dict[str, Any],
     ) -> tuple[BilevelParams, BilevelState]:
-        _check_state(state, init, variables)
+        state = _checked_state(state, init, variables)
         grads = _given_gradients(setup, updates, state, variables, model_state)
         ctx = _context(setup, state, variables, inner_batch, outer_batch, grads, model_state, extra)
         ctx = ctx._replace(due=due, solve_batch=solve_batch)
@@ -380,12 +380,17 @@ def _given_gradients(
 _STATE_FIX = "Pass the state from tx.init(variables) or the last update, of a bilevel(...) with the same arguments."
 
 
-def _check_state(state: BilevelState, init: BilevelInit, variables: BilevelParams) -> None:
-    """Refuse a state that ``init`` would not make: of other optimizers, another solver, weights of another form."""
+def _checked_state(state: BilevelState, init: BilevelInit, variables: BilevelParams) -> BilevelState:
+    """Refuse a state that ``init`` would not make: of other optimizers, another solver, weights of another form.
+
+    On a mesh of explicit axes, a state that was restored elsewhere moves to where ``init`` puts it. The inner
+    optimizer's stays: it may be split over devices on purpose.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # init has warned already
         like = jax.eval_shape(init, variables)
     validate.same_structure("state", state, "what init makes of these variables", like, dtypes=True, fix=_STATE_FIX)
+    return tree.placed_like(state, like)._replace(inner=state.inner)
 
 
 def _is_due(setup: _Setup, number: Array, outer_batch: Batch) -> tuple[Any, Any]:

@@ -85,6 +85,7 @@ def value_and_hypergrad(
             like = jax.eval_shape(init, variables, typed_key, model_state)
             fix = "Pass info.state of an earlier call of the same function, or None."
             validate.same_structure("state", state, "a fresh one", like, dtypes=True, fix=fix)
+            state = tree.placed_like(state, like)
         result, _, info = run(variables, inner_batch, outer_batch, typed_key, state, model_state, solve_batch)
         return (result.value, result.hypergrad), info
 

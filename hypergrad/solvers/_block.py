@@ -127,7 +127,8 @@ def _symmetric(matrix: Array) -> Array:
 def _dot(a: Array, b: Array, count: int, skipped: int) -> Array:
     """Contract the last ``count`` axes of ``a`` with those of ``b`` after its first ``skipped``."""
     axes = (tuple(range(1, count + 1)), tuple(range(skipped, skipped + count)))
-    return jnp.tensordot(a, b, axes=axes, precision="highest")
+    sharding = tree.replicated_sharding(a, a.ndim + b.ndim - 2 * count)
+    return jnp.tensordot(a, b, axes=axes, precision="highest", out_sharding=sharding)
 
 
 def _aligned(vector: Array, like: Array) -> Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from hypergrad import validate
+from hypergrad import tree, validate
 from hypergrad.solvers._base import LinearSolver, ScaledSystem, Solution, assemble, divide
 from hypergrad.types import Array, PyTree
 
@@ -45,13 +45,17 @@ def dense(rtol: float = 1e-5, *, damping: float = 0.0) -> LinearSolver:
     """
 
     def solve_scaled(scaled: ScaledSystem, state: PyTree) -> Solution:
-        flat, unravel = ravel_pytree(scaled.b)
+        like = jax.eval_shape(lambda: scaled.b)
+        flat, parts = ravel_pytree(tree.replicated(scaled.b))
         if flat.size > _LARGEST:
             fix = "Use solvers.cg or solvers.neumann, which need no matrix."
             raise ValueError(validate.message(f"at most {_LARGEST} unknowns for dense", str(flat.size), fix))
 
+        def unravel(vector: Array) -> PyTree:
+            return tree.placed_like(parts(vector), like)
+
         def column(e: Array) -> Array:
-            return ravel_pytree(scaled.matvec(unravel(e)))[0]
+            return ravel_pytree(tree.replicated(scaled.matvec(unravel(e))))[0]
 
         matrix = jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=min(64, flat.size)).T
         x = jnp.linalg.solve(matrix, flat)
