@@ -15,6 +15,7 @@ arXiv 1911.02590.
 
 import argparse
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> report.Results:
 
     model = MLP(settings.hidden)
     problem = make_problem(model)
+    # More decays than validation images, on purpose: the retrained rows show what was learned and what overfitted.
+    warnings.simplefilter("ignore", hg.OverfittingWarning)
     outcomes = []
     with progress.progress(settings.seeds, unit="gradient", log=args.log, unit_scale=True) as shown:
         tools = fixed_decay.make_tools(model, problem, settings, shown)

@@ -55,6 +55,16 @@ def test_weight_decay(example, tmp_path, capsys):
     assert rows["seed 0/no decay"]["hypergrad_norm"] == ""
 
 
+@pytest.mark.slow
+def test_learned_decays_of_words_hold_when_retrained(example, capsys):
+    rows = example("word_decay.py")([])
+    (valid, test, together), (single_valid, single_test, single_together) = rows["learned decays"], rows["one decay"]
+    assert valid < 0.8 * single_valid
+    assert test < 0.87 * single_test
+    assert together < 0.93 * single_together
+    assert all(name in capsys.readouterr().out for name in rows)
+
+
 def test_weight_decay_says_what_to_set_for_larger_data(example):
     with pytest.raises(SystemExit, match="environment variable HYPERGRAD_DATA"):
         example("weight_decay.py")(["--data", "fashion_mnist", "--steps", "1"])
