@@ -78,7 +78,7 @@ def train(decay: jax.Array, batch: Documents) -> Any:
     return lax.fori_loop(0, 100, step, (params, tx.init(params)))[0]
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, tuple[float, float, float]]:
+def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Print validation and test loss of the best single decay and of learned ones; return them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=30, help="outer steps")
@@ -107,12 +107,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, tuple[float, float, flo
 
     both = Documents(*(jnp.concatenate(leaves) for leaves in zip(fit, valid, stop, strict=True)))
     share = len(fit.y) / len(both.y)  # more documents need less decay
-    rows = {}
+    rows: dict[str, list[float]] = {}
     print(f"{'':16}{'valid loss':>12}{'test loss':>12}{'test loss, trained on all splits':>36}")
     for name, decay in {"one decay": single, "learned decays": learned}.items():
         alone, together = train(decay, fit), train(decay * share, both)
         losses = cross_entropy(alone, valid), cross_entropy(alone, test), cross_entropy(together, test)
-        rows[name] = tuple(float(loss) for loss in losses)
+        rows[name] = [float(loss) for loss in losses]
         print(f"{name:16}{rows[name][0]:12.3f}{rows[name][1]:12.3f}{rows[name][2]:36.3f}")
     return rows
 

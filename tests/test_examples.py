@@ -62,7 +62,8 @@ def test_learned_decays_of_words_hold_when_retrained(example, capsys):
     assert valid < 0.8 * single_valid
     assert test < 0.87 * single_test
     assert together < 0.93 * single_together
-    assert all(name in capsys.readouterr().out for name in rows)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows)
 
 
 def test_weight_decay_says_what_to_set_for_larger_data(example):
