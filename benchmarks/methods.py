@@ -8,7 +8,8 @@ for all weights. Memory is the compiled function's scratch, in copies of the wei
 training step: ``self_tuning_cost.py`` measures them.
 
 Goodness: softmax regression on 500 of scikit-learn's digits with one decay a weight, solved to rounding;
-hypergradients beside the exact one by ``hg.diagnostics.compare``. ``unrolled`` starts at the solution. The condition
+hypergradients beside the exact one by ``hg.diagnostics.compare``. ``unrolled`` starts at the solution, and the default
+solver from that of three earlier solves. The condition
 number of the problem is written with it: a harder one wants more terms. Writes ``methods.json`` and ``methods.md``,
 from which the table of README is made (``methods_report.py``).
 """
@@ -54,6 +55,10 @@ def cost_candidates(network: Network) -> dict[str, Candidate]:
     solvers |= {f"neumann {k}": hg.solvers.neumann(k, step) for k in (5, 10, 20)}
     for name, solver in solvers.items():
         add(f"implicit, {name}", hg.implicit(problem, solver), *at, *data)
+    default = hg.value_and_hypergrad(hg.implicit(problem))
+    state = default(*at, *data, key=None)[1].state
+    warm = lambda state, *rest: default(*rest, key=None, state=state)  # noqa: E731
+    found["implicit, default"] = compile_candidate(warm, state, *at, *data)
     sgd = optax.sgd(step)
     for length in (10, 50):
         window = jax.tree.map(lambda x, k=length: x[jnp.arange(k) % len(x)], network.window)
@@ -119,8 +124,17 @@ def measure_goodness(quick: bool) -> dict[str, Any]:
                 w, h, window, valid, key=key, model_state=model_state
             )
 
+        default = hg.value_and_hypergrad(hg.implicit(problem))
+
+        def warm(*arguments: Any, **keywords: Any) -> Any:
+            state = None
+            for _ in range(3):
+                state = default(*arguments, **keywords, state=state)[1].state
+            return default(*arguments, **keywords, state=state)
+
         terms, lengths, steps = ((5,), (10,), (10,)) if quick else ((5, 10, 20, 100), (10, 50), (10, 50))
         methods: dict[str, Any] = {"implicit, identity": hg.implicit(problem, hg.solvers.identity())}
+        methods["implicit, default"] = warm
         methods |= {f"implicit, neumann {k}": hg.implicit(problem, hg.solvers.neumann(k, step)) for k in terms}
         methods |= {f"implicit, cg {k}": hg.implicit(problem, hg.solvers.cg(k, rtol=0.0)) for k in steps}
         methods |= {f"unrolled {k}, reverse": unrolled(k) for k in lengths}

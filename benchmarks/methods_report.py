@@ -26,6 +26,7 @@ class Row(NamedTuple):
 
 _LOSS, _ALL, _MILLIONS = "what enters the training loss", "also rates, schedules, momenta", "millions"
 ROWS = (
+    Row("`implicit`, the default", "implicit, default", _LOSS, _MILLIONS, "damped: for weights in training"),
     Row("`implicit`, `identity()`", "implicit, identity", _LOSS, _MILLIONS, "a baseline: length says nothing"),
     Row("`implicit`, `neumann(5)`", "implicit, neumann 5", _LOSS, _MILLIONS, "short: use Adam outside"),
     Row("`implicit`, `neumann(20)`", "implicit, neumann 20", _LOSS, _MILLIONS, "weights near the optimum"),
