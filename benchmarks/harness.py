@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ from typing import Any, NamedTuple
 import jax
 
 Thunk = Callable[[], Any]
+
+# Costs and accuracies of solvers need no large validation set.
+warnings.filterwarnings("ignore", message=".*hyperparameters are learned from")
 
 
 class Timing(NamedTuple):

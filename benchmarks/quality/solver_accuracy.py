@@ -292,9 +292,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         else:
             with jax.enable_x64(True):
                 record[part] = {"trajectories": trajectories, "one shot": one_shot}[part](args.quick)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "solver_accuracy.json").write_text(json.dumps(record, indent=1) + "\n")
-    (args.out / "solver_accuracy.md").write_text(report(record))
+        harness.write(args.out, "solver_accuracy", record, report(record))
     return record
 
 
