@@ -15,7 +15,6 @@ Writes ``solver_accuracy.json`` and ``solver_accuracy.md``.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
