@@ -61,6 +61,41 @@ def test_an_implicit_response_has_the_derivative_of_the_solution(name):
     assert relative_error(wrt_hyper, finite_differences(truth, base.variables.hyperparams)) < 1e-7
 
 
+CONVERGED = {
+    "cg_kept": hg.solvers.cg(60, 1e-13, reorthogonalize=True),
+    "cg_jacobi": hg.solvers.cg(60, 1e-13, preconditioner=hg.preconditioners.jacobi()),
+    "cg_nystrom": hg.solvers.cg(60, 1e-13, preconditioner=hg.preconditioners.nystrom(3)),
+    "cg_damped": hg.solvers.cg(60, 1e-13, relative_damping=1e-13, warm_start=True),
+    "recycled_cg": hg.solvers.recycled_cg(60, 4, 1e-13),
+    "richardson": hg.solvers.richardson(4000, momentum=0.5),
+    "gmres": hg.solvers.gmres(60, 30, 1e-13),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONVERGED)
+def test_second_derivatives_of_a_response_by_every_solver(name):
+    """Hv of a function of the response, against that of the closed form."""
+    base = ridge()
+    weigh = jax.tree.map(lambda w: jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), base.variables.params)
+    diagonal = lambda w, h: jax.tree.map(lambda leaf: 1.0 + 0.1 * leaf**2, w)  # noqa: E731
+    respond = hg.best_response(hg.implicit(base.problem, CONVERGED[name], diagonal=diagonal))
+
+    def pair(h):
+        return optax.tree.vdot(weigh, respond(base.variables.params, h, base.inner_batch, key=jax.random.key(0))) ** 2
+
+    truth = lambda h: optax.tree.vdot(weigh, base.response(h)) ** 2  # noqa: E731
+    direction = jax.tree.map(
+        lambda h: jnp.sin(jnp.arange(h.size, dtype=h.dtype)).reshape(h.shape) + 0.5, base.variables.hyperparams
+    )
+    got, want = (
+        jax.jit(lambda h, of=of: jax.jvp(jax.grad(of), (h,), (direction,)))(base.variables.hyperparams)
+        for of in (pair, truth)
+    )
+    assert relative_error(got[0], want[0]) < 1e-9
+    assert relative_error(got[1], want[1]) < 1e-7
+
+
 @pytest.mark.slow
 def test_the_outer_loss_of_a_response_gives_the_estimators_hypergradient():
     base = logistic()
