@@ -530,6 +530,58 @@ MUTANTS = [
         "test_check_hypergrad.py",
         "own estimate never judged",
     ),
+    # priors, and the warning without one
+    Mutant(
+        "problem.py",
+        '"Return one number, −log p(λ).") / count',
+        '"Return one number, −log p(λ).")',
+        "test_priors.py",
+        "not divided by N",
+    ),
+    Mutant("problem.py", "return value + penalty, *rest", "return value, *rest", "test_priors.py", "prior left out"),
+    Mutant(
+        "problem.py",
+        "outer_loss=outer_loss, has_prior=True",
+        "outer_loss=outer_loss",
+        "test_priors.py",
+        "unknown prior",
+    ),
+    Mutant(
+        "problem.py",
+        "count <= found * (1 if known else 10)",
+        "count <= found * 10",
+        "test_priors.py",
+        "size of the data set ignored",
+    ),
+    Mutant(
+        "data.py", "jax.tree.leaves(indexed or parts)", "jax.tree.leaves(parts)", "test_priors.py", "indices counted"
+    ),
+    Mutant("priors.py", "(leaf - jnp.mean(leaf)) / scale", "leaf / scale", "test_priors.py", "mean not free"),
+    Mutant("priors.py", "center, value.dtype)) / scale", "center, value.dtype))", "test_priors.py", "scale left out"),
+    # kinks, residuals in the check
+    Mutant(
+        "diagnostics/_kinks.py",
+        "(jnp.abs(w) < size * width) & rises",
+        "rises",
+        "test_check_hypergrad.py -k kink",
+        "kinks far from zero",
+    ),
+    Mutant(
+        "diagnostics/_kinks.py",
+        "[old & new for old, new",
+        "[old | new for old, new",
+        "test_check_hypergrad.py -k kink",
+        "one direction is enough",
+    ),
+    # explicit meshes
+    Mutant(
+        "drivers/_bilevel.py",
+        "return tree.placed_like(state, like)._replace(inner=state.inner)",
+        "return state",
+        "test_sharding.py",
+        "restored state stays where it is",
+    ),
+    Mutant("solvers/_block.py", ", out_sharding=sharding)", ")", "test_sharding.py", "contraction of sharded axes"),
 ]
 
 

@@ -92,7 +92,7 @@ def test_with_prior_keeps_aux_and_model_state(flags):
 def test_warns_where_hyperparameters_outnumber_the_examples_of_the_data_set():
     data = batch(11)
     with WARNED as found:
-        call(PROBLEM, hg.IndexedBatch(data, jnp.arange(4)))
+        call(PROBLEM, hg.IndexedBatch(data, jnp.arange(40) % 11))
     assert "from 11 validation examples without a prior" in str(found[0].message)
     quietly(call, PROBLEM, hg.IndexedBatch(batch(12), jnp.arange(4)))
 
