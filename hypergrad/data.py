@@ -5,6 +5,7 @@
 A window of indices is sliced like a window of batches; what it points at is gathered where a loss needs it.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -80,10 +81,22 @@ def num_examples(batch: Batch) -> tuple[bool, int]:
 
     The size is the longest leading axis; 0 where there is none.
     """
-    parts = jax.tree.leaves(batch, is_leaf=_is_indexed)
-    indexed = [part.data for part in parts if _is_indexed(part)]
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(indexed or parts)]
-    return bool(indexed), max((shape[0] for shape in shapes if shape), default=0)
+    known, found = False, 0
+    for part in jax.tree.leaves(batch, is_leaf=_is_indexed):
+        is_indexed = _is_indexed(part)
+        axes = 2 if is_indexed and jnp.ndim(part.indices) == 0 else 1  # an entry of the data is itself a batch
+        for leaf in jax.tree.leaves(part.data if is_indexed else part):
+            size = math.prod(jnp.shape(leaf)[:axes]) if _holds_examples(leaf) else 0
+            known, found = (is_indexed, size) if size > found else (known, found)
+    return known, found
+
+
+def _holds_examples(leaf: Any) -> bool:
+    """Return whether a leaf can have an axis of examples: a random key has none, whether typed or as uint32."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32:
+        return False
+    return jnp.ndim(leaf) > 0
 
 
 def windowed(batches: Batch) -> PyTree:

@@ -43,7 +43,7 @@ def normal(mean: PyTree, scale: Any = 1.0) -> Callable[[Hyperparams], Array]:
 
     def prior(hyperparams: Hyperparams) -> Array:
         terms = []
-        for _, value, center in validate.by_prefix("priors.normal", "mean", hyperparams, mean):
+        for _, value, center in validate.by_prefix("priors.normal", "mean", hyperparams, mean, of="hyperparams"):
             value = tree.promote(value)
             terms.append(0.5 * jnp.sum(((value - jnp.asarray(center, value.dtype)) / scale) ** 2))
         return tree.total(terms)

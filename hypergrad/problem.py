@@ -46,7 +46,9 @@ __all__ = [
 class OverfittingWarning(UserWarning):
     """More hyperparameters than validation examples, and no prior: they can fit the noise of the validation set.
 
-    Silence it by ``warnings.filterwarnings("ignore", category=hg.OverfittingWarning)``.
+    Given where an outer batch is an ``IndexedBatch`` whose data has fewer examples than there are hyperparameters, or a
+    plain batch with more than ten hyperparameters per example: a plain batch does not tell how large the validation set
+    is. If that is large, silence the warning by ``warnings.filterwarnings("ignore", category=hg.OverfittingWarning)``.
     """
 
 
@@ -104,7 +106,7 @@ class BilevelProblem:
       has_aux: both losses return ``(scalar, aux)``.
       stateful: both losses return ``(scalar, model_state)``, or ``(scalar, (model_state, aux))`` with aux.
       constrain: maps unconstrained hyperparameters to those that the original losses see.
-      has_prior: set by ``with_prior``: the outer loss contains a prior on the hyperparameters.
+      prior: set by ``with_prior``: what is added to the outer loss, a function of the hyperparameters; None without.
       residual: set by ``with_residual``: what is zero at the inner solution in place of ∇_w L_in; None for a minimum.
       response: set by ``hg.responses``, whose transforms make the inner variable a learned response; None otherwise.
 
@@ -121,7 +123,7 @@ class BilevelProblem:
     has_aux: bool = False
     stateful: bool = False
     constrain: Callable[[Hyperparams], Hyperparams] = dataclasses.field(default=_unchanged, kw_only=True)
-    has_prior: bool = dataclasses.field(default=False, kw_only=True)
+    prior: Callable[[Hyperparams], Array] | None = dataclasses.field(default=None, kw_only=True)
     residual: Loss | None = dataclasses.field(default=None, kw_only=True)
     response: ResponseSpec | None = dataclasses.field(default=None, kw_only=True)
 
@@ -202,6 +204,7 @@ def reparameterize(problem: BilevelProblem, bijectors: PyTree) -> BilevelProblem
         problem,
         inner_loss=over_unconstrained(problem.inner_loss),
         outer_loss=over_unconstrained(problem.outer_loss),
+        prior=None if problem.prior is None else lambda h: problem.prior(constrain(bijectors, h)),  # type: ignore[misc]
         residual=None if problem.residual is None else over_unconstrained(problem.residual),
         constrain=lambda hyperparams: problem.constrain(constrain(bijectors, hyperparams)),
     )
@@ -269,10 +272,11 @@ def microbatched(problem: BilevelProblem, num_microbatches: int) -> BilevelProbl
 
 
 def with_prior(problem: BilevelProblem, prior: Callable[[Hyperparams], Array], *, num_examples: int) -> BilevelProblem:
-    """Return the problem with a prior on its hyperparameters: the outer loss becomes L_out(w, λ) + prior(λ) / N.
+    """Return the problem with a prior on its hyperparameters: what is minimised becomes L_out(w, λ) + prior(λ) / N.
 
     With L_out the mean negative log-likelihood of N validation examples, λ* is then the most probable λ given them
-    (MAP). Use it where hyperparameters outnumber validation examples.
+    (MAP). Use it where hyperparameters outnumber validation examples. The value of an estimate and ``info.outer_loss``
+    contain the prior; ``problem.outer_loss`` itself stays as it is.
 
     Args:
       problem: over plain weights.
@@ -290,11 +294,13 @@ def with_prior(problem: BilevelProblem, prior: Callable[[Hyperparams], Array], *
         no scalar.
 
     >>> import hypergrad as hg, jax.numpy as jnp
-    >>> loss = lambda w, decay, batch, key: jnp.sum(w**2)
-    >>> problem = hg.reparameterize(hg.BilevelProblem(loss, loss), hg.bijectors.exp())
+    >>> inner = lambda w, h, batch, key: 0.5 * jnp.sum((w - h) ** 2)                            # w*(h) = h
+    >>> problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w**2))
     >>> problem = with_prior(problem, hg.priors.normal(0.0, scale=1.0), num_examples=100)
-    >>> round(float(problem.outer_loss(jnp.ones(2), jnp.array([1.0, 3.0]), None, None)), 4)      # 2 + ½ (1 + 9) / 100
-    2.05
+    >>> at = jnp.array([1.0, 3.0])
+    >>> (value, grad), _ = hg.value_and_hypergrad(hg.implicit(problem, hg.solvers.cg(2)))(at, at, (), (), key=None)
+    >>> round(float(value), 4), [round(float(g), 4) for g in grad]                              # 10 + ½ (1 + 9) / 100
+    (10.05, [2.01, 6.03])
 
     Reference: Lorraine, Vicol & Duvenaud, arXiv 1911.02590, section 5.1 (overfitting a small validation set).
     """
@@ -305,33 +311,29 @@ def with_prior(problem: BilevelProblem, prior: Callable[[Hyperparams], Array], *
         raise TypeError(validate.message("prior to be callable", validate.describe(prior), fix))
     count = validate.positive_int("num_examples", num_examples)
 
-    @functools.wraps(problem.outer_loss)
-    def outer_loss(params: Params, hyperparams: Hyperparams, *args: Any) -> Any:
-        result = problem.outer_loss(params, hyperparams, *args)
-        penalty = validate.scalar_loss("prior", prior(hyperparams), "Return one number, −log p(λ).") / count
-        if problem.stateful or problem.has_aux:
-            value, *rest = result
-            return value + penalty, *rest
-        return result + penalty
+    def scaled(hyperparams: Hyperparams) -> Array:
+        value = validate.scalar_loss("prior", prior(hyperparams), "Return one number, −log p(λ).") / count
+        return value if problem.prior is None else value + problem.prior(hyperparams)
 
-    return dataclasses.replace(problem, outer_loss=outer_loss, has_prior=True)
+    return dataclasses.replace(problem, prior=scaled)
 
 
 def warn_of_overfitting(problem: BilevelProblem, hyperparams: Hyperparams, outer_batch: Batch) -> None:
     """Warn where hyperparameters outnumber validation examples and there is no prior.
 
     An ``IndexedBatch`` says how many examples there are. A plain batch may be a small part of them: the bound is then
-    ten times its size.
+    ten hyperparameters per example of the batch.
     """
     known, found = data.num_examples(outer_batch)
     count = sum(leaf.size for leaf in jax.tree.leaves(hyperparams))
-    if problem.has_prior or problem.response is not None or not found or count <= found * (1 if known else 10):
+    if problem.prior is not None or problem.response is not None or not found or count <= found * (1 if known else 10):
         return
-    examples = f"{found:,} validation examples" if known else f"outer batches of {found:,} examples"
+    examples = f"{found:,} validation examples" if known else f"outer batches of size {found:,}"
     warnings.warn(
         f"{count:,} hyperparameters are learned from {examples} without a prior: they can fit the noise of the "
         "validation set. Add a prior, hg.with_prior(problem, hg.priors.normal(start, 1.0), num_examples=...); or learn "
-        "fewer, such as one per layer or group; or keep a third split, and stop where its loss rises.",
+        "fewer, such as one per layer or group; or keep a third split, and stop where its loss rises. If the whole "
+        "validation set is larger than that, ignore hg.OverfittingWarning.",
         OverfittingWarning,
         stacklevel=2,
     )
@@ -398,8 +400,14 @@ def evaluate_inner(
 def evaluate_outer(
     problem: BilevelProblem, variables: BilevelParams, batch: Batch, key: Array | None, model_state: ModelState
 ) -> LossValue:
-    """Return the outer loss's value, model state and aux, checked."""
-    return _evaluate(problem, "outer_loss", variables, batch, key, model_state)
+    """Return the outer loss's value with the prior, model state and aux, checked."""
+    result = _evaluate(problem, "outer_loss", variables, batch, key, model_state)
+    if problem.prior is None:
+        return result
+    hyperparams = (
+        variables.hyperparams if problem.response is None else problem.response.base_hyperparams(variables.hyperparams)
+    )
+    return result._replace(value=result.value + problem.prior(hyperparams).astype(result.value.dtype))
 
 
 def check_problem(problem: Any) -> None:

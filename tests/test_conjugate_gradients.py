@@ -296,6 +296,18 @@ def test_richardson_continues_from_solve_to_solve(x64):
     assert residuals[1] < 0.1 * residuals[0]
 
 
+@pytest.mark.parametrize("scale", [1e20, 1e-20])
+def test_richardson_from_a_start_that_cannot_be_squared_tells_its_residual(scale):
+    """x is of the size 1/scale; the second right-hand side is the opposite of the first."""
+    solver, b = hg.solvers.richardson(1), jnp.array([1.0, 2.0])
+    system = hg.LinearSystem(lambda v: scale * v)
+    solve = jax.jit(lambda b, state: solver.solve(system, b, state))
+    _, state, _ = solve(b, solver.init(b))
+    x, _, info = solve(-b, state)
+    residual = jnp.linalg.norm(b + scale * x) / jnp.linalg.norm(b)
+    np.testing.assert_allclose(info.residual, residual, atol=1e-5)
+
+
 def test_richardson_that_diverges_says_so_and_starts_anew():
     """A matrix that grows by a thousand within one solve is followed by the next power iteration."""
     values, b = jnp.array([1.0, 0.5, 0.1]), jnp.ones(3)

@@ -2,6 +2,7 @@
 
 import warnings
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,8 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad import data
+from hypergrad.problem import evaluate_outer
 
 WARNED = pytest.warns(hg.OverfittingWarning, match="12 hyperparameters are learned from")
 
@@ -71,28 +74,56 @@ def test_with_prior_adds_it_to_value_and_hypergradient():
 
 def test_with_prior_sees_the_hyperparameters_of_the_given_problem():
     exp, prior = hg.bijectors.exp(), hg.priors.normal(0.0)
-    base = hg.BilevelProblem(lambda w, h, b, k: jnp.sum(w), lambda w, h, b, k: jnp.sum(w))
+    base = hg.BilevelProblem(lambda w, h, b, k: jnp.sum(w * h), lambda w, h, b, k: jnp.sum(w))
     before = hg.reparameterize(hg.with_prior(base, prior, num_examples=1), exp)
     after = hg.with_prior(hg.reparameterize(base, exp), prior, num_examples=1)
-    at = jnp.zeros(1), jnp.array([2.0]), None, None
-    np.testing.assert_allclose(before.outer_loss(*at), 0.5 * np.exp(2.0) ** 2, rtol=1e-6)
-    np.testing.assert_allclose(after.outer_loss(*at), 2.0, rtol=1e-6)
+    both = hg.with_prior(after, prior, num_examples=4)
+    at = hg.BilevelParams(jnp.zeros(1), jnp.array([2.0]))
+    for problem, expected in ((before, 0.5 * np.exp(2.0) ** 2), (after, 2.0), (both, 2.5)):
+        np.testing.assert_allclose(evaluate_outer(problem, at, None, None, ()).value, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("flags", [{"has_aux": True}, {"stateful": True}, {"has_aux": True, "stateful": True}])
 def test_with_prior_keeps_aux_and_model_state(flags):
-    extra = ("state", "aux") if len(flags) == 2 else "extra"
+    extra = (jnp.ones(2), "aux") if len(flags) == 2 else jnp.ones(2)
     outer = lambda w, h, b, k, s=None: (jnp.sum(w), extra)  # noqa: E731
     problem = hg.with_prior(hg.BilevelProblem(outer, outer, **flags), hg.priors.normal(0.0), num_examples=2)
-    value, kept = problem.outer_loss(jnp.ones(2), jnp.full(2, 2.0), None, None)
-    assert float(value) == 4.0
-    assert kept == extra
+    state = jnp.zeros(2) if problem.stateful else ()
+    found = evaluate_outer(problem, hg.BilevelParams(jnp.ones(2), jnp.full(2, 2.0)), None, None, state)
+    assert float(found.value) == 4.0
+    np.testing.assert_array_equal(found.model_state if problem.stateful else found.aux, jnp.ones(2))
+
+
+def test_a_loss_of_another_form_is_told_as_without_a_prior():
+    outer = lambda w, h, b, k: (jnp.sum(w * h), None)  # noqa: E731
+    problem = hg.with_prior(hg.BilevelProblem(loss, outer), hg.priors.normal(0.0), num_examples=2)
+    with pytest.raises(TypeError, match="has_aux"):
+        call(problem, batch(20))
+
+
+@pytest.mark.parametrize("size", [1, 6])
+def test_the_prior_of_a_self_tuned_problem_counts_once_per_batch(size):
+    """Its hyperparameters are broadcast to the examples inside the losses, and perturbed: the prior sees neither."""
+    model, x = nn.Dense(2), jnp.ones((size, 3))
+
+    def outer(params, strength, batch, _key):
+        return jnp.mean(model.apply({"params": params}, batch) ** 2) + 0.0 * jnp.mean(strength)
+
+    base = hg.BilevelProblem(outer, outer)
+    strength = jnp.array([1.0, 2.0, 3.0])
+    values = []
+    for problem in (base, hg.with_prior(base, hg.priors.shared_mean(1.0), num_examples=10)):
+        tuned = hg.responses.perturbed(hg.responses.self_tuning(problem), scale=0.5)
+        start = hg.responses.init(tuned, 0, model.init(jax.random.key(0), x)["params"], strength, x)
+        at = hg.BilevelParams(start, strength)
+        values.append(evaluate_outer(tuned, at, x, jax.random.key(1), ()).value)
+    np.testing.assert_allclose(values[1] - values[0], 0.1, rtol=1e-4)
 
 
 def test_warns_where_hyperparameters_outnumber_the_examples_of_the_data_set():
-    data = batch(11)
+    examples = batch(11)
     with WARNED as found:
-        call(PROBLEM, hg.IndexedBatch(data, jnp.arange(40) % 11))
+        call(PROBLEM, hg.IndexedBatch(examples, jnp.arange(40) % 11))
     assert "from 11 validation examples without a prior" in str(found[0].message)
     quietly(call, PROBLEM, hg.IndexedBatch(batch(12), jnp.arange(4)))
 
@@ -102,6 +133,22 @@ def test_warns_where_hyperparameters_outnumber_a_batch_tenfold():
     with WARNED:
         call(PROBLEM, batch(1))
     quietly(call, PROBLEM, batch(2))
+
+
+@pytest.mark.parametrize(
+    ("outer", "expected"),
+    [
+        (hg.IndexedBatch((jnp.ones((10, 64, 4)), jnp.ones((10, 64))), jnp.array(3)), (True, 640)),
+        ({"x": jnp.ones((4000, 3)), "centers": hg.IndexedBatch(jnp.ones((10, 3)), jnp.arange(2))}, (False, 4000)),
+        ({"key": jax.random.key(0), "raw": jnp.zeros(2, jnp.uint32)}, (False, 0)),
+        ({"x": jnp.ones((7, 2)), "keys": jax.random.split(jax.random.key(0), 30)}, (False, 7)),
+        ((), (False, 0)),
+        ("name", (False, 0)),
+        (3.0, (False, 0)),
+    ],
+)
+def test_examples_of_a_batch_are_counted(outer, expected):
+    assert data.num_examples(outer) == expected
 
 
 def test_warns_once_for_a_run_of_bilevel():

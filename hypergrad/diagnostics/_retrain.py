@@ -10,6 +10,7 @@ few. Where the two scores differ, the jointly trained weights are good, and not 
 Reference: Vicol et al., On implicit bias in overparameterized bilevel optimization, arXiv 2212.14032.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -164,6 +165,8 @@ def retrain(
         baseline = baseline if baseline is None else center(baseline)
         problem, params, hyperparams = _over_plain_weights(problem, params, hyperparams)
 
+    without_prior = dataclasses.replace(problem, prior=None)
+
     def fresh(key: Array) -> tuple[Params, ModelState]:
         first = init(key)
         return first if problem.stateful else (first, ())
@@ -172,7 +175,7 @@ def retrain(
         if score is not None:
             return score(params, data.gathered(outer_batch), *([model_state] if problem.stateful else []))
         at = BilevelParams(params, hyperparams)
-        return evaluate_outer(problem, at, outer_batch, jax.random.fold_in(root, 0), model_state).value
+        return evaluate_outer(without_prior, at, outer_batch, jax.random.fold_in(root, 0), model_state).value
 
     validate.same_structure("init(key)", jax.eval_shape(fresh, root)[0], "the given weights", params)
 

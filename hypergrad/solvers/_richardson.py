@@ -124,6 +124,8 @@ def richardson(
         start_sq = tree.vdot(start, start)
         trial, one = (start_sq > 0) & jnp.isfinite(start_sq), jnp.ones_like(size)
         done = (size == 0) | (~trial & (stop >= one))
+        # A start too small or too large to be squared is dropped, so that ``remainder`` belongs to x.
+        start, velocity = optax.tree.where(trial, (start, velocity), optax.tree.zeros_like((start, velocity)))
         first = _Iteration(start, velocity, b, one, jnp.zeros((), jnp.int32), trial, done)
         final = iterate(step, first, length=num_products, unroll=unroll)
         diverged = ~(final.residual <= DIVERGED)
