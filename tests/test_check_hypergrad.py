@@ -642,3 +642,27 @@ def test_root_takes_the_better_of_two_steps():
     overshot = root(jnp.arctan, jnp.array([3.0]))
     assert bool(overshot.converged)
     assert abs(float(overshot.params[0])) < 1e-12
+
+
+def test_frozen_weights_stay_frozen_in_the_check(x64):
+    """Their gradient is far from zero: solved for as well, the difference would be that of another problem."""
+    x, y = jax.random.normal(jax.random.key(0), (30, 4)), jax.random.normal(jax.random.key(1), (30,))
+
+    def error(w, batch):
+        return jnp.mean((jnp.tanh(batch[0] @ w["body"]) @ w["head"] - batch[1]) ** 2)
+
+    problem = hg.BilevelProblem(
+        lambda w, h, batch, key: error(w, batch) + jnp.exp(h) * jnp.sum(w["head"] ** 2),
+        lambda w, h, batch, key: error(w, batch),
+    )
+    at = hg.BilevelParams({"body": jax.random.normal(jax.random.key(2), (4, 3)), "head": jnp.ones(3)}, jnp.array(-2.0))
+    estimator = hg.implicit(problem, trainable={"body": False, "head": True})
+    found = hg.diagnostics.check_hypergrad(estimator, at, (x, y), (x[:9], -y[:9]), key=None)
+    assert found.error_at_optimum < 1e-6
+    assert found.verdict == "not at a solution of the inner problem"
+    features = jnp.tanh(x @ at.params["body"])
+    head = jnp.linalg.solve(features.T @ features / 30 + jnp.exp(-2.0) * jnp.eye(3), features.T @ y / 30)
+    solved = hg.BilevelParams({**at.params, "head": head}, at.hyperparams)
+    found = hg.diagnostics.check_hypergrad(estimator, solved, (x, y), (x[:9], -y[:9]), key=None)
+    assert found.passed
+    assert found.inner_gradient_norm < 1e-12

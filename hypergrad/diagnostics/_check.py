@@ -54,8 +54,8 @@ class HypergradCheck(NamedTuple):
       dtype: of the lowest precision in which the losses compute.
       note: why not in float64, where it was possible to say; empty otherwise.
       outer_loss: at the weights of the estimate.
-      inner_gradient_norm: ‖∇_w L_in‖ there, on the batch and with the key that the linear solve sees; of a problem with
-        a residual ‖residual‖.
+      inner_gradient_norm: ‖∇_w L_in‖ there, over the weights that are trained, on the batch and with the key that the
+        linear solve sees; of a problem with a residual ‖residual‖.
       error_at_optimum: the largest error of an estimate at the inner optimum instead; NaN where there is none.
       residual: of the estimate's linear solve; NaN without one.
       solver_cosine: where the estimate's linear solve stopped early or is damped, the cosine of its hypergradient with
@@ -237,7 +237,7 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
     if case.estimator.train is not None:
         reference = _differences.rolled_out(ctx)
     elif response is None or response.weights is None:
-        reference = _differences.resolved(ctx)
+        reference = _differences.resolved(ctx, _unknowns(case, ctx))
     else:
         plain = at._replace(params=response.weights(at.params, ctx.hyperparams))
         center, gradient = response.base_hyperparams(ctx.hyperparams), response.base_hyperparams(gradient)
@@ -261,7 +261,7 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
     measured = _differences.measure(reference, estimates, steps, rtol=rtol, epsilon=epsilon)
     rows, *others = [[_differences.direction(each, *pair, rtol) for pair in measured] for each in estimates]
     errors = [row.error for there in others for row in there if row.uncertainty <= rtol]
-    slope = _condition(ctx)
+    slope = _condition(case, ctx)
     found = HypergradCheck(
         verdict=_PASSED,
         reasons=(),
@@ -311,7 +311,7 @@ def _explained(
     """Return a check that did not pass, with verdict and reasons; ``solve`` is that at the optimum if there is one."""
     rtol, key, response = found.rtol, ctx.keys.solve, case.estimator.problem.response is not None
     other = ctx if key is None else ctx._replace(keys=ctx.keys._replace(solve=jax.random.fold_in(key, 1)))
-    again, redrawn = (float(np.nan_to_num(align(_condition(where), slope).error)) for where in (ctx, other))
+    again, redrawn = (float(np.nan_to_num(align(_condition(case, where), slope).error)) for where in (ctx, other))
     noise = f"another key changes its gradient by {digits(redrawn)} of its norm"
     noisy = key is not None and redrawn > 1e-6
     vague = [row for row in found.rows if not row.uncertainty <= rtol]
@@ -419,10 +419,17 @@ def _losses(ctx: Context, at: tuple[Params, Hyperparams]) -> tuple[Array, ...]:
     return losses if ctx.problem.residual is None else (*losses, tree.norm(residual_fn(ctx)(*at)))
 
 
-def _condition(ctx: Context) -> np.ndarray:
+def _condition(case: _Case, ctx: Context) -> np.ndarray:
     """Return what is zero at the inner solution, ∇_w L_in or the residual, traced anew at every call."""
     fn = jax.grad(inner_loss_fn(ctx)) if ctx.problem.residual is None else residual_fn(ctx)
-    return flat(jax.jit(fn)(ctx.at.params, ctx.hyperparams))
+    found = jax.jit(fn)(ctx.at.params, ctx.hyperparams)
+    marks = jax.tree.broadcast(_unknowns(case, ctx), found)
+    return flat(jax.tree.map(lambda mark, leaf: leaf if mark else None, marks, found))
+
+
+def _unknowns(case: _Case, ctx: Context) -> Any:
+    """Return which weights the inner problem solves for, as a tree prefix of bools."""
+    return True if case.estimator.unknowns is None else case.estimator.unknowns(ctx)
 
 
 def _kinked(kinks: Mapping[str, int]) -> str:

@@ -20,7 +20,7 @@ from hypergrad import tree
 from hypergrad.diagnostics import _optimum
 from hypergrad.diagnostics._base import flat
 from hypergrad.training import Context, inner_loss_fn, outer_loss_fn, residual_fn, train
-from hypergrad.types import Array, Hyperparams, Params
+from hypergrad.types import Array, Hyperparams, Params, PyTree
 
 __all__ = ["MAX_PRODUCTS", "Difference", "Direction", "Probe", "Reference"]
 __all__ += ["direction", "measure", "resolved", "rolled_out"]
@@ -110,8 +110,12 @@ def rolled_out(ctx: Context) -> Reference:
     return Reference(lambda h, _: (float(value_at(h)), ()), ctx.hyperparams, None, lambda: MAX_PRODUCTS)
 
 
-def resolved(ctx: Context) -> Reference:
-    """Return φ(λ) at the inner solution: sought from the weights ``ctx.at``, and from there for other λ."""
+def resolved(ctx: Context, unknowns: PyTree = True) -> Reference:
+    """Return φ(λ) at the inner solution: sought from the weights ``ctx.at``, and from there for other λ.
+
+    ``unknowns`` is a tree prefix of bools: the other weights stay where they are.
+    """
+    marks = jax.tree.broadcast(unknowns, ctx.at.params)
     outer = outer_loss_fn(ctx)
     # A minimum of the inner loss, or what a residual has in its place.
     search: Any = _optimum.minimize if ctx.problem.residual is None else _optimum.root
@@ -122,7 +126,19 @@ def resolved(ctx: Context) -> Reference:
         base: Params, guess: Params, ratio: float, hyperparams: Hyperparams, max_products: int
     ) -> tuple[_optimum.Optimum, Array]:
         start = jax.tree.map(lambda w, g: w + jnp.asarray(ratio, w.dtype) * (g - w), base, guess)
-        found = search(lambda w: fn(w, hyperparams), start, max_products=max_products)
+
+        def of(params: Params) -> Params:
+            return jax.tree.map(lambda mark, w: w if mark else None, marks, params)
+
+        def filled(solved: Params) -> Params:
+            return jax.tree.map(lambda mark, new, w: new if mark else w, marks, solved, base)
+
+        def restricted(solved: Params) -> Any:
+            result = fn(filled(solved), hyperparams)
+            return result if ctx.problem.residual is None else of(result)
+
+        found = search(restricted, of(start), max_products=max_products)
+        found = found._replace(params=filled(found.params))
         return found, outer(found.params, hyperparams)[0]
 
     limit, first = int(_FIRST_SHARE * MAX_PRODUCTS), tree.promote(ctx.at.params)

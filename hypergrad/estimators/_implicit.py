@@ -183,7 +183,8 @@ def implicit(
     def reference() -> Estimator:
         return implicit(problem, _converged(symmetric=symmetric), diagonal=diagonal, trainable=trainable)
 
-    return Estimator(problem, init, estimate, best_response=best_response, reference=reference)
+    marks = lambda ctx: _Unknowns(ctx, trainable).marks  # noqa: E731
+    return Estimator(problem, init, estimate, best_response=best_response, reference=reference, unknowns=marks)
 
 
 def _converged(*, symmetric: bool) -> LinearSolver:

@@ -53,6 +53,8 @@ class Estimator(NamedTuple):
         ``ctx.at`` is ``ctx.start``: no step has been taken yet.
       reference: None, or ``reference() -> Estimator``: the one that this approximates on purpose, by few products or
         damping. ``check_hypergrad`` judges it, and reports the difference as a number.
+      unknowns: None, or ``unknowns(ctx) -> tree of bools``: which weights the inner problem solves for; others are
+        frozen. ``check_hypergrad`` solves for the same ones.
     """
 
     problem: BilevelProblem
@@ -62,6 +64,7 @@ class Estimator(NamedTuple):
     train: Callable[[PyTree, Context], tuple[Trained, PyTree, Any]] | None = None
     best_response: Callable[[Context], Params] | None = None
     reference: Callable[[], "Estimator"] | None = None
+    unknowns: Callable[[Context], PyTree] | None = None
 
 
 def train_first(ctx: Context) -> Context:
