@@ -431,7 +431,7 @@ def test_compare_solvers_ranks_them_on_a_network():
     assert np.isnan(rows["identity()"].residual)
     text = str(found)
     assert text.splitlines()[0].startswith("solver")
-    assert "is the cheapest with a cosine of at least 0.95" in found.advice
+    assert "has a cosine of at least 0.95 from the fewest products" in found.advice
     assert any("cg(20)" in line for line in lines)
     assert hg.diagnostics.plot_comparison(found).axes[0].get_xscale() == "log"
 
