@@ -87,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     favours = np.where(np.arange(WORDS) < 40, -1, rng.integers(-1, CLASSES, WORDS))  # -1: no class
     fit, valid, stop, test = (draw(rng, favours, count) for count in (300, 300, 100, 5000))
 
+    judged = Documents(*(jnp.concatenate(leaves) for leaves in zip(valid, stop, strict=True)))
     grid = jnp.geomspace(1e-5, 1e-1, 13)
-    single = min((jnp.full(WORDS, c) for c in grid), key=lambda c: float(cross_entropy(train(c, fit), valid)))
+    single = min((jnp.full(WORDS, c) for c in grid), key=lambda c: float(cross_entropy(train(c, fit), judged)))
 
     problem = hg.BilevelProblem(lambda params, h, batch, _: train_loss(params, decays(h), batch), valid_loss)
     prior = hg.priors.normal(0.0, 0.5)
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
         updates, outer_state = tx.update(grad, outer_state)
         hyperparams, state = optax.apply_updates(hyperparams, updates), info.state
 
-    both = Documents(*(jnp.concatenate(leaves) for leaves in zip(fit, valid, stop, strict=True)))
+    both = Documents(*(jnp.concatenate(leaves) for leaves in zip(fit, judged, strict=True)))
     share = len(fit.y) / len(both.y)  # more documents need less decay
     rows: dict[str, list[float]] = {}
     print(f"{'':16}{'valid loss':>12}{'test loss':>12}{'test loss, trained on all splits':>36}")

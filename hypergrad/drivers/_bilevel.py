@@ -140,6 +140,8 @@ def bilevel(
       ValueError: ``window`` or ``every`` < 1, or no ``window`` for an estimator that needs one; at ``update``, a
         missing batch, a wrong window axis or structure, a state of another transformation.
 
+    Warns ``hg.OverfittingWarning`` where hyperparameters outnumber validation examples and have no prior.
+
     Valid under the estimator's assumption at the weights reached; ``implicit`` needs them near the inner optimum, so
     let ``every`` leave time for training in between. Inner steps are not guarded by default: put
     ``optax.apply_if_finite`` around the inner optimizer, or pass ``guard=hg.guard(inner=True)``.

@@ -53,6 +53,8 @@ def value_and_hypergrad(
       ValueError: an estimator that differentiates inner steps, without an ``inner_optimizer``; at the call, a state of
         another estimator or of other weights.
 
+    Warns ``hg.OverfittingWarning`` where hyperparameters outnumber validation examples and have no prior.
+
     Valid under the estimator's assumption at ``params``; for ``implicit`` that ∇_w L_in = 0 there.
 
     >>> import hypergrad as hg, jax.numpy as jnp
