@@ -101,23 +101,23 @@ def test_a_loss_of_another_form_is_told_as_without_a_prior():
         call(problem, batch(20))
 
 
-@pytest.mark.parametrize("size", [1, 6])
-def test_the_prior_of_a_self_tuned_problem_counts_once_per_batch(size):
+@pytest.mark.parametrize(("size", "learns_scale"), [(6, False), (6, True)])
+def test_the_prior_of_a_self_tuned_problem_counts_once_per_batch(size, learns_scale):
     """Its hyperparameters are broadcast to the examples inside the losses, and perturbed: the prior sees neither."""
     model, x = nn.Dense(2), jnp.ones((size, 3))
 
     def outer(params, strength, batch, _key):
         return jnp.mean(model.apply({"params": params}, batch) ** 2) + 0.0 * jnp.mean(strength)
 
-    base = hg.BilevelProblem(outer, outer)
-    strength = jnp.array([1.0, 2.0, 3.0])
+    base, center = hg.BilevelProblem(outer, outer), jnp.array([1.0, 2.0, 3.0])
+    scale = hg.responses.learned_scale() if learns_scale else 0.5
+    at = hg.responses.HyperparamsWithScale(center, jnp.full(3, -0.5)) if learns_scale else center
     values = []
-    for problem in (base, hg.with_prior(base, hg.priors.shared_mean(1.0), num_examples=10)):
-        tuned = hg.responses.perturbed(hg.responses.self_tuning(problem), scale=0.5)
-        start = hg.responses.init(tuned, 0, model.init(jax.random.key(0), x)["params"], strength, x)
-        at = hg.BilevelParams(start, strength)
-        values.append(evaluate_outer(tuned, at, x, jax.random.key(1), ()).value)
-    np.testing.assert_allclose(values[1] - values[0], 0.1, rtol=1e-4)
+    for problem in (base, hg.with_prior(base, hg.priors.normal(0.0), num_examples=10)):
+        tuned = hg.responses.perturbed(hg.responses.self_tuning(problem), scale=scale)
+        start = hg.responses.init(tuned, 0, model.init(jax.random.key(0), x)["params"], at, x)
+        values.append(evaluate_outer(tuned, hg.BilevelParams(start, at), x, jax.random.key(1), ()).value)
+    np.testing.assert_allclose(values[1] - values[0], 0.7, rtol=1e-4)
 
 
 def test_warns_where_hyperparameters_outnumber_the_examples_of_the_data_set():
