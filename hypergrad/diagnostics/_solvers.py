@@ -193,11 +193,13 @@ def compare_solvers(
             candidates = [dense(damping=damping)]
         elif symmetric:
             candidates = [cg(1000, 1e-6, damping=damping), *candidates]
+        found: tuple[Any, bool] = None, False
         for solver in candidates:
             hypergrad, info, _, _ = _repeat(estimator(solver), 1, *given)
-            if float(info.residual) <= 1e-3:
-                return hypergrad[0], True
-        return hypergrad[0], False
+            found = hypergrad[0], float(info.residual) <= 1e-3
+            if found[1]:
+                break
+        return found
 
     def estimator(solver: LinearSolver) -> Any:
         return implicit(problem, solver, diagonal=diagonal, trainable=trainable)
