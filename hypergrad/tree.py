@@ -20,6 +20,7 @@ from hypergrad.types import Array, PyTree
 __all__ = [
     "add_scaled",
     "all_finite",
+    "filled",
     "is_number",
     "is_traced",
     "labels",
@@ -36,6 +37,7 @@ __all__ = [
     "replicated_sharding",
     "scale",
     "scaled_norm",
+    "selected",
     "split_floating",
     "strip_weak_types",
     "total",
@@ -123,6 +125,16 @@ def all_finite(tree: PyTree) -> Array:
     """
     sums = [jnp.sum(0 * leaf) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)]
     return functools.reduce(lambda is_finite, s: is_finite & ~jnp.isnan(s), sums, jnp.array(True))
+
+
+def selected(marks: PyTree, tree: PyTree) -> PyTree:
+    """Return ``tree`` with None in place of the leaves that are not marked in a tree of bools."""
+    return jax.tree.map(lambda mark, leaf: leaf if mark else None, marks, tree)
+
+
+def filled(marks: PyTree, chosen: PyTree, tree: PyTree) -> PyTree:
+    """Return ``tree`` with the leaves of ``chosen``, which ``selected`` has made, in the marked places."""
+    return jax.tree.map(lambda mark, new, leaf: new if mark else leaf, marks, chosen, tree)
 
 
 def replicated_sharding(x: Array, ndim: int) -> NamedSharding | None:

@@ -424,7 +424,7 @@ def _condition(case: _Case, ctx: Context) -> np.ndarray:
     fn = jax.grad(inner_loss_fn(ctx)) if ctx.problem.residual is None else residual_fn(ctx)
     found = jax.jit(fn)(ctx.at.params, ctx.hyperparams)
     marks = jax.tree.broadcast(_unknowns(case, ctx), found)
-    return flat(jax.tree.map(lambda mark, leaf: leaf if mark else None, marks, found))
+    return flat(tree.selected(marks, found))
 
 
 def _unknowns(case: _Case, ctx: Context) -> Any:

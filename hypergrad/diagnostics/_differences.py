@@ -127,18 +127,12 @@ def resolved(ctx: Context, unknowns: PyTree = True) -> Reference:
     ) -> tuple[_optimum.Optimum, Array]:
         start = jax.tree.map(lambda w, g: w + jnp.asarray(ratio, w.dtype) * (g - w), base, guess)
 
-        def of(params: Params) -> Params:
-            return jax.tree.map(lambda mark, w: w if mark else None, marks, params)
-
-        def filled(solved: Params) -> Params:
-            return jax.tree.map(lambda mark, new, w: new if mark else w, marks, solved, base)
-
         def restricted(solved: Params) -> Any:
-            result = fn(filled(solved), hyperparams)
-            return result if ctx.problem.residual is None else of(result)
+            result = fn(tree.filled(marks, solved, base), hyperparams)
+            return result if ctx.problem.residual is None else tree.selected(marks, result)
 
-        found = search(restricted, of(start), max_products=max_products)
-        found = found._replace(params=filled(found.params))
+        found = search(restricted, tree.selected(marks, start), max_products=max_products)
+        found = found._replace(params=tree.filled(marks, found.params, base))
         return found, outer(found.params, hyperparams)[0]
 
     limit, first = int(_FIRST_SHARE * MAX_PRODUCTS), tree.promote(ctx.at.params)

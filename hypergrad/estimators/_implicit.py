@@ -268,11 +268,11 @@ class _Unknowns:
 
     def of(self, params: Params) -> Params:
         """Return the unknowns, None in place of the others."""
-        return jax.tree.map(lambda mark, x: x if mark else None, self.marks, params)
+        return tree.selected(self.marks, params)
 
     def fill(self, solved: Params, params: Params) -> Params:
         """Return ``params`` with ``solved`` in the places of the unknowns."""
-        return jax.tree.map(lambda mark, new, x: new if mark else x, self.marks, solved, params)
+        return tree.filled(self.marks, solved, params)
 
     def restricted(self, residual: Callable[..., Params], params: Params) -> Callable[..., Params]:
         """Return a residual as a function of the unknowns, and its leaves that belong to them."""
