@@ -29,7 +29,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +110,7 @@ def load(seed: int, size: Size, *, idf: bool = False) -> Data:
     return Data(train, valid, test, frequency)
 
 
+@cache
 def corpus(words: int) -> tuple[np.ndarray, np.ndarray]:
     """Return counts (documents, words) of the most frequent words, and classes."""
     path = Path(os.environ.get("HYPERGRAD_DATA", "")) / "20news" / "20news_counts.npz"
