@@ -124,6 +124,7 @@ def test_identity_is_the_hypergradient_with_h_replaced_by_one():
     assert relative_error(grad, want) < 1e-10
 
 
+@pytest.mark.slow
 def test_a_window_estimates_at_the_weights_it_reaches():
     """With an inner optimizer: K steps first, then what would be got there without one."""
     case = example("ridge")
@@ -184,6 +185,7 @@ def test_a_shared_key_makes_the_estimate_deterministic():
     assert float(info.solver.residual) < 1.0
 
 
+@pytest.mark.slow
 def test_dropout_solve_matches_the_dense_hessian_of_that_mask():
     """The operator is one Hessian: CG against the oracle under the same key, which a fresh mask a product fails."""
     case = network(dropout=0.5)

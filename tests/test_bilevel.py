@@ -235,6 +235,7 @@ def test_extra_keywords_reach_an_inner_optimizer_that_takes_them():
     assert relative_error(moved[1], optax.tree.scale(2.0, moved[0])) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_given_keyword_counts_before_that_of_the_step():
     seen = optax.GradientTransformationExtraArgs(
         lambda p: jnp.zeros(()), lambda g, s, p, *, value, **_: (optax.tree.scale(-0.1, g), value.astype(jnp.float32))
@@ -316,6 +317,7 @@ def test_value_and_hypergrad_hands_back_aux():
 # Estimators that differentiate the inner steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("window", "mode"),
     [
@@ -338,6 +340,7 @@ def test_a_rollout_estimator_takes_the_inner_steps_itself(window, mode):
         assert (relative_error(variables.hyperparams, case().variables.hyperparams) > 0) == (call == 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_keywords_reach_the_steps_that_are_differentiated(window):
     """The same update with and without an outer step."""
@@ -356,6 +359,7 @@ def test_keywords_reach_the_steps_that_are_differentiated(window):
     assert relative_error(plain.params, idle.params) > 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_schedule_of_a_window_starts_anew_with_every_window(window):
     """Rates by the step's number modulo the window's length, over several calls."""

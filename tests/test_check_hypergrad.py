@@ -37,6 +37,7 @@ def test_passes_a_solved_problem_in_float64_also_from_float32():
     assert "passed" in str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_agrees_with_an_exact_hypergradient_beyond_its_tolerance():
     example = problems.ridge()
@@ -47,6 +48,7 @@ def test_agrees_with_an_exact_hypergradient_beyond_its_tolerance():
     assert found.rows[0].measured == pytest.approx(float((exact * exact).sum() / jnp.abs(exact).max()), rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_few_products_and_damping_are_a_number_and_no_failure():
     """The code is right; what its solver leaves out is reported beside a converged, undamped solve."""
@@ -428,6 +430,7 @@ def test_what_bfloat16_rounds_away_is_no_number():
         assert float(uncertainty) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_without_an_inner_solution_nothing_is_measured(monkeypatch):
     """Neither where the inner loss has no minimum, nor where the Hessian products run out."""
@@ -536,7 +539,7 @@ def test_a_norm_at_zero_is_a_kink_and_leaves_are_counted():
     assert weights_at_kinks(fn, weights, 1e-16) == {"['rows']": 4}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
 def test_smooth_losses_have_no_kinks(dtype, x64):
     """Neither a bend narrower than most steps, nor a saturated loss, nor weights that are no solution."""
     epsilon = float(jnp.finfo(dtype).eps)
@@ -558,6 +561,7 @@ def test_smooth_losses_have_no_kinks(dtype, x64):
         assert weights_at_kinks(fn, weights, epsilon) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_networks_with_relus_have_no_kinks_that_count():
     """Training ends at kinks that examples make; with one input they cross little more than one bias."""
@@ -575,6 +579,7 @@ def test_networks_with_relus_have_no_kinks_that_count():
             assert weights_at_kinks(fn, weights, 2e-16) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_smoothed_penalty_passes():
     inner = lambda w, h, b, k: quadratic(w, h, b, k) + hg.penalties.l1(w, jnp.exp(h))  # noqa: E731
@@ -584,6 +589,27 @@ def test_a_smoothed_penalty_passes():
     found = check(hg.implicit(problem, hg.solvers.dense()), at._replace(params=solved), (), (), key=None)
     assert found.passed, str(found)
     assert found.kinks == {}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_kinks_of_frozen_weights_do_not_count():
+    """Weights that nothing moves sit at 0, where the loss has |w|; those that are solved for are at a kink of data."""
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.normal(size=(9, 3))), jnp.asarray(rng.normal(size=9))
+
+    def inner(w, h, batch, key):
+        fit = jnp.mean(jnp.abs(x @ w["moved"] - y)) + 0.01 * jnp.exp(h) * jnp.sum(w["moved"] ** 2)
+        return fit + jnp.sum(jnp.abs(w["frozen"]))
+
+    problem = hg.BilevelProblem(inner, lambda w, h, b, k: jnp.sum((w["moved"] - 1.0) ** 2))
+    frozen = jnp.zeros(2)
+    moved = trained(lambda w: inner({"moved": w, "frozen": frozen}, 0.0, (), None), optax.adam(1e-4), jnp.zeros(3), 20_000)
+    at = hg.BilevelParams({"moved": moved, "frozen": frozen}, jnp.array(0.0))
+    found = check(hg.implicit(problem, CG, trainable={"moved": True, "frozen": False}), at, (), (), key=None)
+    assert found.verdict == "inconclusive"
+    assert found.kinks == {}
+    assert check(hg.implicit(problem, CG), at, (), (), key=None).kinks == {"['frozen']": 2}
 
 
 @pytest.mark.usefixtures("x64")
@@ -629,6 +655,7 @@ def test_a_residual_without_a_solution_is_inconclusive():
     assert np.isnan(found.rows[0].measured)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_root_takes_the_better_of_two_steps():
     """A lasso from far away, a fixed point that repels plain steps, and one on which Newton's method alone diverges."""
@@ -644,6 +671,7 @@ def test_root_takes_the_better_of_two_steps():
     assert abs(float(overshot.params[0])) < 1e-12
 
 
+@pytest.mark.slow
 def test_frozen_weights_stay_frozen_in_the_check(x64):
     """Their gradient is far from zero: solved for as well, the difference would be that of another problem."""
     x, y = jax.random.normal(jax.random.key(0), (30, 4)), jax.random.normal(jax.random.key(1), (30,))

@@ -436,6 +436,22 @@ def test_compare_solvers_ranks_them_on_a_network():
     assert hg.diagnostics.plot_comparison(found).axes[0].get_xscale() == "log"
 
 
+def test_compare_solvers_takes_a_factorisation_for_a_small_part_of_many_weights(monkeypatch):
+    """4,000 weights of which ten are solved for: the reference is not an iteration."""
+    seen = []
+    monkeypatch.setattr("hypergrad.diagnostics._solvers.cg", lambda *args, **options: seen.append(args))
+    target = jnp.arange(10.0)
+    inner = lambda w, h, b, k: jnp.sum(jnp.exp(h) * w["few"] ** 2 - 2 * target * w["few"]) + jnp.sum(w["many"])  # noqa: E731
+    problem = hg.BilevelProblem(inner, lambda w, h, b, k: jnp.sum(w["few"]))
+    at = hg.BilevelParams({"few": target, "many": jnp.zeros(3990)}, jnp.zeros(10))
+    solvers, trainable = {"identity()": hg.solvers.identity()}, {"few": True, "many": False}
+    found = hg.diagnostics.compare_solvers(problem, at, (), (), key=None, solvers=solvers, trainable=trainable)
+    assert found.rows[0].cosine == pytest.approx(1.0)
+    assert not seen
+    with pytest.raises(ValueError, match="trainable to be a tree prefix"):
+        hg.diagnostics.compare_solvers(problem, at, (), (), key=None, solvers=solvers, trainable={"few": True})
+
+
 def test_compare_solvers_refuses_what_is_no_solver():
     example = ridge()
     args = example.problem, example.variables, example.inner_batch, example.outer_batch

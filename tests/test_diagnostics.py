@@ -69,6 +69,7 @@ def test_names_of_leaves_are_readable():
     assert [readable(name) for name in tree.leaf_names(state)] == ["bias", "kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_short_horizons_push_a_learning_rate_the_other_way():
     """w ← w − r(c w + noise): derivatives in closed form for one step, by the recursion itself for all."""

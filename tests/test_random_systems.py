@@ -132,7 +132,7 @@ def one_of_each(names, *fast):
     return [pytest.param(name, marks=[pytest.mark.slow] * (name not in fast)) for name in names]
 
 
-@pytest.mark.parametrize("name", one_of_each(CONJUGATE, "default", "recycled"))
+@pytest.mark.parametrize("name", one_of_each(CONJUGATE, "default"))
 @settings(max_examples=40)
 @cases
 def test_conjugate_gradients_never_climb_and_never_lie(name, seed, spectrum, split_name, dtype, scale):

@@ -143,6 +143,7 @@ def test_a_deep_equilibrium_model(x64):
     assert float(optax.tree.vdot(grad, along)) == pytest.approx(want, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [None, hg.solvers.dense(), hg.solvers.gmres(20, 20)], ids=["none", "dense", "gmres"])
 def test_best_response_of_a_fixed_point_is_differentiable(solver, x64):
     """In reverse and forward mode, and twice: the transposed system is solved, too."""

@@ -122,6 +122,7 @@ def _learn(problem, start, h, steps):
     return train_response(problem, start, h, case().inner_batch, rates, steps=steps)
 
 
+@pytest.mark.slow
 def test_a_linear_response_to_a_quadratic_problem_learns_the_exact_jacobian():
     """Law: as the scale goes to zero, the local linear response of a quadratic inner loss is dw*/dλ."""
     problem = responses.with_response(case().problem, responses.linear())
@@ -429,6 +430,7 @@ def test_a_hyperparameter_that_no_response_can_learn_is_refused():
             assert float(fn(start, h, jnp.ones(3), (), key=0)["rate"]) == 0.0  # nothing learned yet
 
 
+@pytest.mark.slow
 def test_weights_and_response_have_optimizers_of_their_own():
     problem = responses.perturbed(responses.with_response(case().problem, responses.gated()), scale=0.1)
     tx = hg.bilevel(

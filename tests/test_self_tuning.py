@@ -86,7 +86,7 @@ def linen(name):
         return (lambda w, x: model.apply({"params": w}, x)), params, x
 
 
-RARER = ("transformer", "LSTMCell", "GRUCell", "MGUCell", "SimpleCell")
+RARER = ("transformer", "OptimizedLSTMCell", "LSTMCell", "GRUCell", "MGUCell", "SimpleCell")
 
 
 @pytest.mark.parametrize("name", [pytest.param(m, marks=[pytest.mark.slow] * (m in RARER)) for m in MODELS])
@@ -149,7 +149,7 @@ def test_hypergradients_by_two_other_routes(variant):
     assert relative_error(got, jax.tree.map(lambda g: g.sum(0), each)) < 1e-10
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] * (v != "delta")) for v in VARIANTS])
 def test_exported_weights_are_those_of_the_unmodified_model(variant):
     apply, params, x = linen("transformer" if variant == "stn" else "mlp")
     problem = responses.perturbed(responses.self_tuning(squares(apply), variant=VARIANTS[variant]), scale=0.5)
@@ -314,6 +314,7 @@ def test_a_linear_network_learns_its_exact_response(variant, steps, tolerance):
         assert relative_error(end(learned.params), solve(h)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] * (v != "delta")) for v in VARIANTS])
 def test_batch_norm_keeps_its_statistics(variant):
     model, x = Normalized(), inputs("vectors", 8)

@@ -132,6 +132,7 @@ def test_eight_devices_give_the_answer_of_one(name, kind):
     assert kernel.addressable_shards[0].data.shape == (kernel.shape[0], kernel.shape[1] // 8)
 
 
+@pytest.mark.slow
 def test_on_explicit_axes_a_state_from_one_device_moves_to_its_weights():
     """As one that was restored; the solver contracts blocks of vectors over the axis that is split."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
@@ -228,6 +229,7 @@ def test_two_processes_give_the_answer_of_one():
         assert result["residual"] == pytest.approx(want["residual"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow)])
 def test_the_first_step_under_a_mesh_compiles_once(kind):
     """Scalars that ``init`` makes live on the variables' mesh, so that the second step has the same shardings."""

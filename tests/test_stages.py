@@ -119,6 +119,7 @@ def test_a_response_whose_solve_is_not_finite_has_no_finite_derivative():
     assert not jnp.isfinite(jax.grad(lambda a: respond(jnp.array(1.0), a, (), key=None))(jnp.array(1.0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode", [hg.reverse(), *(pytest.param(mode, marks=pytest.mark.slow) for mode in (hg.reverse(2), hg.forward()))]
 )
@@ -142,6 +143,7 @@ def test_an_unrolled_response_is_differentiable_in_both(mode):
     assert float(forward) == pytest.approx(float(optax.tree.vdot(wrt_params, weigh)), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_steps_before_an_implicit_response():
     """With an optimizer: K steps first, then the response, and its derivative, where they end."""
     base, length = logistic(), 5

@@ -98,7 +98,7 @@ def test_a_resumed_run_is_bit_identical(name):
 
 
 @rows
-@pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("poison", [jnp.nan, pytest.param(jnp.inf, marks=pytest.mark.slow)])
 def test_a_poisoned_outer_batch_is_skipped_whole(name, poison):
     """Hyperparameters and outer state stay, the estimator stays usable, and the next good batch proceeds."""
     tx, step = run(name)

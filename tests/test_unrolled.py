@@ -174,6 +174,7 @@ def test_one_step_is_the_second_order_gradient_of_darts():
     assert relative_error(grad, unravel_alpha(second_order(flat, flat_alpha))) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_truncation_differentiates_the_last_steps_from_where_they_begin():
     optimizer = adam
@@ -298,6 +299,7 @@ def test_derivatives_of_a_hypergradient():
     assert relative_error(jax.grad(at)(hyper["rates"]), finite_differences(at, hyper["rates"])) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @others_are_slow
 def test_a_loss_may_close_over_traced_values(mode):
@@ -410,6 +412,7 @@ def test_batches_by_index_equal_batches(name, window):
     assert relative_error(*results) < 1e-6
 
 
+@pytest.mark.slow
 def test_an_index_may_stand_for_a_part_of_a_batch():
     base, indices = network(), jnp.arange(12).reshape(3, 4)
     problem = hg.BilevelProblem(
@@ -466,6 +469,7 @@ def test_memory_grows_as_promised():
     assert learned < (8 + 2 * 8 + few) * size
 
 
+@pytest.mark.slow
 def test_batches_by_index_are_never_held_together():
     length, batch_bytes = 64, 8 * 64 * 4
     indexed, _ = scratch(hg.reverse(), length, indexed=True)

@@ -218,23 +218,29 @@ def networks(quick: bool) -> list[dict[str, Any]]:
         seen = hg.diagnostics.extreme_eigenvalues(hidden, at, train, key=jax.random.key(0))
         damping = float(seen.largest) / 1000
 
-        def hypergrad(solver: hg.LinearSolver, at: hg.BilevelParams = at) -> Any:
-            decays = lambda _params, decay: decay  # noqa: E731
-            fn = hg.hypergrad(hg.implicit(hidden, solver, diagonal=decays))
+        def hypergrad(solver: hg.LinearSolver, diagonal: Any = None, at: hg.BilevelParams = at) -> Any:
+            known = lambda _params, decay: decay if diagonal is None else diagonal  # noqa: E731
+            fn = hg.hypergrad(hg.implicit(hidden, solver, diagonal=known))
             return ravel_pytree(fn(*at, train, valid, key=jax.random.key(0)))[0]
+
+        # Adam's √v in the place of a diagonal, with the largest entry that H has: a preconditioner from the optimizer.
+        roots = jax.tree.map(jnp.sqrt, optax.tree.get(state, "nu"))
+        scale = float(seen.largest) / max(float(jnp.max(leaf)) for leaf in jax.tree.leaves(roots))
+        second_moment = jax.tree.map(lambda root: scale * root, roots)
 
         exact = hypergrad(hg.solvers.cg(2000, 1e-6, damping=damping))
         rows: dict[str, Any] = {}
         for budget in BUDGETS[: 2 if quick else None]:
-            for name, solver in {
-                "neumann": hg.solvers.neumann(budget, damping=damping),
-                "cg": hg.solvers.cg(budget, 0.0, damping=damping),
-                "cg, jacobi": hg.solvers.cg(budget, 0.0, damping=damping, preconditioner=JACOBI),
-                "cg, nystrom(5)": hg.solvers.cg(
-                    budget, 0.0, damping=damping, preconditioner=hg.preconditioners.nystrom(5)
-                ),
-            }.items():
-                other = hypergrad(solver)
+            jacobi = hg.solvers.cg(budget, 0.0, damping=damping, preconditioner=JACOBI)
+            nystrom = hg.solvers.cg(budget, 0.0, damping=damping, preconditioner=hg.preconditioners.nystrom(5))
+            for name, solver, diagonal in (
+                ("neumann", hg.solvers.neumann(budget, damping=damping), None),
+                ("cg", hg.solvers.cg(budget, 0.0, damping=damping), None),
+                ("cg, jacobi", jacobi, None),
+                ("cg, jacobi of Adam's √v", jacobi, second_moment),
+                ("cg, nystrom(5)", nystrom, None),
+            ):
+                other = hypergrad(solver, diagonal)
                 cosine = float(other @ exact / jnp.linalg.norm(other) / jnp.linalg.norm(exact))
                 rows.setdefault(name, {})[str(budget)] = round(cosine, 4)
         found.append({"steps": steps, "damping": damping, "rows": rows})

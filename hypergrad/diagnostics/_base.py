@@ -12,9 +12,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from hypergrad.estimators import Estimator
+from hypergrad.training import Context
 from hypergrad.types import PyTree
 
-__all__ = ["Alignment", "align", "digits", "flat", "readable", "table"]
+__all__ = ["Alignment", "align", "digits", "flat", "readable", "table", "unknowns"]
 
 
 class Alignment(NamedTuple):
@@ -65,3 +67,9 @@ def digits(value: float) -> str:
 def readable(path: str) -> str:
     """Return a leaf's path without brackets: ``['dense']['kernel']`` and NNX's ``….value`` as ``dense.kernel``."""
     return path.removesuffix(".value").translate(str.maketrans("[", ".", "]'")).strip(".") or path
+
+
+def unknowns(estimator: Estimator, ctx: Context) -> PyTree:
+    """Return which weights the inner problem solves for: a tree of bools like the weights."""
+    marks = True if estimator.unknowns is None else estimator.unknowns(ctx)
+    return jax.tree.broadcast(marks, ctx.at.params)

@@ -21,7 +21,7 @@ import numpy as np
 
 from hypergrad import data, dataflow, tree, validate
 from hypergrad.diagnostics import _differences, _kinks
-from hypergrad.diagnostics._base import Alignment, align, digits, flat, readable, table
+from hypergrad.diagnostics._base import Alignment, align, digits, flat, readable, table, unknowns
 from hypergrad.diagnostics._differences import Direction, Reference
 from hypergrad.drivers import one_estimate, solves_in
 from hypergrad.estimators import Estimator
@@ -237,7 +237,7 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
     if case.estimator.train is not None:
         reference = _differences.rolled_out(ctx)
     elif response is None or response.weights is None:
-        reference = _differences.resolved(ctx, _unknowns(case, ctx))
+        reference = _differences.resolved(ctx, unknowns(case.estimator, ctx))
     else:
         plain = at._replace(params=response.weights(at.params, ctx.hyperparams))
         center, gradient = response.base_hyperparams(ctx.hyperparams), response.base_hyperparams(gradient)
@@ -323,7 +323,10 @@ def _explained(
     solved, has_residual = there <= rtol, ctx.problem.residual is not None
     if vague and reference.optimum is not None and not (response or has_residual):
         at, epsilon = ctx.at.params, float(jnp.finfo(found.dtype).eps)
-        kinks = _kinks.weights_at_kinks(lambda w: inner_loss_fn(ctx)(w, ctx.hyperparams), at, epsilon)
+        marks = unknowns(case.estimator, ctx)
+        kinks = _kinks.weights_at_kinks(
+            lambda w: inner_loss_fn(ctx)(tree.filled(marks, w, at), ctx.hyperparams), tree.selected(marks, at), epsilon
+        )
         found = found._replace(kinks=kinks)
     reasons = [  # most certain first; from "broke down" on, a difference that can be trusted disagrees
         _Reason(bool(found.kinks), _kinked(found.kinks), _KINKED, ends=not wrong),
@@ -423,13 +426,7 @@ def _condition(case: _Case, ctx: Context) -> np.ndarray:
     """Return what is zero at the inner solution, ∇_w L_in or the residual, traced anew at every call."""
     fn = jax.grad(inner_loss_fn(ctx)) if ctx.problem.residual is None else residual_fn(ctx)
     found = jax.jit(fn)(ctx.at.params, ctx.hyperparams)
-    marks = jax.tree.broadcast(_unknowns(case, ctx), found)
-    return flat(tree.selected(marks, found))
-
-
-def _unknowns(case: _Case, ctx: Context) -> Any:
-    """Return which weights the inner problem solves for, as a tree prefix of bools."""
-    return True if case.estimator.unknowns is None else case.estimator.unknowns(ctx)
+    return flat(tree.selected(unknowns(case.estimator, ctx), found))
 
 
 def _kinked(kinks: Mapping[str, int]) -> str:
@@ -447,8 +444,9 @@ def _uncertain(vague: list[Direction], reference: Reference, dtype: str, *, has_
     if not vague:
         return ""
     cause = (
-        "for a kink (ReLU), an unbounded loss, or a step that leaves the losses' domain: try a smooth activation, more "
-        "decay, a bijector, or another step"
+        "for a kink (ReLU, hinge, absolute error), an unbounded loss, or a step that leaves the losses' domain: try a "
+        "smooth activation or loss, more decay, a bijector, or another step; or give the condition that the solution "
+        "meets at a kink to hg.with_residual"
     )
     if dtype != "float64":
         cause = f"for the rounding of {dtype}, in which the losses compute, or {cause}"

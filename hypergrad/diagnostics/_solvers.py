@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hypergrad import tree, validate
-from hypergrad.diagnostics._base import align, digits, table
+from hypergrad import data, tree, validate
+from hypergrad.diagnostics._base import align, digits, table, unknowns
 from hypergrad.drivers import compiled
 from hypergrad.estimators import implicit
 from hypergrad.problem import BilevelParams, BilevelProblem, check_problem, check_variables
@@ -34,6 +34,7 @@ from hypergrad.solvers import (
     recycled_cg,
     richardson,
 )
+from hypergrad.training import Context, Trained, split_keys
 from hypergrad.types import Batch, Hyperparams, Key, ModelState, Params, PyTree
 
 __all__ = ["SolverComparison", "SolverRow", "catalogue", "compare_solvers"]
@@ -183,8 +184,11 @@ def compare_solvers(
     if not chosen or not all(isinstance(solver, LinearSolver) for solver in chosen.values()):
         fix = 'Pass e.g. {"cg(10)": hg.solvers.cg(10)}.'
         raise TypeError(validate.message("solvers as a dict of LinearSolvers by name", validate.describe(solvers), fix))
-    size = sum(leaf.size for leaf in jax.tree.leaves(variables.params))
     given, say = (variables, inner_batch, outer_batch, validate.as_key(key), model_state), progress or (lambda _: None)
+    at, keys = Trained(variables.params, None, model_state), split_keys(given[3])
+    ctx = Context(problem, variables.hyperparams, at, at, data.one_step(inner_batch), outer_batch, keys, None)
+    marks = unknowns(implicit(problem, trainable=trainable), ctx)
+    size = sum(leaf.size for leaf in jax.tree.leaves(tree.selected(marks, variables.params)))
 
     def reference(damping: float) -> tuple[Hyperparams, bool]:
         # GMRES converges on a symmetric, indefinite system as well, and needs the memory of its restart.

@@ -93,10 +93,11 @@ def implicit(
       UserWarning: an inner optimizer moves weights where the gradient is zero (``optax.adamw``): its decay is no part
         of the inner loss, whose minimum is then not where training ends.
 
-    Valid when ∇_w L_in = 0 and H is invertible, and ``info.solver.residual`` is small. Away from the optimum it
-    is the derivative that the optimum would have if H and the mixed product were as they are here. Where b or the
-    solution is not finite (status ``NOT_FINITE``) the hypergradient is NaN. A loss with a kink at its solution (|w|, a
-    norm at 0, a hinge) is no minimum in this sense: use ``hg.residuals.proximal_gradient``.
+    Valid when ∇_w L_in = 0, H is invertible, and ``info.solver.residual`` is small. In training ∇_w L_in is only close
+    to 0: the result is then an approximation, as good as H and the mixed product at these weights are close to those at
+    the optimum. Where b or the solution is not finite (status ``NOT_FINITE``), the hypergradient is NaN. If the inner
+    loss has a kink at its solution (|w|, a norm at 0, a hinge), the formula does not hold: use
+    ``hg.residuals.proximal_gradient``.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: jnp.sum(0.5 * jnp.exp(h) * w ** 2 - w)      # w* = exp(-h)
