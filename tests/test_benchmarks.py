@@ -35,7 +35,7 @@ def test_quick_run_of_quality(name, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / f"{name}.json").read_text())
-    parts = {"tasks"}, {"trajectories", "one shot", "networks"}, {"problems", "libraries"}
+    parts = {"tasks"}, {"trajectories", "one shot", "networks", "comparison"}, {"problems", "libraries"}
     assert any(names <= set(record) for names in parts)
     assert str(ROOT) not in json.dumps(record)
     report = (tmp_path / f"{name}.md").read_text()

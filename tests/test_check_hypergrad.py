@@ -604,7 +604,9 @@ def test_kinks_of_frozen_weights_do_not_count():
 
     problem = hg.BilevelProblem(inner, lambda w, h, b, k: jnp.sum((w["moved"] - 1.0) ** 2))
     frozen = jnp.zeros(2)
-    moved = trained(lambda w: inner({"moved": w, "frozen": frozen}, 0.0, (), None), optax.adam(1e-4), jnp.zeros(3), 20_000)
+    moved = trained(
+        lambda w: inner({"moved": w, "frozen": frozen}, 0.0, (), None), optax.adam(1e-4), jnp.zeros(3), 20_000
+    )
     at = hg.BilevelParams({"moved": moved, "frozen": frozen}, jnp.array(0.0))
     found = check(hg.implicit(problem, CG, trainable={"moved": True, "frozen": False}), at, (), (), key=None)
     assert found.verdict == "inconclusive"

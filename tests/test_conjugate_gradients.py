@@ -452,6 +452,36 @@ def test_compare_solvers_takes_a_factorisation_for_a_small_part_of_many_weights(
         hg.diagnostics.compare_solvers(problem, at, (), (), key=None, solvers=solvers, trainable={"few": True})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("smallest", [0.5, -0.05])
+def test_compare_solvers_judges_undamped_solvers_where_h_is_indefinite(monkeypatch, smallest):
+    """Beyond a factorisation's reach: an undamped reference where H > 0, the least damped that converges elsewhere."""
+    monkeypatch.setattr("hypergrad.diagnostics._solvers._FEW", 0)
+    curvature = jnp.linspace(smallest, 2.0, 12)
+    inner = lambda w, h, b, k: 0.5 * jnp.sum(curvature * w**2) + 1e-9 * jnp.sum(w**4) + jnp.sum(h * w)  # noqa: E731
+    problem = hg.BilevelProblem(inner, lambda w, h, b, k: jnp.sum((w - 1.0) ** 2))
+    at = hg.BilevelParams(jnp.zeros(12), jnp.zeros(12))
+    solvers = {"cg(20)": hg.solvers.cg(20), "default": hg.solvers.cg(3, relative_damping=0.01, warm_start=True)}
+    lines = []
+    found = hg.diagnostics.compare_solvers(problem, at, (), (), key=None, solvers=solvers, progress=lines.append)
+    plain, default = found.rows
+    slope = 2 * (at.params - 1.0)
+    exact = -slope / (curvature + plain.reference_damping)
+    (_, own), _ = hg.value_and_hypergrad(hg.implicit(problem, hg.solvers.cg(20)))(*at, (), (), key=None)
+    want = float(own @ exact / jnp.linalg.norm(own) / jnp.linalg.norm(exact))
+    assert plain.cosine == pytest.approx(want, abs=2e-3)
+    assert default.cosine == default.cosine
+    if smallest > 0:
+        assert plain.reference_damping == 0.0
+        assert plain.cosine == pytest.approx(1.0, abs=1e-4)
+        assert not any("damped by" in line for line in lines)
+    else:
+        assert plain.reference_damping > -smallest
+        assert plain.damping_cosine == pytest.approx(1.0)
+        assert "H is indefinite or nearly singular here" in found.advice or "No solver reaches" in found.advice
+        assert any("damped by 0.1 of" in line for line in lines)
+
+
 def test_compare_solvers_refuses_what_is_no_solver():
     example = ridge()
     args = example.problem, example.variables, example.inner_batch, example.outer_batch

@@ -1,6 +1,6 @@
 """How close a linear solver comes, against the products with the Hessian that it takes.
 
-    python benchmarks/quality/solver_accuracy.py [--quick] [--only "trajectories,one shot,networks"]
+    python benchmarks/quality/solver_accuracy.py [--quick] [--only "trajectories,one shot"] [--merge]
 
 1. Along an outer trajectory: ridge regression in float64, 100 features, a log decay per feature that moves by
    Adam(0.05) on the exact hypergradient; each outer step solves a new system from the last solver state. The error is
@@ -10,13 +10,16 @@
    newsgroups (a sparse stand-in where ``HYPERGRAD_DATA`` is not set), softmax regression on digits.
 3. Networks: an MLP of 8,970 weights on digits, trained for 100, 1,000 and 10,000 steps of Adam, in float32; cosine of
    the hypergradient with that of a converged solve, both damped by λmax/1000.
+4. ``hg.diagnostics.compare_solvers`` on an MLP of 100,000 weights after 300 steps: its table, and its seconds.
 
 Writes ``solver_accuracy.json`` and ``solver_accuracy.md``.
 """
 
 import argparse
+import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,7 @@ TRAJECTORIES = [
     ("outliers", 63_000, 20, 1e-6),
 ]
 BUDGETS = 5, 10, 20, 50
-PARTS = "trajectories", "one shot", "networks"
+PARTS = "trajectories", "one shot", "networks", "comparison"
 
 
 def spectrum(name: str, condition: float) -> np.ndarray:
@@ -226,7 +229,7 @@ def networks(quick: bool) -> list[dict[str, Any]]:
         # Adam's √v in the place of a diagonal, with the largest entry that H has: a preconditioner from the optimizer.
         roots = jax.tree.map(jnp.sqrt, optax.tree.get(state, "nu"))
         scale = float(seen.largest) / max(float(jnp.max(leaf)) for leaf in jax.tree.leaves(roots))
-        second_moment = jax.tree.map(lambda root: scale * root, roots)
+        second_moment = optax.tree.scale(scale, roots)
 
         exact = hypergrad(hg.solvers.cg(2000, 1e-6, damping=damping))
         rows: dict[str, Any] = {}
@@ -246,6 +249,29 @@ def networks(quick: bool) -> list[dict[str, Any]]:
         found.append({"steps": steps, "damping": damping, "rows": rows})
         print(f"after {steps} steps: {rows}", flush=True)
     return found
+
+
+def comparison(quick: bool) -> dict[str, Any]:
+    """Run ``compare_solvers`` as a user would, and time it."""
+    task = tasks.weight_decay(0, model=tasks.MLP(8 if quick else 280))
+    (train, valid, _), (params, decay) = task.splits, task.variables
+    inner = optax.adam(1e-3)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        updates, state = inner.update(jax.grad(task.problem.inner_loss)(params, decay, train, None), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = inner.init(params)
+    for _ in range(10 if quick else 300):
+        params, state = step(params, state)
+    start = time.perf_counter()
+    solvers = {"cg(3)": hg.solvers.cg(3)} if quick else None
+    at = hg.BilevelParams(params, decay)
+    found = hg.diagnostics.compare_solvers(task.problem, at, train, valid, key=None, solvers=solvers)
+    seconds, weights = time.perf_counter() - start, sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"{found}\n{seconds:.0f} s for {weights} weights", flush=True)
+    return {"weights": weights, "seconds": round(seconds, 1), "table": str(found)}
 
 
 def report(record: dict[str, Any]) -> str:
@@ -270,6 +296,12 @@ def report(record: dict[str, Any]) -> str:
         rows = [("solver", *(f"{b} products" for b in budgets))]
         rows += [(name, *(f"{row[b]:.3f}" for b in budgets)) for name, row in found["rows"].items()]
         parts += [f"## MLP on digits after {found['steps']} steps: cosine of the hypergradient", _table(rows)]
+    if "comparison" in record:
+        found = record["comparison"]
+        parts += [
+            f"## `compare_solvers` on an MLP of {found['weights']:,} weights: {found['seconds']:.0f} s",
+            f"```text\n{found['table']}\n```",
+        ]
     return "\n\n".join([*parts, harness_line(record)]) + "\n"
 
 
@@ -288,12 +320,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one of each kind, small: does it run?")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with a comma between")
+    parser.add_argument("--merge", action="store_true", help="keep the other parts of the file that is there")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results")
     args = parser.parse_args(argv)
     record: dict[str, Any] = {**harness.circumstances(1)}
+    if args.merge:
+        record = {**json.loads((args.out / "solver_accuracy.json").read_text()), **record}
     for part in args.only.split(","):
-        if part == "networks":
-            record[part] = networks(args.quick)
+        if part in ("networks", "comparison"):
+            record[part] = {"networks": networks, "comparison": comparison}[part](args.quick)
         else:
             with jax.enable_x64(True):
                 record[part] = {"trajectories": trajectories, "one shot": one_shot}[part](args.quick)

@@ -54,13 +54,15 @@ class Task(NamedTuple):
 
 
 class MLP(nn.Module):
-    """Two hidden layers of 64."""
+    """Two hidden layers of the same width."""
+
+    hidden: int = 64
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return logits (n, 10)."""
         for _ in range(2):
-            x = nn.relu(nn.Dense(64)(x))
+            x = nn.relu(nn.Dense(self.hidden)(x))
         return nn.Dense(CLASSES)(x)
 
 

@@ -180,7 +180,8 @@ def plot_comparison(comparison: SolverComparison) -> Any:
       ValueError: no row has a reference.
 
     >>> import hypergrad as hg
-    >>> row = hg.diagnostics.SolverRow("cg(3)", hg.solvers.Status.TRUNCATED, 3, 0.1, 0.0, 0.99, 0.9, 0.8, 1.0, 2.0, 1.0)
+    >>> status = hg.solvers.Status.TRUNCATED
+    >>> row = hg.diagnostics.SolverRow("cg(3)", status, 3, 0.1, 0.0, 0.0, 0.99, 0.9, 0.8, 1.0, 2.0, 1.0)
     >>> hg.diagnostics.plot_comparison(hg.diagnostics.SolverComparison((row,), "")).axes[0].get_xlabel()
     'ms per hypergradient'
     """

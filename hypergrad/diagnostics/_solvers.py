@@ -3,7 +3,9 @@
     (H + δI) q = ∂L_out/∂w           each solver beside a converged solve with the same δ
 
 Two questions are answered apart: how far a solver is from the solution of its own, damped system (cosine and norm ratio
-of its hypergradient), and how far that solution is from the undamped one (the damping's cosine).
+of its hypergradient), and how far that solution is from the undamped one (the damping's cosine). Where H is indefinite
+or nearly singular, as in the middle of training, no undamped solve converges: the least damped one that does takes its
+place.
 
 Reference: Lorraine, Vicol & Duvenaud, arXiv 1911.02590 (a comparison of inversion methods).
 """
@@ -17,13 +19,12 @@ import jax
 import numpy as np
 
 from hypergrad import data, tree, validate
-from hypergrad.diagnostics._base import align, digits, table, unknowns
+from hypergrad.diagnostics._base import Alignment, align, digits, table, unknowns
 from hypergrad.drivers import compiled
 from hypergrad.estimators import implicit
 from hypergrad.problem import BilevelParams, BilevelProblem, check_problem, check_variables
 from hypergrad.solvers import (
     LinearSolver,
-    LinearSystem,
     Status,
     cg,
     dense,
@@ -42,6 +43,8 @@ __all__ = ["SolverComparison", "SolverRow", "catalogue", "compare_solvers"]
 _NUM_SOLVES = 5
 _GOOD = 0.95  # the cosine from which a direction counts as good
 _FEW = 3000  # unknowns up to which the reference is a factorisation
+_MANY = 500  # products of an iteration for the reference
+_RATIOS = 1e-3, 1e-2, 1e-1  # of δ and the largest curvature, tried in this order where H is not positive definite
 
 
 class SolverRow(NamedTuple):
@@ -53,11 +56,13 @@ class SolverRow(NamedTuple):
       num_products: of the last solve; −1 where not known.
       residual: ‖b − (H + δI) q‖/‖b‖; NaN where not measured.
       damping: δ.
-      cosine: of its hypergradient with that of a converged solve with the same δ.
+      reference_damping: of the converged solve that the row is compared with: δ, or that of the least damped solve that
+        converged where the one with δ did not; NaN where none did.
+      cosine: of its hypergradient with that of the converged solve.
       norm_ratio: its norm over that of the converged one.
       first_cosine: the cosine after the first solve, without a warm start.
-      damping_cosine: of the converged, damped hypergradient with the converged, undamped one; 1 for δ = 0, NaN where
-        the latter did not converge.
+      damping_cosine: of the converged hypergradient with that of the least damped solve that converged, undamped where
+        possible: what the damping changes.
       milliseconds: per hypergradient, the median of the solves after the first.
       mebibytes: scratch memory of the compiled hypergradient; NaN where the device does not tell.
     """
@@ -67,6 +72,7 @@ class SolverRow(NamedTuple):
     num_products: int
     residual: float
     damping: float
+    reference_damping: float
     cosine: float
     norm_ratio: float
     first_cosine: float
@@ -88,10 +94,10 @@ class SolverComparison(NamedTuple):
 
     def __str__(self) -> str:
         """Return the rows as a table, and the advice."""
-        head = ["solver", "products", "residual", "δ", "cosine", "norm ratio", "first cosine", "cosine of damping"]
-        lines = [[*head, "ms", "MiB", "status"]]
+        head = ["solver", "products", "residual", "δ", "reference δ", "cosine", "norm ratio", "first cosine"]
+        lines = [[*head, "cosine of damping", "ms", "MiB", "status"]]
         for row in self.rows:
-            numbers = row.residual, row.damping, row.cosine, row.norm_ratio, row.first_cosine, row.damping_cosine
+            numbers = row[3:10]
             spent = "-" if row.num_products < 0 else str(row.num_products)
             cost = f"{row.milliseconds:.1f}", digits(row.mebibytes)
             lines.append([row.name, spent, *map(digits, numbers), *cost, row.status.name])
@@ -150,7 +156,7 @@ def compare_solvers(
       progress: called with a line of text before each solver, e.g. ``print``.
 
     Returns:
-      A ``SolverComparison``; ``print`` it. A reference that did not converge leaves NaN, printed as -.
+      A ``SolverComparison``; ``print`` it. Where no reference converged, figures are NaN, printed as -.
 
     Raises:
       TypeError: ``solvers`` is not a dict of ``LinearSolver``.
@@ -158,7 +164,8 @@ def compare_solvers(
 
     Valid for this point and this batch. The system stays the same in all five solves of a warm solver; in training it
     moves: expect a cosine between ``first_cosine`` and ``cosine``. The reference is a factorisation for up to 3,000
-    weights, and CG with up to 1,000 products beyond, or GMRES where CG does not converge.
+    weights, and an iteration of up to 500 products beyond. Where it does not converge, the reference is the first that
+    converges of three solves, damped by 0.001, 0.01 and 0.1 times the largest curvature.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: 0.5 * jnp.sum(jnp.exp(h) * w**2 - 2 * w)           # w* = exp(-h)
@@ -190,27 +197,27 @@ def compare_solvers(
     marks = unknowns(implicit(problem, trainable=trainable), ctx)
     size = sum(leaf.size for leaf in jax.tree.leaves(tree.selected(marks, variables.params)))
 
-    def reference(damping: float) -> tuple[Hyperparams, bool]:
-        # GMRES converges on a symmetric, indefinite system as well, and needs the memory of its restart.
-        candidates = [_shifted(gmres(1000, 200, 1e-5), damping)]
-        if size <= _FEW:
-            candidates = [dense(damping=damping)]
-        elif symmetric:
-            candidates = [cg(1000, 1e-6, damping=damping), *candidates]
-        found: tuple[Any, bool] = None, False
-        for solver in candidates:
-            hypergrad, info, _, _ = _repeat(estimator(solver), 1, *given)
-            found = hypergrad[0], float(info.residual) <= 1e-3
-            if found[1]:
-                break
-        return found
-
     def estimator(solver: LinearSolver) -> Any:
         return implicit(problem, solver, diagonal=diagonal, trainable=trainable)
 
+    def converged(solver: LinearSolver) -> _Reference | None:
+        hypergrad, info, _, _ = _repeat(estimator(solver), 1, *given)
+        return _Reference(hypergrad[0], float(info.damping)) if float(info.residual) <= 1e-3 else None
+
+    def reference(damping: float) -> _Reference | None:
+        if size <= _FEW:
+            return converged(dense(damping=damping))
+        if symmetric:
+            return converged(cg(_MANY, 1e-5, damping=damping))
+        return converged(gmres(_MANY, 100, 1e-5))
+
     say("the converged, undamped solve")
-    undamped, exact = reference(0.0)
-    truths: dict[float, tuple[Hyperparams, bool]] = {0.0: (undamped, exact)}
+    least = reference(0.0)
+    for ratio in _RATIOS if symmetric else ():
+        if least is None:
+            say(f"a converged solve, damped by {ratio:g} of the largest curvature")
+            least = converged(cg(_MANY, 1e-5, relative_damping=ratio))
+    truths = {0.0: least}
     rows = []
     for name, solver in chosen.items():
         say(name)
@@ -219,10 +226,13 @@ def compare_solvers(
         if damping not in truths:
             say(f"the converged solve with δ = {digits(damping)}")
             truths[damping] = reference(damping)
-        truth, converged = truths[damping]
-        last, first = align(found[-1], truth), align(found[0], truth)
-        of_damping = align(truth, undamped).cosine if exact and converged else math.nan
-        known = 1.0 if converged else math.nan
+        truth = truths[damping] or least
+        if truth is None or least is None:
+            last = first = Alignment(math.nan, math.nan, math.nan)
+            of_reference = of_damping = math.nan
+        else:
+            last, first = align(found[-1], truth.hypergrad), align(found[0], truth.hypergrad)
+            of_reference, of_damping = truth.damping, align(truth.hypergrad, least.hypergrad).cosine
         rows.append(
             SolverRow(
                 name,
@@ -230,10 +240,11 @@ def compare_solvers(
                 int(info.num_products),
                 float(info.residual),
                 damping,
-                known * last.cosine,
-                known * last.norm_ratio,
-                known * first.cosine,
-                1.0 if damping == 0 else of_damping,
+                of_reference,
+                last.cosine,
+                last.norm_ratio,
+                first.cosine,
+                of_damping,
                 1e3 * float(np.median(times)),
                 memory,
             )
@@ -241,14 +252,11 @@ def compare_solvers(
     return SolverComparison(tuple(rows), _advice(rows))
 
 
-def _shifted(solver: LinearSolver, damping: float) -> LinearSolver:
-    """Return a solver of (A + δI) x = b."""
+class _Reference(NamedTuple):
+    """A converged solve."""
 
-    def solve(system: LinearSystem, b: PyTree, state: PyTree, *, tolerance: Any = None) -> Any:
-        moved = system._replace(matvec=lambda v: tree.add_scaled(system.matvec(v), damping, v))
-        return solver.solve(moved, b, state, tolerance=tolerance)
-
-    return LinearSolver(solver.init, solve)
+    hypergrad: Hyperparams
+    damping: float
 
 
 def _repeat(
@@ -302,10 +310,16 @@ def _advice(rows: list[SolverRow]) -> str:
             f". Its length is {digits(cheapest.norm_ratio)} times the exact one: take an outer optimizer that ignores "
             "scale, such as Adam"
         )
+    others = [row for row in known if row.reference_damping != row.damping]
+    if others:
+        text += (
+            ". H is indefinite or nearly singular here: solvers of less damping are compared with a solve damped by "
+            f"δ = {digits(others[0].reference_damping)}"
+        )
     if cheapest.damping_cosine < _GOOD:
         text += (
-            f". Its damping turns the hypergradient (cosine {digits(cheapest.damping_cosine)} with the undamped one): "
-            "fine for training, not as a reference"
+            f". Its damping turns the hypergradient (cosine {digits(cheapest.damping_cosine)} with the least damped "
+            "one): fine for training, not as a reference"
         )
     return text + "."
 
