@@ -54,9 +54,11 @@ class BilevelState(NamedTuple):
 
 
 class BilevelInit(Protocol):
-    """``init(variables, *, inner_state=None) -> BilevelState``."""
+    """``init(variables, *, inner_state=None, model_state=None) -> BilevelState``."""
 
-    def __call__(self, params: BilevelParams, *, inner_state: PyTree = None) -> BilevelState:
+    def __call__(
+        self, params: BilevelParams, *, inner_state: PyTree = None, model_state: ModelState = None
+    ) -> BilevelState:
         """Return the first state; ``inner_state`` adopts that of a running inner optimizer."""
         ...
 
@@ -84,7 +86,7 @@ class BilevelTransformation(optax.GradientTransformationExtraArgs):  # type: ign
     """The optax transformation that ``bilevel`` returns, with the types of its state.
 
     Attributes:
-      init: ``init(variables, *, inner_state=None) -> BilevelState``.
+      init: ``init(variables, *, inner_state=None, model_state=None) -> BilevelState``.
       update: ``update(grads, state, variables, *, inner_batch, outer_batch, solve_batch=None, model_state=None,
         **extra) -> (updates, state)``.
     """
@@ -116,7 +118,8 @@ def bilevel(
     is the batch of ``implicit``'s linear solve and mixed product in place of the inner batch, larger for instance, or
     ``hg.FreshBatches``; it is read where an outer step is due, and costs nothing elsewhere.
 
-    ``init(variables, *, inner_state=None)``: ``inner_state`` adopts the state of an inner optimizer that has run.
+    ``init(variables, *, inner_state=None, model_state=None)``: ``inner_state`` adopts the state of an inner optimizer
+    that has run; ``model_state`` takes the place of the one given here.
 
     Args:
       estimator: e.g. ``hg.implicit(problem, hg.solvers.neumann(20))``.
@@ -129,7 +132,7 @@ def bilevel(
         (int32, from 1) to a scalar bool, e.g. ``lambda n: (n > 1000) & (n % 10 == 0)`` for a warm-up.
       guard: when to skip an outer step: ``hg.guard(max_residual=3.0)``. None takes every step.
       key: an int or a ``jax.random.key``; all randomness of the run derives from it.
-      model_state: initial model state of a stateful problem.
+      model_state: initial model state of a stateful problem, here or at ``init``.
 
     Returns:
       A ``BilevelTransformation``: an ``optax.GradientTransformationExtraArgs`` over ``BilevelParams`` with state
@@ -171,12 +174,19 @@ def bilevel(
     window = 1 if window is None else validate.positive_int("window", window)
     if not callable(every):
         every = validate.positive_int("every", every)
-    first_model_state = check_model_state(problem, model_state)
+    if model_state is not None:
+        check_model_state(problem, model_state)
+    given_model_state = model_state
     root = validate.required_key(key)
     setup = _Setup(estimator, inner_optimizer, outer_tx, window, every, guard, jax.random.key_impl(root))
 
-    def init(params: BilevelParams, *, inner_state: PyTree = None) -> BilevelState:
+    def init(
+        params: BilevelParams, *, inner_state: PyTree = None, model_state: ModelState = None
+    ) -> BilevelState:
         variables = check_variables(params)
+        first_model_state = check_model_state(problem, given_model_state if model_state is None else model_state)
+        if given_model_state is not None:
+            validate.same_structure("model_state", first_model_state, "bilevel's", given_model_state)
         inner_tx = resolve_optimizer(inner_optimizer, problem.constrain(variables.hyperparams))
         made = inner_tx.init(variables.params)
         if inner_state is not None:
@@ -236,7 +246,7 @@ def bilevel(
         model_state: ModelState,
         extra: dict[str, Any],
     ) -> tuple[BilevelParams, BilevelState]:
-        state = _checked_state(state, init, variables)
+        state = _checked_state(state, init, variables, given_model_state)
         grads = _given_gradients(setup, updates, state, variables, model_state)
         ctx = _context(setup, state, variables, inner_batch, outer_batch, grads, model_state, extra)
         ctx = ctx._replace(due=due, solve_batch=solve_batch)
@@ -382,7 +392,9 @@ def _given_gradients(
 _STATE_FIX = "Pass the state from tx.init(variables) or the last update, of a bilevel(...) with the same arguments."
 
 
-def _checked_state(state: BilevelState, init: BilevelInit, variables: BilevelParams) -> BilevelState:
+def _checked_state(
+    state: BilevelState, init: BilevelInit, variables: BilevelParams, model_state: ModelState
+) -> BilevelState:
     """Refuse a state that ``init`` would not make: of other optimizers, another solver, weights of another form.
 
     On a mesh of explicit axes, a state that was restored elsewhere moves to where ``init`` puts it. The inner
@@ -390,7 +402,8 @@ def _checked_state(state: BilevelState, init: BilevelInit, variables: BilevelPar
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # init has warned already
-        like = jax.eval_shape(init, variables)
+        own = state.model_state if model_state is None else model_state  # that of init, where it was given there
+        like = jax.eval_shape(init, variables, model_state=own)
     validate.same_structure("state", state, "what init makes of these variables", like, dtypes=True, fix=_STATE_FIX)
     return tree.placed_like(state, like)._replace(inner=state.inner)
 
