@@ -2,7 +2,7 @@
 
     python benchmarks/self_tuning.py [--tiny] [--data fashion_mnist] [--seeds 5] [--choose | --report] [--out DIR]
 
-The problem is that of ``examples/self_tuning_mlp.py``: five hyperparameters of an MLP on 2,000 images. All use the same
+The problem is that of ``experiments/self_tuning_mlp``: five hyperparameters of an MLP on 2,000 images. All use the same
 model, Adam at one rate, batch size and box of hyperparameters. All look at the validation loss after every
 ``look`` gradients spent, keep the weights of the lowest one, and read the test split once, at those weights.
 
@@ -45,10 +45,10 @@ from self_tuning_report import FULL, START
 import hypergrad as hg
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-import _self_tuning_mlp_run as run  # noqa: E402
-import datasets  # noqa: E402
-import self_tuning_mlp as example  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from experiments import self_tuning_mlp as example  # noqa: E402
+from experiments.common import datasets  # noqa: E402
+from experiments.self_tuning_mlp import run  # noqa: E402
 
 FORMS = {"self-tuning, Delta-STN": (hg.responses.delta_stn(), 3), "self-tuning, STN": (hg.responses.stn(), 2)}
 """Form, and gradients that an inner step is charged."""

@@ -2,7 +2,7 @@
 
     python benchmarks/self_tuning_cost.py [--quick] [--only mlp256,mlp1024] [--rounds 9] [--out DIR] [--merge]
 
-The network is that of ``examples/self_tuning_mlp.py`` at 784-H-H-10 with batches of 128, so a plain step draws the
+The network is that of ``experiments/self_tuning_mlp`` at 784-H-H-10 with batches of 128, so a plain step draws the
 noise and three masks too. In one run, candidates taking turns (``harness.py``):
 
  1. an inner step of STN and of Delta-STN, by ``hg.bilevel`` on a call on which nothing outer is due;
@@ -29,9 +29,9 @@ from candidates import Candidate, compile_candidate
 
 import hypergrad as hg
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import datasets
-import self_tuning_mlp as example
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments import self_tuning_mlp as example
+from experiments.common import datasets
 
 WIDTHS = {"mlp256": 256, "mlp1024": 1024}
 UNIT, NEVER, SCALE = "plain step", 10**9, 1.0

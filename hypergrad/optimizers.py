@@ -205,7 +205,7 @@ def normalize_by_update_norm(scale_factor: Any = 1.0, eps: Any = 1e-6) -> optax.
     return optax.stateless(lambda updates, _: normalize(updates))
 
 
-def schedule(values: PyTree) -> Callable[[Array], PyTree]:
+def schedule(values: PyTree) -> Callable[[Any], Any]:
     """Return a schedule of K values, one per step, which starts again after K steps.
 
     count ↦ values[count mod K]: with a window of K steps, step i of every window gets value i.

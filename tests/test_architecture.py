@@ -230,13 +230,12 @@ def test_ci_runs_the_readme_command():
     assert "pytest" not in script.replace("# ", "")
 
 
-def test_examples_and_benchmarks_are_short():
-    for path in (ROOT / "examples").glob("*.py"):
-        assert path.read_text().count("\n") <= 150, path
-
-
 def test_no_private_jax_anywhere():
-    ours = [f for folder in ("hypergrad", "tests", "examples", "benchmarks") for f in (ROOT / folder).rglob("*.py")]
+    ours = [
+        f
+        for folder in ("hypergrad", "tests", "examples", "experiments", "benchmarks")
+        for f in (ROOT / folder).rglob("*.py")
+    ]
     offending = [f for f in ours if re.search(r"^\s*(from|import) jax\._src", f.read_text(), re.M)]
     assert offending == []
     assert tuple(int(p) for p in jax.__version__.split(".")[:2]) >= (0, 9)

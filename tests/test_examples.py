@@ -1,63 +1,70 @@
-"""Every example runs on tiny settings and gives what its ``main`` promises."""
+"""Every example stands alone, is short, runs on tiny settings, and shows what it is for."""
 
-import csv
 import math
 import pathlib
+import re
 import runpy
-import sys
 
+import jax
+import numpy as np
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+FILES = sorted(EXAMPLES.rglob("*.py"))
+names = lambda f: str(f.relative_to(EXAMPLES))  # noqa: E731
 
 
-@pytest.fixture
-def example(monkeypatch):
-    """Return a loader of an example's ``main``, with its folder importable as when run as a script."""
-
-    def load(name):
-        monkeypatch.syspath_prepend(str(EXAMPLES))
-        monkeypatch.delenv("HYPERGRAD_DATA", raising=False)
-        return runpy.run_path(str(EXAMPLES / name), run_name="example")["main"]
-
-    yield load
-    for name in [n for n, m in sys.modules.items() if str(EXAMPLES) in str(getattr(m, "__file__", ""))]:
-        del sys.modules[name]
+def main_of(name):
+    return runpy.run_path(str(EXAMPLES / name), run_name="example")["main"]
 
 
-ROWS = {
-    "no decay",
-    "grid of 10, equal total budget",
-    "train + validation, grid's best",
-    *(f"per {what}, {how}" for what in ("layer", "weight") for how in ("jointly trained", "retrained")),
-}
+@pytest.mark.parametrize("path", FILES, ids=names)
+def test_examples_are_short_and_stand_alone(path):
+    text = path.read_text()
+    assert text.count("\n") <= 108, "a reader copies it whole"
+    others = {file.stem for file in FILES}
+    assert not others & set(re.findall(r"^(?:import|from) (\w+)", text, re.M)), "no imports from each other"
+    assert f"python examples/{names(path)}" in text
 
 
-def test_weight_decay(example, tmp_path, capsys):
-    log = tmp_path / "log.csv"
-    tiny = ["--steps", "20", "--seeds", "1", "--hidden", "8", "--out", str(tmp_path), "--log", str(log)]
-    results = example("weight_decay.py")(tiny)
-    assert set(results) >= ROWS
-    assert all(len(row["test_loss"]) == 1 and row["test_loss"][0] > 0 for row in results.values())
-    assert results["per weight, jointly trained"]["hyperparams"] == 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10
-    grid, learned = results["grid of 10, equal total budget"], results["per weight, jointly trained"]
-    assert grid["gradients"] == pytest.approx(learned["gradients"], rel=0.1)
-    assert (tmp_path / "weight_decay.png").stat().st_size > 10_000
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in results)
-    with log.open(newline="") as file:
-        rows = {row["run"]: row for row in csv.DictReader(file)}
-    assert {f"seed 0/{name}" for name in ROWS if "grid of" not in name} < set(rows)
-    for name in ("per layer, jointly trained", "per weight, jointly trained"):
-        row = rows[f"seed 0/{name}"]
-        assert int(row["step"]) == 20
-        assert all(math.isfinite(float(row[figure])) for figure in ("loss", "outer_loss", "hypergrad_norm", "residual"))
-    assert rows["seed 0/no decay"]["hypergrad_norm"] == ""
+def test_the_index_names_every_example():
+    index = (EXAMPLES / "README.md").read_text()
+    missing = [names(path) for path in FILES if f"({names(path)})" not in index]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "count"),
+    [
+        ("01_weight_decay", {"steps": 140}, 3),
+        pytest.param("02_learning_rate", {"outer_steps": 2, "grid": (0.1,)}, 2, marks=pytest.mark.slow),
+        pytest.param("03_dropout", {"steps": 220}, 3, marks=pytest.mark.slow),
+        pytest.param("04_data_cleaning", {"steps": 100}, 3, marks=pytest.mark.slow),
+        pytest.param("05_augmentation", {"steps": 20}, 3, marks=pytest.mark.slow),
+        pytest.param("07_distillation", {"outer_steps": 30}, 2, marks=pytest.mark.slow),
+        pytest.param("08_language_model", {"steps": 40}, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_an_example_prints_and_saves_a_picture(name, settings, count, tmp_path, capsys):
+    found = main_of(f"{name}.py")(**settings, out=str(tmp_path / "picture.png"))
+    assert len(found) == count
+    assert all(math.isfinite(value) for value in found.values())
+    assert capsys.readouterr().out.count("\n") >= 2
+    assert 5_000 < (tmp_path / "picture.png").stat().st_size < 200_000
 
 
 @pytest.mark.slow
-def test_learned_decays_of_words_hold_when_retrained(example, capsys):
-    rows = example("word_decay.py")([])
+def test_verification_passes_at_the_solution_and_names_the_bug(tmp_path, capsys):
+    found = main_of("06_verify.py")(steps=1000, out=str(tmp_path / "picture.png"))
+    assert found["at the solution"] == "passed"
+    assert found["after 20 steps"] == "not at a solution of the inner problem"
+    assert "enters neither" in found["with the bug"]
+    assert (tmp_path / "picture.png").stat().st_size > 5_000
+
+
+@pytest.mark.slow
+def test_learned_decays_of_words_hold_when_retrained(capsys):
+    rows = main_of("09_retraining.py")()
     (valid, test, together), (single_valid, single_test, single_together) = rows["learned decays"], rows["one decay"]
     assert valid < 0.8 * single_valid
     assert test < 0.87 * single_test
@@ -66,24 +73,27 @@ def test_learned_decays_of_words_hold_when_retrained(example, capsys):
     assert all(name in printed for name in rows)
 
 
-def test_weight_decay_says_what_to_set_for_larger_data(example):
-    with pytest.raises(SystemExit, match="environment variable HYPERGRAD_DATA"):
-        example("weight_decay.py")(["--data", "fashion_mnist", "--steps", "1"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["linen", "nnx"])
+def test_a_framework_learns_decays(name):
+    learned = main_of(f"frameworks/{name}.py")(steps=20)
+    assert all(abs(float(value) - 1e-3) > 1e-6 for value in jax.tree.leaves(learned))
 
 
 @pytest.mark.slow
-def test_learning_rate(example, tmp_path, capsys):
-    tiny = ["--steps", "12", "--outer-steps", "4", "--seeds", "1", "--hidden", "4", "--out", str(tmp_path)]
-    results = example("learning_rate.py")(tiny)
-    assert set(results) == {
-        *("constant, grid of 10", "cosine, grid of 10", "wide grid, equal budget"),
-        *("learned, one per step", "learned, one per step and array"),
-    }
-    for row in results.values():
-        assert row["gradients"] > 0
-        for name in ("valid_loss", "test_loss", "test_error"):
-            assert len(row[name]) == 1
-            assert math.isfinite(row[name][0])
-    assert (tmp_path / "learning_rate.png").stat().st_size > 10_000
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in results)
+def test_equinox_gives_a_module_back():
+    assert main_of("frameworks/equinox_mlp.py")(steps=20)(np.ones(64, np.float32)).shape == (10,)
+
+
+@pytest.mark.slow
+def test_sharding_follows_the_weights():
+    variables, state = main_of("frameworks/sharding.py")(steps=5)
+    for name, w in variables.params.items():
+        for tree in (variables.hyperparams, state.estimator.x):
+            assert tree[name].sharding.is_equivalent_to(w.sharding, w.ndim)
+
+
+def test_a_resumed_run_is_bit_identical(tmp_path):
+    run, restored = main_of("frameworks/resume.py")(tmp_path)
+    for a, b in zip(jax.tree.leaves(run), jax.tree.leaves(restored), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -48,7 +48,9 @@ def linen():
 
 def train_state(stats_at_init=True):
     model, problem, params, stats = linen()
-    tx = hg.bilevel(hg.implicit(problem, hg.solvers.cg(5, damping=1.0)), **OPTIMIZERS, model_state=None if stats_at_init else stats)
+    tx = hg.bilevel(
+        hg.implicit(problem, hg.solvers.cg(5, damping=1.0)), **OPTIMIZERS, model_state=None if stats_at_init else stats
+    )
     decay = jax.tree.map(lambda w: jnp.full_like(w, -3.0), params)
     create = hg.integrations.flax.TrainState.create
     state = create(
@@ -265,7 +267,6 @@ def test_the_hypergradient_of_an_nnx_problem_against_finite_differences(x64):
     at = jnp.array(-2.0)
     got = hg.hypergrad(hg.implicit(problem, hg.solvers.dense()))(solution(at), at, (), (), key=key)
     assert relative_error(got, finite_differences(value, at)) < 1e-6
-
 
 
 def test_an_nnx_module_without_state_is_a_stateless_problem():

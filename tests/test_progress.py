@@ -1,11 +1,8 @@
-"""What the examples show and log while they run: a bar, a CSV file, TensorBoard's event files."""
+"""What the experiments show and log while they run: a bar, a CSV file, TensorBoard's event files."""
 
 import csv
-import importlib
 import math
-import pathlib
 import struct
-import sys
 
 import jax.numpy as jnp
 import optax
@@ -13,16 +10,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 import hypergrad as hg
-
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-
-
-@pytest.fixture
-def progress(monkeypatch):
-    """Return the examples' module, with their folder importable as when an example runs as a script."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield importlib.import_module("progress")
-    del sys.modules["progress"]
+from experiments.common import progress
 
 
 def info(step=4, *, solver=(), skipped=False, outside=False):
@@ -34,7 +22,7 @@ def info(step=4, *, solver=(), skipped=False, outside=False):
 SOLVE = hg.SolveInfo(jnp.array(3), jnp.array(0.25), jnp.array(0.25), jnp.array(0.0), jnp.array(1))
 
 
-def look_at_two_runs(progress, log):
+def look_at_two_runs(log):
     """Look at two runs and return how far the bar has moved."""
     with progress.progress(10, log=log) as shown:
         shown.look("seed 0/learned", 2, info(-1, solver=SOLVE), advance=2, loss=jnp.array(0.5))
@@ -51,9 +39,9 @@ LOGGED = {
 }
 
 
-def test_a_csv_file_has_a_row_a_look(progress, tmp_path):
+def test_a_csv_file_has_a_row_a_look(tmp_path):
     log = tmp_path / "logs" / "log.csv"
-    assert look_at_two_runs(progress, log) == 10
+    assert look_at_two_runs(log) == 10
     with log.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["run", "step", "loss", "outer_loss", "hypergrad_norm", "residual", "skipped"]
@@ -64,7 +52,7 @@ def test_a_csv_file_has_a_row_a_look(progress, tmp_path):
     assert found == LOGGED | {("seed 0/learned", 8): {}}
 
 
-def test_rows_are_there_while_the_run_goes_on(progress, tmp_path):
+def test_rows_are_there_while_the_run_goes_on(tmp_path):
     log = tmp_path / "log.csv"
     with progress.progress(None, log=log) as shown:
         shown.look("a", 1, loss=1.0)
@@ -81,8 +69,8 @@ def events(folder):
         raw = raw[16 + length :]
 
 
-def test_tensorboard_gets_a_folder_a_run(progress, tmp_path):
-    assert look_at_two_runs(progress, tmp_path / "runs") == 10
+def test_tensorboard_gets_a_folder_a_run(tmp_path):
+    assert look_at_two_runs(tmp_path / "runs") == 10
     found = {}
     for name in ("seed 0/learned", "seed 0/tuned"):
         for event in events(tmp_path / "runs" / name):
@@ -104,13 +92,13 @@ def test_tensorboard_gets_a_folder_a_run(progress, tmp_path):
     ],
     ids=["no info", "before the first outer step", "with a solve", "without a solve", "skipped", "outside a loop"],
 )
-def test_the_bar_shows_what_there_is(progress, info, shown):
+def test_the_bar_shows_what_there_is(info, shown):
     with progress.progress(None) as opened:
         opened.look("a", 1, info, loss=1)
         assert opened.bar.postfix == shown
 
 
-def test_a_learned_response_has_no_residual(progress):
+def test_a_learned_response_has_no_residual():
     plain = hg.BilevelProblem(lambda w, h, b, k: 0.5 * (w - h) ** 2, lambda w, h, b, k: 0.5 * (w - 1.0) ** 2)
     problem, zero = hg.responses.with_response(plain, hg.responses.linear()), jnp.zeros(())
     problem = hg.responses.perturbed(problem, scale=0.1)

@@ -3,6 +3,7 @@
 from hypergrad.diagnostics._check import HypergradCheck, check_hypergrad
 from hypergrad.diagnostics._compare import Agreement, Comparison, HorizonBias, compare, horizon_bias
 from hypergrad.diagnostics._differences import Direction
+from hypergrad.diagnostics._logging import progress, scalars
 from hypergrad.diagnostics._plots import plot_comparison, plot_solver, plot_trajectories
 from hypergrad.diagnostics._retrain import Retrained, retrain
 from hypergrad.diagnostics._solvers import SolverComparison, SolverRow, compare_solvers
@@ -26,5 +27,7 @@ __all__ = [
     "plot_comparison",
     "plot_solver",
     "plot_trajectories",
+    "progress",
     "retrain",
+    "scalars",
 ]

@@ -180,9 +180,7 @@ def bilevel(
     root = validate.required_key(key)
     setup = _Setup(estimator, inner_optimizer, outer_tx, window, every, guard, jax.random.key_impl(root))
 
-    def init(
-        params: BilevelParams, *, inner_state: PyTree = None, model_state: ModelState = None
-    ) -> BilevelState:
+    def init(params: BilevelParams, *, inner_state: PyTree = None, model_state: ModelState = None) -> BilevelState:
         variables = check_variables(params)
         first_model_state = check_model_state(problem, given_model_state if model_state is None else model_state)
         if given_model_state is not None:

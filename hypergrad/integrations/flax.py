@@ -14,7 +14,7 @@ from flax import struct
 from flax.training import train_state
 
 from hypergrad import validate
-from hypergrad.drivers import BilevelState, HypergradInfo
+from hypergrad.drivers import BilevelState, BilevelTransformation, HypergradInfo
 from hypergrad.problem import BilevelParams
 from hypergrad.types import Batch, Hyperparams, ModelState, Params, PyTree
 
@@ -53,6 +53,8 @@ class TrainState(train_state.TrainState):
     Reference: the alternation of Lorraine, Vicol & Duvenaud, arXiv 1911.02590.
     """
 
+    tx: BilevelTransformation = struct.field(pytree_node=False)  # pyright: ignore
+    opt_state: BilevelState = struct.field(pytree_node=True)  # pyright: ignore
     hyperparams: Hyperparams = struct.field(pytree_node=True)
 
     @classmethod
@@ -85,7 +87,9 @@ class TrainState(train_state.TrainState):
         if not isinstance(opt_state, BilevelState):
             fix = "Pass tx=hg.bilevel(...)."
             raise TypeError(validate.message("tx from hg.bilevel", validate.describe(tx), fix))
-        return cls(step=0, apply_fn=apply_fn, params=params, hyperparams=hyperparams, tx=tx, opt_state=opt_state, **kwargs)
+        return cls(
+            step=0, apply_fn=apply_fn, params=params, hyperparams=hyperparams, tx=tx, opt_state=opt_state, **kwargs
+        )
 
     def apply_gradients(  # type: ignore[override]
         self,
@@ -116,10 +120,9 @@ class TrainState(train_state.TrainState):
         updates, opt_state = self.tx.update(
             grads, self.opt_state, self.variables, **batches, model_state=model_state, value=value
         )
-        params, hyperparams = optax.apply_updates(self.variables, updates)
-        return self.replace(
-            step=self.step + 1, params=params, hyperparams=hyperparams, opt_state=opt_state, **kwargs
-        )
+        updated: Any = optax.apply_updates(self.variables, updates)
+        params, hyperparams = updated
+        return self.replace(step=self.step + 1, params=params, hyperparams=hyperparams, opt_state=opt_state, **kwargs)
 
     @property
     def variables(self) -> BilevelParams:

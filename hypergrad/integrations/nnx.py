@@ -106,7 +106,8 @@ def problem(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(validate.message("an nnx.Module", validate.describe(model), "Pass the model itself."))
-    graphdef, weights, streams, others = nnx.split(model, wrt, nnx.RngState, ...)
+    graphdef, *states = nnx.split(model, wrt, nnx.RngState, ...)
+    weights, streams, others = states
     stateful = bool(jax.tree.leaves(others))
 
     def on_weights(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,7 +122,7 @@ def problem(
     return BilevelProblem(on_weights(inner_loss), on_weights(outer_loss), stateful=stateful)
 
 
-class Hyperparam(nnx.Variable):
+class Hyperparam(nnx.Variable[Any]):
     """An array of hyperparameters in the state of an ``Optimizer``."""
 
 
@@ -189,7 +190,8 @@ class Optimizer(nnx.Module):
             model_state=model_state(model, wrt=self.wrt) or None,
             **extra,
         )
-        weights, hyperparams = optax.apply_updates(variables, updates)
+        updated: Any = optax.apply_updates(variables, updates)
+        weights, hyperparams = updated
         nnx.update(model, _filled(nnx.state(model, self.wrt), weights))
         if state.model_state != ():
             nnx.update(model, _filled(_others(model, self.wrt), state.model_state))

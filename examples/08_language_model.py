@@ -1,0 +1,112 @@
+"""A language model with one weight decay per character of its embedding, and one per layer.
+
+    inner:  w*(c) = argmin_w  CE(w; windows of the training text) + ½ Σᵢ cᵢ wᵢ²         batches of 64 windows
+    outer:  min_c  CE(w*(c); windows of the validation text)
+
+The text is what scikit-learn says about its data sets.
+
+    python examples/08_language_model.py      # 50 seconds on two cores, 08_language_model.png
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import sklearn.datasets
+from matplotlib.figure import Figure
+
+import hypergrad as hg
+
+text = "".join(getattr(sklearn.datasets, f"load_{n}")().DESCR for n in ("breast_cancer", "diabetes", "digits", "wine"))
+letters = sorted(set(text))
+ids = np.array([letters.index(letter) for letter in text])
+blocks = [ids[i : i + 400] for i in range(0, len(ids), 400)]
+train, valid, test = (jnp.asarray(np.concatenate(part)) for part in (blocks[::2], blocks[1::4], blocks[3::4]))
+CONTEXT = 12
+
+
+class Model(nn.Module):
+    """The next character from the last twelve."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(len(letters), 16, name="embedding")(ids)
+        x = nn.relu(nn.Dense(128, name="hidden")(x.reshape(len(x), -1)))
+        return nn.Dense(len(letters), name="output")(x)
+
+
+model: Any = Model()
+
+
+def draw(text, key, size):
+    """Return random windows (size, CONTEXT + 1)."""
+    starts = jax.random.randint(key, (size,), 0, len(text) - CONTEXT)
+    return text[starts[:, None] + jnp.arange(CONTEXT + 1)]
+
+
+def cross_entropy(params, windows):
+    logits = model.apply({"params": params}, windows[:, :-1])
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, windows[:, -1]).mean()
+
+
+def train_loss(params, decay, windows, key):
+    return cross_entropy(params, windows) + hg.penalties.l2(params, decay)
+
+
+def valid_loss(params, decay, windows, key):
+    return cross_entropy(params, windows)
+
+
+positive = hg.bijectors.exp()
+problem = hg.reparameterize(hg.BilevelProblem(train_loss, valid_loss), positive)
+problem = hg.with_prior(problem, hg.priors.shared_mean(1.0), num_examples=len(valid))
+
+
+def run(steps, outer_rate):
+    """Train model and decays together; return both."""
+    params = model.init(jax.random.key(0), draw(train, jax.random.key(0), 1)[:, :-1])["params"]
+    decay = jax.tree.map(lambda w: jnp.array(1e-4), params)  # one per array
+    decay["embedding"]["embedding"] = jnp.full((len(letters), 1), 1e-4)  # here, one per character
+    tx = hg.bilevel(
+        hg.implicit(problem), inner_optimizer=optax.adam(2e-3), outer_optimizer=optax.adam(outer_rate), every=10
+    )
+    variables = hg.BilevelParams(params, hg.unconstrain(positive, decay))
+
+    @jax.jit
+    def step(variables, state, key):
+        for_train, for_valid = jax.random.split(key)
+        batches = {"inner_batch": draw(train, for_train, 64), "outer_batch": draw(valid, for_valid, 256)}
+        updates, state = tx.update(None, state, variables, **batches)
+        return optax.apply_updates(variables, updates), state
+
+    state = tx.init(variables)
+    for i in range(steps):
+        variables, state = step(variables, state, jax.random.key(i))
+    return variables.params, problem.constrain(variables.hyperparams)
+
+
+def main(steps=3000, out="08_language_model.png"):
+    """Print test losses, save a picture; return the losses."""
+    windows = test[jnp.arange(len(test) - CONTEXT)[:, None] + jnp.arange(CONTEXT + 1)]
+    plain, _ = run(steps, outer_rate=0.0)
+    params, decay = run(steps, outer_rate=0.03)
+    losses = {"decay 0.0001": float(cross_entropy(plain, windows)), "learned": float(cross_entropy(params, windows))}
+    for name, loss in losses.items():
+        print(f"{name:14} test loss {loss:.3f} nats per character")
+    often = np.bincount(np.asarray(train), minlength=len(letters))
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    each = np.asarray(decay["embedding"]["embedding"][:, 0])
+    axes.loglog(often + 1, each, ".", markersize=2)
+    for letter, place in zip(letters, zip(often + 1, each, strict=True), strict=True):
+        axes.annotate(repr(letter)[1:-1], place, fontsize=6)
+    axes.set(xlabel="times in the training text, plus 1", ylabel="learned decay of its embedding")
+    figure.savefig(out, dpi=120)
+    return losses
+
+
+if __name__ == "__main__":
+    main()

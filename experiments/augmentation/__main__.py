@@ -1,0 +1,5 @@
+"""``python -m experiments.augmentation``."""
+
+from experiments.augmentation import main
+
+main()

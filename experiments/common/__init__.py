@@ -1,0 +1,1 @@
+"""What experiments share: data, and progress with a log."""

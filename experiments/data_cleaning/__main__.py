@@ -1,0 +1,5 @@
+"""``python -m experiments.data_cleaning``."""
+
+from experiments.data_cleaning import main
+
+main()

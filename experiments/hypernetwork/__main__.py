@@ -1,0 +1,5 @@
+"""``python -m experiments.hypernetwork``."""
+
+from experiments.hypernetwork import main
+
+main()

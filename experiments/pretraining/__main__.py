@@ -1,0 +1,5 @@
+"""``python -m experiments.pretraining``."""
+
+from experiments.pretraining import main
+
+main()

@@ -1,0 +1,5 @@
+"""``python -m experiments.self_tuning_lm``."""
+
+from experiments.self_tuning_lm import main
+
+main()

@@ -1,0 +1,139 @@
+"""Numbers of a run for a logger, and a progress bar.
+
+    scalars(info)      outer_loss, hypergrad_norm, num_skipped, solver/residual, …      one flat dict of floats
+    progress(total)    outer loss, residual, skipped outer steps, seconds per outer step
+
+The dict is what TensorBoard, Weights & Biases, ``clu.metric_writers`` and ``csv.DictWriter`` take.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from hypergrad import tree, validate
+from hypergrad.drivers import BilevelState, HypergradInfo, SkipReason
+from hypergrad.solvers import SolveInfo
+
+__all__ = ["progress", "scalars"]
+
+
+def scalars(info: HypergradInfo | BilevelState) -> dict[str, float]:
+    """Return the numbers of an outer step by name, as Python floats.
+
+    Args:
+      info: ``state.info`` of ``hg.bilevel`` or its state, or the info of a functional call.
+
+    Returns:
+      ``outer_step`` (the call that made it), ``outer_loss``, ``inner_loss``, ``hypergrad_norm``, ``skip_reason`` (a
+      ``SkipReason``), ``num_skipped``, and for each linear solve ``solver/num_products``, ``solver/residual``,
+      ``solver/undamped_residual``, ``solver/damping`` and ``solver/status``; with several solves their places come
+      between, ``solver/0/residual``. Figures that are not known (NaN: the inner loss of given gradients, a residual
+      that was not measured) are left out. Empty before the first outer step.
+
+    Raises:
+      TypeError: not an info, or traced values: call it outside ``jax.jit``.
+
+    Reading the numbers waits for the device: call it at every outer step or less often.
+
+    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> inner = lambda w, h, batch, key: 0.5 * jnp.sum(jnp.exp(h) * w**2 - 2 * w)
+    >>> problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w))
+    >>> fn = hg.value_and_hypergrad(hg.implicit(problem, hg.solvers.cg(2)))
+    >>> found = hg.diagnostics.scalars(fn(jnp.ones(2), jnp.zeros(2), (), (), key=None)[1])
+    >>> found["outer_loss"], found["solver/num_products"]
+    (2.0, 1.0)
+    """
+    info = _checked(info)
+    made = int(info.step) >= 0 or float(info.hypergrad_norm) != 0 or int(info.skip_reason) != 0
+    if not made:
+        return {}
+    found = {
+        "outer_step": info.step,
+        "outer_loss": info.outer_loss,
+        "inner_loss": info.inner_loss,
+        "hypergrad_norm": info.hypergrad_norm,
+        "skip_reason": info.skip_reason,
+        "num_skipped": info.num_skipped,
+    }
+    leaves = jax.tree.leaves(info.method, is_leaf=lambda x: isinstance(x, SolveInfo))
+    solves = [leaf for leaf in leaves if isinstance(leaf, SolveInfo)]
+    for place, solve in enumerate(solves):
+        prefix = "solver" if len(solves) == 1 else f"solver/{place}"
+        found |= {f"{prefix}/{name}": value for name, value in solve._asdict().items() if np.ndim(value) == 0}
+    numbers = {name: float(value) for name, value in found.items()}
+    return {name: value for name, value in numbers.items() if not math.isnan(value)}
+
+
+@contextlib.contextmanager
+def progress(total: int, **options: Any) -> Iterator[Callable[..., None]]:
+    """Open a progress bar for a training loop, in a terminal or a notebook.
+
+    The bar shows the outer loss, the residual of the linear solve, skipped outer steps with the last reason, and
+    seconds per outer step.
+
+    Args:
+      total: calls of ``update`` in the run.
+      **options: of ``tqdm.tqdm``, e.g. ``desc="seed 0"``.
+
+    Yields:
+      ``show(info, advance=1)``: moves the bar by ``advance`` calls and shows ``info``, a ``HypergradInfo`` or a
+      ``BilevelState``.
+
+    Raises:
+      ImportError: tqdm is not installed.
+
+    >>> import hypergrad as hg, jax.numpy as jnp, optax
+    >>> inner = lambda w, h, batch, key: 0.5 * jnp.sum(jnp.exp(h) * w**2 - 2 * w)
+    >>> problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w))
+    >>> tx = hg.bilevel(hg.implicit(problem), inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1))
+    >>> variables = hg.BilevelParams(jnp.ones(2), jnp.zeros(2))
+    >>> state = tx.init(variables)
+    >>> with hg.diagnostics.progress(3, disable=True) as show:
+    ...     for _ in range(3):
+    ...         updates, state = tx.update(None, state, variables, inner_batch=(), outer_batch=())
+    ...         variables = optax.apply_updates(variables, updates)
+    ...         show(state)
+    """
+    from tqdm.auto import tqdm
+
+    last, since, pace = -1, time.perf_counter(), math.nan
+    with tqdm(total=total, unit="call", **options) as bar:
+
+        def show(info: HypergradInfo | BilevelState, advance: int = 1) -> None:
+            nonlocal last, since, pace
+            found = scalars(info)
+            if found and found["outer_step"] != last:
+                now = time.perf_counter()
+                pace = math.nan if last < 0 else now - since
+                last, since = int(found["outer_step"]), now
+            shown = {}
+            if found:
+                shown["outer loss"] = f"{found['outer_loss']:.4g}" if "outer_loss" in found else "nan"
+            residuals = [value for name, value in found.items() if name.endswith("/residual")]
+            if residuals:
+                shown["residual"] = f"{max(residuals):.2g}"
+            if found.get("num_skipped"):
+                reason = int(found["skip_reason"])
+                because = f" ({SkipReason(reason).name})" if reason else ""
+                shown["skipped"] = f"{found['num_skipped']:.0f}{because}"
+            if not math.isnan(pace):
+                shown["s per outer step"] = f"{pace:.2g}"
+            bar.set_postfix(shown, refresh=False)
+            bar.update(advance)
+
+        yield show
+
+
+def _checked(info: Any) -> HypergradInfo:
+    info = info.info if isinstance(info, BilevelState) else info
+    if not isinstance(info, HypergradInfo):
+        raise TypeError(validate.message("a HypergradInfo", validate.describe(info), "Pass state.info."))
+    if any(tree.is_traced(leaf) for leaf in jax.tree.leaves(info)):
+        fix = "Call it outside jax.jit, on the state that the compiled step returned."
+        raise TypeError(validate.message("numbers", "traced values", fix))
+    return info

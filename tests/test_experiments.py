@@ -1,0 +1,62 @@
+"""The experiments with decays and learning rates run on tiny settings and give what their ``main`` promises."""
+
+import csv
+import math
+
+import pytest
+
+from experiments import learning_rate, weight_decay
+
+ROWS = {
+    "no decay",
+    "grid of 10, equal total budget",
+    "train + validation, grid's best",
+    *(f"per {what}, {how}" for what in ("layer", "weight") for how in ("jointly trained", "retrained")),
+}
+
+
+@pytest.mark.slow
+def test_weight_decay(tmp_path, capsys):
+    log = tmp_path / "log.csv"
+    tiny = ["--steps", "20", "--seeds", "1", "--hidden", "8", "--out", str(tmp_path), "--log", str(log)]
+    results = weight_decay.main(tiny)
+    assert set(results) >= ROWS
+    assert all(len(row["test_loss"]) == 1 and row["test_loss"][0] > 0 for row in results.values())
+    assert results["per weight, jointly trained"]["hyperparams"] == 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10
+    grid, learned = results["grid of 10, equal total budget"], results["per weight, jointly trained"]
+    assert grid["gradients"] == pytest.approx(learned["gradients"], rel=0.1)
+    assert (tmp_path / "weight_decay.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in results)
+    with log.open(newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert {f"seed 0/{name}" for name in ROWS if "grid of" not in name} < set(rows)
+    for name in ("per layer, jointly trained", "per weight, jointly trained"):
+        row = rows[f"seed 0/{name}"]
+        assert int(row["step"]) == 20
+        assert all(math.isfinite(float(row[figure])) for figure in ("loss", "outer_loss", "hypergrad_norm", "residual"))
+    assert rows["seed 0/no decay"]["hypergrad_norm"] == ""
+
+
+def test_weight_decay_says_what_to_set_for_larger_data(monkeypatch):
+    monkeypatch.delenv("HYPERGRAD_DATA", raising=False)
+    with pytest.raises(SystemExit, match="environment variable HYPERGRAD_DATA"):
+        weight_decay.main(["--data", "fashion_mnist", "--steps", "1"])
+
+
+@pytest.mark.slow
+def test_learning_rate(tmp_path, capsys):
+    tiny = ["--steps", "12", "--outer-steps", "4", "--seeds", "1", "--hidden", "4", "--out", str(tmp_path)]
+    results = learning_rate.main(tiny)
+    assert set(results) == {
+        *("constant, grid of 10", "cosine, grid of 10", "wide grid, equal budget"),
+        *("learned, one per step", "learned, one per step and array"),
+    }
+    for row in results.values():
+        assert row["gradients"] > 0
+        for name in ("valid_loss", "test_loss", "test_error"):
+            assert len(row[name]) == 1
+            assert math.isfinite(row[name][0])
+    assert (tmp_path / "learning_rate.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in results)
