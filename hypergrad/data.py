@@ -66,13 +66,33 @@ class FreshBatches(NamedTuple):
     batches: Batch
 
 
+def fresh_batch(fresh: FreshBatches, place: Any, like: Batch) -> Batch:
+    """Return batch ``place`` modulo their number; refuse batches that are not stacked, or unlike the inner batch."""
+    fix = "Stack the batches: hg.FreshBatches(jax.tree.map(lambda *b: jnp.stack(b), *batches))."
+    try:
+        length = window_length(fresh.batches)
+    except ValueError as error:
+        got = f"leaves of shapes {[jnp.shape(leaf) for leaf in jax.tree.leaves(fresh.batches)]}"
+        raise ValueError(validate.message("FreshBatches whose leaves have a common leading axis", got, fix)) from error
+    found = take(fresh.batches, place % length)
+    forms: list[Any] = [jax.tree.structure(jax.eval_shape(gathered, batch)) for batch in (found, like)]
+    one, other = forms
+    if one != other:
+        wanted = f"FreshBatches of batches with the structure of the inner batch, {other}"
+        raise ValueError(validate.message(wanted, str(one), fix))
+    return found
+
+
 def gathered(batch: Batch) -> Batch:
     """Return the batch with every ``IndexedBatch`` in it replaced by the examples that it points at.
 
     Raises:
-      TypeError: indices that are no integers, or data that holds an ``IndexedBatch`` itself.
+      TypeError: indices that are no integers, or data that holds an ``IndexedBatch`` itself; ``FreshBatches``.
       ValueError: data whose leaves have no common leading axis.
     """
+    if isinstance(batch, FreshBatches):
+        fix = "Pass them as solve_batch=hg.FreshBatches(batches), and one batch as inner_batch and outer_batch."
+        raise TypeError(validate.message("one batch for a loss", "hg.FreshBatches", fix))
     return jax.tree.map(lambda part: _gather(part) if _is_indexed(part) else part, batch, is_leaf=_is_indexed)
 
 

@@ -354,8 +354,7 @@ def solve_batch_at(ctx: Context, place: Any) -> Batch:
         return data.take(ctx.inner_batches, -1)
     if not isinstance(ctx.solve_batch, data.FreshBatches):
         return ctx.solve_batch
-    batches = ctx.solve_batch.batches
-    return data.take(batches, place % data.window_length(batches))
+    return data.fresh_batch(ctx.solve_batch, place, data.take(ctx.inner_batches, -1))
 
 
 def residual_fn(ctx: Context) -> Callable[[Params, Hyperparams], Params]:

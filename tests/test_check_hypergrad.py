@@ -66,7 +66,7 @@ def test_few_products_and_damping_are_a_number_and_no_failure():
         assert found.solver_error > 1e-3
         cosine = own @ exact / jnp.linalg.norm(own) / jnp.linalg.norm(exact)
         assert found.solver_cosine == pytest.approx(float(cosine), rel=1e-3)
-        assert "the estimator's own solver, with its products and damping" in str(found)
+        assert "The estimator's own hypergradient beside it, with its products and damping" in str(found)
     many = on(example, hg.implicit(example.problem, hg.solvers.neumann(200, 0.3)))
     assert many.passed, str(many)
     assert np.isnan(many.solver_error)
@@ -269,6 +269,83 @@ def test_a_kink_nearby_is_passed_with_a_smaller_step(offset, step):
     assert found.passed, str(found)
     assert found.step == step
     assert found.rows[0].measured == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_solver_that_turns_the_hypergradient_does_not_pass():
+    """A solver of the user's own is judged itself, one of the library by its direction."""
+    example = problems.ridge()
+    own = hg.solvers.from_callable(lambda matvec, b, x0: jax.tree.map(lambda v: -0.3 * v, b))
+    assert on(example, hg.implicit(example.problem, own)).verdict == "FAILED"
+
+    def turned(system, b, state, *, tolerance=None):
+        x, state, info = hg.solvers.cg(2).solve(system, b, state, tolerance=tolerance)
+        return jax.tree.map(jnp.negative, x), state, info._replace(status=jnp.asarray(hg.solvers.Status.TRUNCATED))
+
+    found = on(example, hg.implicit(example.problem, hg.LinearSolver(lambda b: (), turned)))
+    assert found.verdict == "FAILED"
+    assert "turns the hypergradient" in found.reasons[0]
+    assert found.solver_cosine < 0
+
+
+@pytest.mark.usefixtures("x64")
+def test_stationary_hyperparameters_are_inconclusive():
+    problem = hg.BilevelProblem(lambda w, h, b, k: jnp.sum((w - h) ** 2), lambda w, h, b, k: jnp.sum((w - 2.0) ** 2))
+    at = hg.BilevelParams(jnp.full(3, 2.0), jnp.full(3, 2.0))
+    found = check(hg.implicit(problem, CG), at, (), (), key=None)
+    assert found.verdict == "inconclusive"
+    assert "λ is stationary" in found.reasons[0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_weights_that_the_optimizer_freezes_stay_frozen_at_the_optimum():
+    """Far from the solution the estimate there decides, and it knows the same unknowns."""
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.normal(size=(24, 5))), jnp.asarray(rng.normal(size=24))
+    fit = lambda w, s: 0.5 * jnp.mean((x[s] @ (w["fixed"] + w["moved"]) - y[s]) ** 2)  # noqa: E731
+    penalty = lambda w, h: 0.5 * jnp.sum(jnp.exp(h) * w["moved"] ** 2) + 0.05 * jnp.sum(w["fixed"] ** 2)  # noqa: E731
+    problem = hg.BilevelProblem(
+        lambda w, h, b, k: fit(w, slice(12)) + penalty(w, h), lambda w, h, b, k: fit(w, slice(12, 24))
+    )
+    at = hg.BilevelParams({"fixed": jnp.ones(5), "moved": jnp.ones(5)}, jnp.full(5, -2.0))
+    tx = optax.partition({"t": optax.sgd(1e-2), "f": optax.set_to_zero()}, {"fixed": "f", "moved": "t"})
+    window = hg.IndexedBatch((), jnp.arange(1))
+    found = check(hg.implicit(problem, CG), at, window, (), key=None, inner_optimizer=tx)
+    assert found.verdict == "not at a solution of the inner problem", str(found)
+    assert found.error_at_optimum < 1e-6
+
+
+@pytest.mark.usefixtures("x64")
+def test_solve_inner_gets_to_where_the_check_passes():
+    example = problems.ridge()
+    params, hyperparams = example.variables
+    away = hg.BilevelParams(jax.tree.map(lambda w: w + 1.0, params), hyperparams)
+    found = hg.diagnostics.solve_inner(example.problem, away, example.inner_batch)
+    assert bool(found.converged)
+    assert problems.relative_error(found.params, params) < 1e-8
+    part = hg.diagnostics.solve_inner(
+        example.problem, away, example.inner_batch, trainable={name: name == "a" for name in params}
+    )
+    slope = jax.grad(example.problem.inner_loss)(part.params, hyperparams, example.inner_batch, None)
+    for name in params:
+        held = problems.relative_error(part.params[name], away.params[name]) == 0.0
+        assert held == (name != "a")
+        assert (max(float(jnp.abs(g).max()) for g in jax.tree.leaves(slope[name])) < 1e-8) == (name == "a")
+
+
+@pytest.mark.usefixtures("x64")
+def test_solve_inner_solves_a_residual_and_checks_its_arguments():
+    step = lambda w, h, b, k: jnp.cos(h * w)  # noqa: E731
+    problem = hg.BilevelProblem(lambda w, h, b, k: jnp.sum(w**2), lambda w, h, b, k: jnp.sum(w))
+    problem = hg.with_residual(problem, hg.residuals.fixed_point(step))
+    at = hg.BilevelParams(jnp.ones(2), jnp.array([1.0, 0.5]))
+    found = hg.diagnostics.solve_inner(problem, at, ())
+    np.testing.assert_allclose(found.params, jnp.cos(at.hyperparams * found.params), rtol=1e-10)
+    with pytest.raises(TypeError, match="a BilevelParams"):
+        hg.diagnostics.solve_inner(problem, jnp.ones(2), ())
+    with pytest.raises(ValueError, match="max_products to be at least 1"):
+        hg.diagnostics.solve_inner(problem, at, (), max_products=0)
 
 
 @pytest.mark.usefixtures("x64")

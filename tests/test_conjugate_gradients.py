@@ -482,10 +482,71 @@ def test_compare_solvers_judges_undamped_solvers_where_h_is_indefinite(monkeypat
         assert any("damped by 0.1 of" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("products", "ratio", "small"), [(5, 1e-8, 1e-5), (5, 1e-4, 1e-5), (5, 0.01, 1e-4), (3, 0.01, 1e-4)]
+)
+def test_a_few_damped_products_claim_no_smaller_residual_than_they_reach(products, ratio, small):
+    """Five large eigenvalues and many small ones: the recurrence ends far below what float32 can reach."""
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(50, 50)))[0]
+    matrix = rotation @ np.diag(np.where(np.arange(50) < 5, 1.0, small)) @ rotation.T
+    narrow, solver = jnp.asarray(matrix, jnp.float32), hg.solvers.cg(products, relative_damping=ratio)
+    system = LinearSystem(lambda v: jnp.matmul(narrow, v, precision="highest"))
+    for seed in range(5):
+        b = jnp.asarray(np.random.default_rng(seed).normal(size=50), jnp.float32)
+        x, _, info = jax.jit(lambda b: solver.solve(system, b, solver.init(b)))(b)
+        left = np.asarray(b, float) - matrix @ np.asarray(x, float) - float(info.damping) * np.asarray(x, float)
+        true = np.linalg.norm(left) / np.linalg.norm(b)
+        assert float(info.residual) > 0.5 * true
+        assert bool(info.converged) <= (true < 2e-5)
+
+
+CURVED = jnp.array([1.0, 2.0, 3.0, 4.0, -2.0, 5.0])
+
+
+def compared(solvers, *, slope=None, weights=None, curvature=CURVED, **options):
+    inner = lambda w, h, b, k: 0.5 * jnp.sum(curvature * w**2) + 0.1 * jnp.sum(w**4) + jnp.sum(h * w)  # noqa: E731
+    problem = hg.BilevelProblem(inner, lambda w, h, b, k: jnp.sum(w * b))
+    at = hg.BilevelParams(jnp.zeros(6) if weights is None else weights, jnp.ones(6))
+    b = jnp.array([1.0, 1.0, 1.0, 1.0, 3.0, 1.0]) if slope is None else slope
+    return hg.diagnostics.compare_solvers(problem, at, b, b, key=None, solvers=solvers, **options)
+
+
+def test_advice_follows_from_what_went_wrong():
+    few = {"cg(20)": hg.solvers.cg(20)}
+    assert "returned a hypergradient of zero: H is not positive definite" in compared(few).advice
+    assert "reference is zero here" in compared(few, slope=jnp.zeros(6)).advice
+    assert "not finite at these weights" in compared(few, weights=jnp.full(6, jnp.nan)).advice
+    later = compared(few, slope=jnp.array([1.0, 1.0, 1.0, 1.0, 0.1, 1.0])).advice
+    assert "stopped where H is not positive definite" in later
+    assert "relative_damping" in later
+    slow = compared({"neumann(1)": hg.solvers.neumann(1)}, curvature=jnp.geomspace(1e-3, 1.0, 6)).advice
+    assert "Allow more products" in slow
+
+
+def test_a_loss_in_bfloat16_can_be_compared():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(12, 5)), jnp.float32)
+    predict = lambda w: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32)  # noqa: E731
+    outer = lambda w, h, b, k: 0.5 * jnp.mean((predict(w) - 1.0) ** 2)  # noqa: E731
+    problem = hg.BilevelProblem(lambda w, h, b, k: outer(w, h, b, k) + hg.penalties.l2(w, jnp.exp(h)), outer)
+    at = hg.BilevelParams(jnp.ones(5), jnp.zeros(5))
+    found = hg.diagnostics.compare_solvers(problem, at, (), (), key=None, solvers={"cg(20)": hg.solvers.cg(20)})
+    assert found.rows[0].cosine > 0.999
+
+
+def test_compare_solvers_checks_its_arguments():
+    loss = lambda w, h, b, k, s: (jnp.sum(jnp.exp(h) * w**2) + 0 * s.sum(), s)  # noqa: E731
+    stateful, at = hg.BilevelProblem(loss, loss, stateful=True), hg.BilevelParams(jnp.ones(2), jnp.zeros(2))
+    with pytest.raises(ValueError, match="model_state for a stateful problem; got None"):
+        hg.diagnostics.compare_solvers(stateful, at, (), (), key=None)
+    with pytest.raises(TypeError, match="progress as a function"):
+        compared({"cg(3)": hg.solvers.cg(3)}, progress=True)
+
+
 def test_compare_solvers_refuses_what_is_no_solver():
     example = ridge()
     args = example.problem, example.variables, example.inner_batch, example.outer_batch
-    for bad in ({}, {"cg": 3}, [hg.solvers.cg(3)]):
+    for bad in ({}, {"cg": 3}, {3: hg.solvers.cg(3)}, [hg.solvers.cg(3)]):
         with pytest.raises(TypeError, match="solvers as a dict"):
             hg.diagnostics.compare_solvers(*args, key=None, solvers=bad)
 

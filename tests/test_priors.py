@@ -187,3 +187,17 @@ def test_bad_input_is_refused():
         call(hg.with_prior(PROBLEM, lambda h: h, num_examples=10), batch(20))
     with pytest.raises(ValueError, match="mean"):
         hg.priors.normal({"a": jnp.zeros(3)})({"b": jnp.zeros(3)})
+
+
+@pytest.mark.parametrize("prior", [hg.priors.normal(0.0, 1.0), hg.priors.shared_mean(1.0)])
+@pytest.mark.parametrize("estimator", [hg.implicit, hg.unrolled])
+def test_a_prior_hides_no_hyperparameter_that_a_method_cannot_see(prior, estimator):
+    """A prior has a derivative in every leaf. That says nothing of the validation loss."""
+    inner = lambda w, h, b, k: 0.5 * jnp.sum(jnp.exp(h["decay"]) * w**2) - jnp.sum(w * b)  # noqa: E731
+    problem = hg.BilevelProblem(inner, lambda w, h, b, k: jnp.sum((w - b) ** 2))
+    problem = hg.with_prior(problem, prior, num_examples=10)
+    hyperparams = {"decay": jnp.full(3, 0.3), "rate": jnp.array(-3.0)}
+    optimizer = None if estimator is hg.implicit else optax.sgd(0.1)
+    batch = jnp.ones(3) if optimizer is None else jnp.ones((2, 3))
+    with pytest.raises(ValueError, match=r"\['rate'\], which enters neither"):
+        hg.hypergrad(estimator(problem), optimizer)(jnp.ones(3), hyperparams, batch, jnp.ones(3), key=None)

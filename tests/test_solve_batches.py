@@ -178,3 +178,20 @@ class TestMicrobatches:
         stateful = hg.BilevelProblem(lambda w, h, b, k, s: (w, s), lambda w, h, b, k, s: (w, s), stateful=True)
         with pytest.raises(ValueError, match="without model state"):
             hg.microbatched(stateful, 2)
+
+
+def test_fresh_batches_say_what_is_wrong_with_them():
+    fn = hg.value_and_hypergrad(hg.implicit(PROBLEM, hg.solvers.neumann(3)))
+    for fresh, message in (
+        ([batch(0), batch(1)], "FreshBatches of batches with the structure of the inner batch"),
+        (jnp.ones(()), "FreshBatches whose leaves have a common leading axis"),
+        ((X, Y[:3]), "FreshBatches whose leaves have a common leading axis"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fn(*AT, batch(0), VALID, key=None, solve_batch=hg.FreshBatches(fresh))
+    for inner_batch, outer_batch in ((hg.FreshBatches(BATCHES), VALID), (batch(0), hg.FreshBatches(BATCHES))):
+        with pytest.raises(TypeError, match="one batch for a loss; got"):
+            fn(*AT, inner_batch, outer_batch, key=None)
+    indexed = hg.IndexedBatch((X.reshape(60, 4), Y.reshape(60)), jnp.arange(12))
+    found = fn(*AT, indexed, VALID, key=None, solve_batch=hg.FreshBatches(BATCHES))
+    assert relative_error(found[0], fn(*AT, batch(0), VALID, key=None, solve_batch=hg.FreshBatches(BATCHES))[0]) < 1e-6

@@ -101,6 +101,16 @@ def test_a_run(case, setting):
     assert not bool(state.info.skipped)
 
 
+@pytest.mark.parametrize("solver", [hg.solvers.cg, hg.solvers.neumann])
+def test_a_random_preconditioner_draws_no_key_twice(solver):
+    inner = lambda w, h, b, k: 0.5 * jnp.sum(jnp.exp(h) * w**2) - jnp.sum(w * b)  # noqa: E731
+    problem = hg.BilevelProblem(inner, lambda w, h, b, k: jnp.sum((w - b) ** 2))
+    estimator = hg.implicit(problem, solver(3, preconditioner=hg.preconditioners.nystrom(2)))
+    with jax.debug_key_reuse(True):
+        found = hg.hypergrad(estimator)(jnp.ones(4), jnp.arange(4.0), jnp.ones(4), jnp.zeros(4), key=jax.random.key(0))
+    assert bool(jnp.isfinite(found).all())
+
+
 @pytest.mark.parametrize(
     "setting",
     [pytest.param(s, marks=[pytest.mark.slow] * (s not in ("debug_nans", "dtype_promotion"))) for s in SETTINGS],

@@ -4,6 +4,7 @@ from hypergrad.diagnostics._check import HypergradCheck, check_hypergrad
 from hypergrad.diagnostics._compare import Agreement, Comparison, HorizonBias, compare, horizon_bias
 from hypergrad.diagnostics._differences import Direction
 from hypergrad.diagnostics._logging import progress, scalars
+from hypergrad.diagnostics._optimum import Optimum, solve_inner
 from hypergrad.diagnostics._plots import plot_comparison, plot_solver, plot_trajectories
 from hypergrad.diagnostics._retrain import Retrained, retrain
 from hypergrad.diagnostics._solvers import SolverComparison, SolverRow, compare_solvers
@@ -15,6 +16,7 @@ __all__ = [
     "Direction",
     "HorizonBias",
     "HypergradCheck",
+    "Optimum",
     "Retrained",
     "SolverComparison",
     "SolverRow",
@@ -30,4 +32,5 @@ __all__ = [
     "progress",
     "retrain",
     "scalars",
+    "solve_inner",
 ]

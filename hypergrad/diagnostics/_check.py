@@ -24,7 +24,7 @@ from hypergrad.diagnostics import _differences, _kinks
 from hypergrad.diagnostics._base import Alignment, align, digits, flat, readable, table, unknowns
 from hypergrad.diagnostics._differences import Direction, Reference
 from hypergrad.drivers import one_estimate, solves_in
-from hypergrad.estimators import Estimator
+from hypergrad.estimators import Estimate, Estimator
 from hypergrad.problem import BilevelParams, check_model_state, check_variables
 from hypergrad.solvers import SolveInfo, Status
 from hypergrad.training import Context, Trained, inner_loss_fn, outer_loss_fn, residual_fn, split_keys
@@ -44,9 +44,9 @@ class HypergradCheck(NamedTuple):
     """The verdict of a gradient check. ``str()`` of it is a report.
 
     Attributes:
-      verdict: "passed": every direction agrees within ``rtol``, by differences that are certain so far. "not at a
-        solution of the inner problem": at the solution the estimate is right. "at a kink of the inner loss": see
-        ``kinks``. "inconclusive": no difference that is certain disagrees. "FAILED" otherwise.
+      verdict: "passed": every direction agrees within ``rtol``. "not at a solution of the inner problem": the estimate
+        is wrong at the weights given, and right at the solution. "at a kink of the inner loss": see ``kinks``.
+        "inconclusive": some differences are too uncertain to judge, and no other one disagrees. "FAILED" otherwise.
       reasons: why it did not pass, most certain first; empty if passed.
       rows: one ``Direction`` for each leaf, and one more of random signs for each leaf of more than one number.
       rtol: the tolerance asked for.
@@ -103,8 +103,8 @@ class HypergradCheck(NamedTuple):
             return ""
         figures = f"cosine {digits(self.solver_cosine)}, error {digits(self.solver_error)}"
         return (
-            f"\nthe estimator's own solver, with its products and damping, beside a converged solve: {figures} "
-            f"(residual {digits(self.residual)})"
+            '\n"estimated" is by a converged, undamped solve. The estimator\'s own hypergradient beside it, with its '
+            f"products and damping: {figures} (residual {digits(self.residual)})"
         )
 
 
@@ -247,12 +247,7 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
     estimates, solve = [gradient], next(iter(solves_in(estimate.info)), None)
     optimum = reference.optimum
     if optimum is not None and optimum.converged and response is None:
-        _, batch, outer_batch, key, _ = case.given
-        if case.inner_optimizer is not None:
-            batch = data.take(batch, -1)
-        there, _ = one_estimate(case.estimator)(
-            BilevelParams(optimum.params, ctx.hyperparams), batch, outer_batch, key, at.model_state
-        )
+        there = _estimate_at(case.estimator, ctx, at._replace(params=optimum.params))
         estimates, solve = [gradient, there.hypergrad], next(iter(solves_in(there.info)), None)
 
     precision = dataflow.working_precision(functools.partial(_losses, ctx), (at.params, ctx.hyperparams))
@@ -277,15 +272,35 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
         solver_cosine=of_solver.cosine,
         solver_error=of_solver.error,
     )
-    if all(row.error <= rtol and row.uncertainty <= rtol for row in found.rows) and flat(gradient).any():
+    agrees = all(row.error <= rtol and row.uncertainty <= rtol for row in found.rows) and flat(gradient).any()
+    if agrees and of_solver.cosine <= 0:
+        reason = (
+            f"the estimator's own solve turns the hypergradient (cosine {digits(of_solver.cosine)}, residual "
+            f"{digits(residual)}): more products or damping, or train longer. A converged solve is right"
+        )
+        return found._replace(verdict=_FAILED, reasons=(reason,))
+    if agrees:
         return found
     return _explained(case, ctx, reference, found, flat(gradient), slope, solve)
 
 
+def _estimate_at(estimator: Estimator, ctx: Context, at: Trained) -> Estimate:
+    """Return the estimate at other weights, with the optimizer of ``ctx``, which tells what is frozen; no steps."""
+
+    def run(at: Trained) -> Estimate:
+        there = ctx._replace(start=at, at=at)
+        return estimator.estimate(estimator.init(there)[0], there)
+
+    return jax.jit(run)(at)
+
+
 def _approximates(solve: SolveInfo) -> bool:
-    """Return whether a solve stopped early, or is damped, on purpose: not where it broke down."""
+    """Return whether a solve stopped early, or is damped, on purpose: not where it broke down.
+
+    A solver of the user's own, which tells no products, is judged itself.
+    """
     status = Status(int(solve.status))
-    if float(solve.residual) > _BROKEN:
+    if float(solve.residual) > _BROKEN or int(solve.num_products) < 0:
         return False
     return status == Status.TRUNCATED or (status == Status.CONVERGED and float(solve.damping) > 0)
 
@@ -328,11 +343,22 @@ def _explained(
             lambda w: inner_loss_fn(ctx)(tree.filled(marks, w, at), ctx.hyperparams), tree.selected(marks, at), epsilon
         )
         found = found._replace(kinks=kinks)
+    outer_slope = jax.jit(jax.grad(lambda w: outer_loss_fn(ctx)(w, ctx.hyperparams)[0]))
+    nearby = jax.tree.map(lambda w: w + 0.01 * (1 + jnp.abs(w)), ctx.at.params)
+    # A loss at its minimum has a slope nearby; one that does not use the weights has none there either.
+    still = not bool(gradient.any()) and all(abs(row.measured) < 1e-8 for row in found.rows)
+    still = bool(still and not flat(outer_slope(ctx.at.params)).any() and flat(outer_slope(nearby)).any())
     reasons = [  # most certain first; from "broke down" on, a difference that can be trusted disagrees
         _Reason(bool(found.kinks), _kinked(found.kinks), _KINKED, ends=not wrong),
         _Reason(
             not np.isfinite(gradient).all(),
             "the estimate is not finite: look for inf or NaN in the losses and in their derivatives",
+        ),
+        _Reason(
+            still and not response,
+            "inconclusive: the hypergradient is zero here, and so are the differences and ∂L_out/∂w: λ is stationary. "
+            "Check at other hyperparameters",
+            _INCONCLUSIVE,
         ),
         _Reason(
             not (gradient.any() or response),

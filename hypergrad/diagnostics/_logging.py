@@ -88,15 +88,14 @@ def progress(total: int, **options: Any) -> Iterator[Callable[..., None]]:
       ImportError: tqdm is not installed.
 
     >>> import hypergrad as hg, jax.numpy as jnp, optax
-    >>> inner = lambda w, h, batch, key: 0.5 * jnp.sum(jnp.exp(h) * w**2 - 2 * w)
-    >>> problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w))
-    >>> tx = hg.bilevel(hg.implicit(problem), inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1))
+    >>> loss = lambda w, h, batch, key: 0.5 * jnp.sum(jnp.exp(h) * w**2 - 2 * w)
+    >>> tx = hg.bilevel(hg.implicit(hg.BilevelProblem(loss, loss)), inner_optimizer=optax.sgd(0.1),
+    ...                 outer_optimizer=optax.sgd(0.1))
     >>> variables = hg.BilevelParams(jnp.ones(2), jnp.zeros(2))
     >>> state = tx.init(variables)
     >>> with hg.diagnostics.progress(3, disable=True) as show:
     ...     for _ in range(3):
     ...         updates, state = tx.update(None, state, variables, inner_batch=(), outer_batch=())
-    ...         variables = optax.apply_updates(variables, updates)
     ...         show(state)
     """
     from tqdm.auto import tqdm

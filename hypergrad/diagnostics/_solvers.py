@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from hypergrad import data, tree, validate
-from hypergrad.diagnostics._base import Alignment, align, digits, table, unknowns
+from hypergrad import data, dataflow, tree, validate
+from hypergrad.diagnostics._base import Alignment, align, digits, flat, table, unknowns
 from hypergrad.drivers import compiled
 from hypergrad.estimators import implicit
-from hypergrad.problem import BilevelParams, BilevelProblem, check_problem, check_variables
+from hypergrad.problem import BilevelParams, BilevelProblem, check_model_state, check_problem, check_variables
 from hypergrad.solvers import (
     LinearSolver,
     Status,
@@ -35,7 +36,7 @@ from hypergrad.solvers import (
     recycled_cg,
     richardson,
 )
-from hypergrad.training import Context, Trained, split_keys
+from hypergrad.training import Context, Trained, inner_loss_fn, residual_fn, split_keys
 from hypergrad.types import Batch, Hyperparams, Key, ModelState, Params, PyTree
 
 __all__ = ["SolverComparison", "SolverRow", "catalogue", "compare_solvers"]
@@ -56,8 +57,8 @@ class SolverRow(NamedTuple):
       num_products: of the last solve; −1 where not known.
       residual: ‖b − (H + δI) q‖/‖b‖; NaN where not measured.
       damping: δ.
-      reference_damping: of the converged solve that the row is compared with: δ, or that of the least damped solve that
-        converged where the one with δ did not; NaN where none did.
+      reference_damping: damping of the converged solve that the row is compared with. It is δ where a solve with δ
+        converges, else that of the least damped solve that converges; NaN where none does.
       cosine: of its hypergradient with that of the converged solve.
       norm_ratio: its norm over that of the converged one.
       first_cosine: the cosine after the first solve, without a warm start.
@@ -179,6 +180,7 @@ def compare_solvers(
     """
     check_problem(problem)
     check_variables(variables)
+    model_state = check_model_state(problem, model_state)
     symmetric = problem.residual is None
     if solvers is None:
         chosen = (
@@ -188,13 +190,20 @@ def compare_solvers(
         )
     else:
         chosen = dict(solvers) if isinstance(solvers, Mapping) else {}
-    if not chosen or not all(isinstance(solver, LinearSolver) for solver in chosen.values()):
+    named = all(isinstance(name, str) and isinstance(solver, LinearSolver) for name, solver in chosen.items())
+    if not chosen or not named:
         fix = 'Pass e.g. {"cg(10)": hg.solvers.cg(10)}.'
         raise TypeError(validate.message("solvers as a dict of LinearSolvers by name", validate.describe(solvers), fix))
+    if not (progress is None or callable(progress)):
+        fix = "Pass progress=print."
+        raise TypeError(validate.message("progress as a function of a line of text", validate.describe(progress), fix))
     given, say = (variables, inner_batch, outer_batch, validate.as_key(key), model_state), progress or (lambda _: None)
     at, keys = Trained(variables.params, None, model_state), split_keys(given[3])
     ctx = Context(problem, variables.hyperparams, at, at, data.one_step(inner_batch), outer_batch, keys, None)
     marks = unknowns(implicit(problem, trainable=trainable), ctx)
+    fn = inner_loss_fn(ctx) if symmetric else residual_fn(ctx)
+    precision = dataflow.working_precision(lambda w: fn(w, variables.hyperparams), variables.params)
+    enough = max(1e-3, 4 * float(jnp.finfo(precision).eps))  # a loss in bfloat16 bounds what a residual can be
     size = sum(leaf.size for leaf in jax.tree.leaves(tree.selected(marks, variables.params)))
 
     def estimator(solver: LinearSolver) -> Any:
@@ -202,7 +211,8 @@ def compare_solvers(
 
     def converged(solver: LinearSolver) -> _Reference | None:
         hypergrad, info, _, _ = _repeat(estimator(solver), 1, *given)
-        return _Reference(hypergrad[0], float(info.damping)) if float(info.residual) <= 1e-3 else None
+        finite = bool(np.isfinite(flat(hypergrad[0])).all())
+        return _Reference(hypergrad[0], float(info.damping)) if finite and float(info.residual) <= enough else None
 
     def reference(damping: float) -> _Reference | None:
         if size <= _FEW:
@@ -249,7 +259,7 @@ def compare_solvers(
                 memory,
             )
         )
-    return SolverComparison(tuple(rows), _advice(rows))
+    return SolverComparison(tuple(rows), _advice(rows, least))
 
 
 class _Reference(NamedTuple):
@@ -286,18 +296,29 @@ def _repeat(
     return found, info, times[1:] or times, memory
 
 
-def _advice(rows: list[SolverRow]) -> str:
+def _advice(rows: list[SolverRow], least: "_Reference | None") -> str:
     known = [row for row in rows if row.cosine == row.cosine]
     good = [row for row in known if row.cosine >= _GOOD]
-    if not known:
+    stopped = [row for row in rows if row.status in (Status.INDEFINITE, Status.DIVERGED)]
+    if any(row.status == Status.NOT_FINITE for row in rows):
+        return "The Hessian or the outer slope is not finite at these weights: no solver can be judged."
+    if least is None:
         return (
-            "No reference converged: H is nearly singular here, with and without damping, and no solver can be judged. "
-            "Compare again at weights that were trained for longer, or with a decay in the inner loss."
+            "No reference converged, with or without damping, and no solver can be judged: H is nearly singular or far "
+            "from positive definite here. Compare again at weights that were trained for longer, or with a decay in "
+            "the inner loss."
         )
+    if not flat(least.hypergrad).any():
+        return "The hypergradient of the reference is zero here: there is no direction to compare with."
+    damping = "Give them damping: hg.solvers.cg(10, relative_damping=0.01, warm_start=True)."
+    if not known:
+        return f"Every solver returned a hypergradient of zero: H is not positive definite here. {damping}"
     best = max(known, key=lambda row: row.cosine)
     if not good:
         closest = f"{best.name} comes closest ({digits(best.cosine)})"
-        return f"No solver reaches a cosine of {_GOOD}: {closest}. Allow more products."
+        undamped = best in stopped and best.damping == 0
+        fix = f"It stopped where H is not positive definite. {damping}" if undamped else "Allow more products."
+        return f"No solver reaches a cosine of {_GOOD}: {closest}. {fix}"
     cheapest = min(good, key=lambda row: (_products(row), -row.cosine))
     text = (
         f"{cheapest.name} has a cosine of at least {_GOOD} from the fewest products: {digits(cheapest.cosine)}, "

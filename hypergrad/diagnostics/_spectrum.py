@@ -25,6 +25,7 @@ from hypergrad.problem import (
     check_problem,
     check_variables,
     evaluate_inner,
+    refuse_residual,
 )
 from hypergrad.training import split_keys
 from hypergrad.types import Array, Batch, Key, MatVec, ModelState, PyTree
@@ -107,7 +108,7 @@ def extreme_eigenvalues(
 
     Raises:
       TypeError: no ``BilevelProblem`` or ``BilevelParams``.
-      ValueError: ``num_steps`` < 1.
+      ValueError: ``num_steps`` < 1; a problem with a residual, whose Jacobian is not symmetric.
 
     Valid for the batch given. ``largest`` is a lower bound, within a few per cent after 20 to 30 steps on networks;
     ``smallest`` converges later where many eigenvalues are near zero, and is then an upper bound with a small "error".
@@ -122,6 +123,7 @@ def extreme_eigenvalues(
     Reference: Lanczos 1950; Ghorbani, Krishnan & Xiao, arXiv 1901.10159.
     """
     check_problem(problem)
+    refuse_residual("extreme_eigenvalues", problem)
     check_variables(variables)
     num_steps = validate.positive_int("num_steps", num_steps)
     model_state = check_model_state(problem, model_state)

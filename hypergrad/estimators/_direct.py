@@ -9,13 +9,14 @@ without a derivative (dropout rates, cutout sizes): the response learns their ef
 Reference: Lorraine & Duvenaud, arXiv 1802.09419; MacKay et al., Self-tuning networks, arXiv 1903.03088.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hypergrad import data, dataflow, validate
-from hypergrad.estimators._paths import check_gradient_paths, check_outer_path, refuse_solve_batch
+from hypergrad.estimators._paths import check_gradient_paths, check_outer_path, direct_path, refuse_solve_batch
 from hypergrad.estimators._protocol import Estimate, Estimator, train_first
 from hypergrad.problem import BilevelParams, BilevelProblem, check_problem, evaluate_inner, evaluate_outer
 from hypergrad.training import Context, outer_loss_fn
@@ -96,8 +97,8 @@ def _check_paths(ctx: Context) -> None:
     check_outer_path("direct", lambda w: outer(w, hyperparams)[0], params)
     if response is None or response.weights is None or not jax.tree.leaves(data.gathered(batch)):
         everything = range(len(jax.tree.leaves(hyperparams)))
-        return check_gradient_paths("direct", hyperparams, everything, lambda h: outer(params, h)[0])
-    base, center = response.base_problem, response.base_hyperparams(hyperparams)
+        return check_gradient_paths("direct", hyperparams, everything, direct_path(ctx, params))
+    base, center = dataclasses.replace(response.base_problem, prior=None), response.base_hyperparams(hyperparams)
     weights = jax.eval_shape(response.weights, params, hyperparams)
 
     def losses(values: tuple[Hyperparams, Params]) -> Array:

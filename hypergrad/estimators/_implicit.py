@@ -27,7 +27,7 @@ from jax import lax
 from hypergrad import curvature, dataflow, tree, validate
 from hypergrad.data import FreshBatches
 from hypergrad.estimators import _probe
-from hypergrad.estimators._paths import check_gradient_paths, check_outer_path
+from hypergrad.estimators._paths import check_gradient_paths, check_outer_path, direct_path, used_leaves
 from hypergrad.estimators._protocol import Estimate, Estimator, train_first
 from hypergrad.problem import BilevelProblem, check_problem
 from hypergrad.solvers import LinearSolver, LinearSystem, Status, cg, dense, gmres
@@ -69,7 +69,8 @@ def implicit(
         weights in training; ``hg.solvers.gmres(50, 25)`` where the problem has a residual. ``hg.solvers.cg(100)`` near
         a minimum, where the exact hypergradient is wanted; ``hg.solvers.dense()`` as the oracle.
       diagonal: ``diagonal(params, hyperparams) -> tree prefix of params``, an approximate diagonal of H from the
-        constrained hyperparameters, for solvers and preconditioners that use one. Where each weight has a decay
+        constrained hyperparameters, for ``recycled_cg``, ``jacobi()`` and ``nystrom``; the others, also the default
+        solver, do not use it. Where each weight has a decay
         (``hg.penalties.l2``): ``lambda params, decay: decay``.
       trainable: tree prefix of bools over the weights: which ones the inner problem solves for. None: all; where an
         inner optimizer is known, all but those that it never moves (``optax.set_to_zero`` behind a mask or partition);
@@ -133,11 +134,14 @@ def implicit(
         outer, solved = outer_loss_fn(ctx), unknowns.of(params)
         product, mixed = _products(ctx, unknowns)
 
-        check_outer_path("implicit", lambda w: unknowns.restrict(outer, params)(w, hyperparams)[0], solved)
+        value_of = lambda w: outer(w, hyperparams)[0]  # noqa: E731
+        check_outer_path(
+            "implicit", lambda w: value_of(unknowns.fill(w, params)), solved, lambda: used_leaves(value_of, params)
+        )
         # A leaf that acts on frozen weights alone has a hypergradient of zero, and rightly so: only others are refused.
         everything = mixed if unknowns.all else _products(ctx, _Unknowns(ctx, trainable=True))[1]
         unmixed = dataflow.independent_leaves(everything, tree.promote(solved if unknowns.all else params))
-        check_gradient_paths("implicit", hyperparams, unmixed, lambda h: outer(params, h)[0])
+        check_gradient_paths("implicit", hyperparams, unmixed, direct_path(ctx, params))
 
         gradient = jax.value_and_grad(unknowns.restrict(outer, params), argnums=(0, 1), has_aux=True)
         (value, aux), (slope, direct) = gradient(solved, hyperparams)

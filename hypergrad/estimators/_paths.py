@@ -5,6 +5,7 @@
 Paths are found by following data through the traced program, not by values: a leaf multiplied by 0 passes.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad import dataflow, tree, validate
-from hypergrad.training import Context
+from hypergrad.training import Context, outer_loss_fn
 from hypergrad.types import Array, Hyperparams, Params
 
-__all__ = ["ZERO_GRADIENT_HINTS", "check_gradient_paths", "check_outer_path", "refuse_solve_batch"]
+__all__ = ["ZERO_GRADIENT_HINTS", "check_gradient_paths", "check_outer_path", "direct_path", "refuse_solve_batch"]
+__all__ += ["used_leaves"]
 
 ZERO_GRADIENT_HINTS = {
     "implicit": (
@@ -55,6 +57,19 @@ def check_gradient_paths(
     raise ValueError(validate.message(wanted, got, fix))
 
 
+def used_leaves(outer: Callable[[Params], Any], params: Params) -> list[str]:
+    """Return the labels of the weights that a loss depends on differentiably."""
+    value = jax.eval_shape(outer, params)
+    unused = set(dataflow.independent_leaves(lambda ct: jax.vjp(outer, params)[1](ct)[0], value))
+    return [label for place, label in enumerate(tree.labels("params", params)) if place not in unused]
+
+
+def direct_path(ctx: Context, params: Params) -> Callable[[Hyperparams], Array]:
+    """Return λ ↦ L_out(w, λ) without the prior, which every leaf may enter and which measures none."""
+    measured = outer_loss_fn(ctx._replace(problem=dataclasses.replace(ctx.problem, prior=None)))
+    return lambda hyperparams: measured(params, hyperparams)[0]
+
+
 def refuse_solve_batch(name: str, ctx: Context) -> None:
     """Refuse a batch for a linear solve in a method without one."""
     if ctx.solve_batch is not None:
@@ -62,13 +77,23 @@ def refuse_solve_batch(name: str, ctx: Context) -> None:
         raise ValueError(validate.message(f"no solve_batch for {name}, which solves no linear system", "one", fix))
 
 
-def check_outer_path(name: str, outer: Callable[[Params], Any], params: Params) -> None:
-    """Refuse an outer loss that does not depend differentiably on the weights ``params``."""
+def check_outer_path(
+    name: str, outer: Callable[[Params], Any], params: Params, everything: Callable[[], list[str]] = list
+) -> None:
+    """Refuse an outer loss that does not depend differentiably on the weights ``params``.
+
+    ``everything()`` names the leaves that it does depend on among those that are no unknowns.
+    """
     value = jax.eval_shape(outer, params)
     if not jax.tree.leaves(params):
         return
     independent = dataflow.independent_leaves(lambda ct: jax.vjp(outer, params)[1](ct)[0], value)
     if len(independent) == len(jax.tree.leaves(params)):
+        frozen = everything()
+        if frozen:
+            got = f"one that depends on {', '.join(frozen)} alone, which the inner problem holds fixed"
+            fix = "Let the inner problem solve for it: see trainable= of hg.implicit, and the inner optimizer's masks."
+            raise ValueError(validate.message("an outer loss that depends on weights that are trained", got, fix))
         fix = (
             f"The {name} hypergradient of such a loss says nothing about training. Use the params that the loss is "
             "given (not a variable of the enclosing scope), without stop_gradient, and a differentiable loss in place "

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from hypergrad import data, dataflow, tree, validate
 from hypergrad.estimators import _probe
 from hypergrad.estimators._modes import UnrollMode, reverse
-from hypergrad.estimators._paths import check_gradient_paths, check_outer_path, refuse_solve_batch
+from hypergrad.estimators._paths import check_gradient_paths, check_outer_path, direct_path, refuse_solve_batch
 from hypergrad.estimators._protocol import Estimate, Estimator
 from hypergrad.problem import BilevelProblem, check_problem
 from hypergrad.training import Context, Trained, outer_loss_fn, resolve_optimizer, train
@@ -179,8 +179,7 @@ def _check_paths(ctx: Context, mode: UnrollMode) -> None:
         )
         seen = _either(seen, begins(carried[weights : weights + state]))
     unseen = [i for i, mark in enumerate(seen) if not mark]
-    outer = outer_loss_fn(ctx)
-    check_gradient_paths("unrolled", hyperparams, unseen, lambda h: outer(start.params, h)[0])
+    check_gradient_paths("unrolled", hyperparams, unseen, direct_path(ctx, start.params))
 
 
 def _either(first: list[bool], second: list[bool]) -> list[bool]:

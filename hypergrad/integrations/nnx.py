@@ -88,21 +88,17 @@ def problem(
     Valid when the losses leave ``hyperparams`` and what they close over unchanged. The random streams of ``model`` are
     reseeded from ``key``, each with its own; without a key they stay those of the model given here.
 
-    >>> import jax.numpy as jnp, optax
+    >>> import hypergrad as hg, jax.numpy as jnp
     >>> from flax import nnx
-    >>> import hypergrad as hg
     >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
     >>> def valid_loss(model, decay, batch, key):
     ...     return jnp.mean((model(batch[0]) - batch[1]) ** 2)
     >>> def train_loss(model, decay, batch, key):
     ...     return valid_loss(model, decay, batch, key) + hg.penalties.l2(hg.integrations.nnx.params(model), decay)
-    >>> problem = hg.reparameterize(hg.integrations.nnx.problem(model, train_loss, valid_loss), hg.bijectors.exp())
-    >>> tx = hg.bilevel(hg.implicit(problem), inner_optimizer=optax.adam(0.1), outer_optimizer=optax.adam(0.1))
-    >>> optimizer = hg.integrations.nnx.Optimizer(model, tx, jnp.array(-3.0))
-    >>> batch = jnp.eye(3), jnp.ones((3, 1))
-    >>> optimizer.update(model, inner_batch=batch, outer_batch=batch)
-    >>> int(optimizer.info.step)
-    1
+    >>> problem = hg.integrations.nnx.problem(model, train_loss, valid_loss)
+    >>> zeros = {"kernel": jnp.zeros((3, 1)), "bias": jnp.zeros(1)}
+    >>> float(problem.inner_loss(zeros, 0.1, (jnp.eye(3), jnp.ones((3, 1))), None))
+    1.0
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(validate.message("an nnx.Module", validate.describe(model), "Pass the model itself."))
@@ -141,8 +137,18 @@ class Optimizer(nnx.Module):
       TypeError: ``tx`` is not from ``hg.bilevel``.
       ValueError: as ``tx.init`` does.
 
-    Works under ``nnx.jit``, ``nnx.split`` and with checkpoints of ``nnx.state(optimizer)``. See ``problem`` for an
-    example.
+    Works under ``nnx.jit``, ``nnx.split`` and with checkpoints of ``nnx.state(optimizer)``.
+
+    >>> import hypergrad as hg, jax.numpy as jnp, optax
+    >>> from flax import nnx
+    >>> model, x = nnx.Linear(3, 1, rngs=nnx.Rngs(0)), jnp.eye(3)
+    >>> loss = lambda model, scale, batch, key: jnp.mean((scale * model(batch) - 1.0) ** 2)
+    >>> problem = hg.integrations.nnx.problem(model, loss, loss)
+    >>> tx = hg.bilevel(hg.implicit(problem), inner_optimizer=optax.adam(0.1), outer_optimizer=optax.adam(0.1))
+    >>> optimizer = hg.integrations.nnx.Optimizer(model, tx, jnp.array(1.0))
+    >>> optimizer.update(model, inner_batch=x, outer_batch=x)
+    >>> int(optimizer.info.step)
+    1
     """
 
     def __init__(self, model: nnx.Module, tx: Any, hyperparams: Hyperparams, *, wrt: Any = nnx.Param) -> None:

@@ -45,8 +45,8 @@ def gmres(
     Args:
       max_products: largest number of products with A, ≥ 2, or ≥ 3 with ``warm_start``. One at the end of every cycle
         measures the residual.
-      restart: m ≥ 1, the dimension of the Krylov space. Memory: m + 1 vectors. Cost per step, besides the product: up
-        to 4m vector operations.
+      restart: m ≥ 1, the dimension of the Krylov space. Memory: m + 1 vectors; XLA on CPUs holds about twice as many.
+        Cost per step, besides the product: up to 4m vector operations.
       rtol: relative residual at which to stop, ≥ 0. float32 reaches about 1e-6.
       warm_start: start from the previous solution, if its residual is below 3 ‖b‖; measuring that takes one product.
       unroll: True or an int for a scan so unrolled, in which steps after convergence are paid for

@@ -17,7 +17,7 @@ from hypergrad.types import Array, MatVec, PyTree
 __all__ = ["FADE", "Kept", "Krylov", "epsilon", "first_scale", "run"]
 
 FADE = 0.9  # of λ̂ from one solve to the next, so that an old large curvature is forgotten
-_FEW = 5  # damped products, in which the recurrence errs by about the rounding of b − A x itself, at most 1e-5
+_FEW, _DAMPED = 5, 0.01  # products, and their ρ, of a solve whose drift is too small to be worth a product
 
 
 class Kept(NamedTuple):
@@ -88,7 +88,7 @@ def run(
       scaled: the system, which includes the constant damping.
       guess: None, or where to start; it is dropped where its residual is above 3 ‖b‖.
       max_products: bound of ``num_products``. One product on top measures the residual where rounding may have
-        spoilt the recurrence, but for up to five damped products.
+        spoilt the recurrence. For up to five products with ρ ≥ 0.01 the bound of that error is in the residual instead.
       stop: relative residual.
       damping: δ = ρ λ̂; negative: ``ratio`` times the quotient of the first direction.
       ratio: ρ.
@@ -131,11 +131,11 @@ def run(
     final = iterate(step, c, length=max_products, unroll=unroll)
 
     residual = divide(jnp.sqrt(final.square), size)
-    if max_products <= _FEW and ratio > 0 and precondition is None and not keep:
-        return final, residual
-    # The recurrence drifts from b − A x by at most about (steps)·ε·‖A‖·max‖x‖ (Greenbaum 1997).
+    # The recurrence drifts from b − A x by at most about (steps)·ε·‖A‖·max‖x‖ (Greenbaum 1997): K ε/ρ with damping.
     scale = divide((final.largest + jnp.maximum(final.damping, 0.0) + constant) * final.travelled, size)
     drift = final.num_products.astype(size.dtype) * epsilon(final.x) * scale
+    if max_products <= _FEW and ratio >= _DAMPED and precondition is None and not keep:
+        return final, jnp.maximum(residual, drift)
     doubtful = jnp.isfinite(residual) & (drift > jnp.maximum(residual, stop))
 
     def measured(at: tuple[Krylov, Array]) -> tuple[Krylov, Array]:

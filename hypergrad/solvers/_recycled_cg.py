@@ -56,7 +56,8 @@ def recycled_cg(
 
     Args:
       max_products: K ≥ 2, largest number of products with A per solve. The first measures the warm start.
-      rank: m ≥ 1, dimension of the subspace kept. Memory: 2m vectors between solves, and m + 2K more during one.
+      rank: m ≥ 1, dimension of the subspace kept. Memory: 2m vectors between solves, and about
+        3m + 2K more during one.
         Arithmetic per solve, besides the products: about 8 (m + K)² operations per unknown, in matrix products.
       rtol: relative residual at which to stop.
       relative_damping: ρ ≥ 0, δ = ρ λ̂, as for ``cg``. The first solve takes one product to find λ̂.

@@ -52,8 +52,9 @@ def richardson(
 ) -> LinearSolver:
     """Continue x ← x + α (b − A x) + β (x − x_previous) from the last solve, by ``num_products`` products.
 
-    The first product of a solve measures where it starts, so that K products give K − 1 steps (K at the first solve),
-    and the residual is that of the x returned. One more step, which needs no product, is where the next solve starts.
+    A warm solve spends its first product on the residual of its start; the other K − 1 products give a step each. The
+    first solve starts from 0, whose residual is known, and takes K steps. The residual reported is that of the x
+    returned. The state keeps the x of one step more, which needs no product; the next solve starts there.
 
     Args:
       num_products: K ≥ 1. To find α = 1/(λ̂ + δ), λ̂ an estimate of A's largest |eigenvalue|, a power iteration takes
@@ -71,7 +72,7 @@ def richardson(
       TypeError: one of them is not a number.
 
     Valid when A is positive definite, or ρ λ̂ exceeds its most negative eigenvalue, and A and b change little from solve
-    to solve. With K = 1 the x of a solve is the last solve's, one step further.
+    to solve. With K = 1 each solve moves x by one step.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> solver, b = richardson(1), jnp.array([2.0, 1.0])

@@ -119,7 +119,8 @@ def nystrom(rank: int, *, every: int = 10) -> Preconditioner:
         own, diagonal = system.diagonal(), shifted_diagonal(system, b_like, damping, largest)
 
         def make(_: Any) -> tuple[NystromState, Array]:
-            basis = optax.tree.random_like(key, state.basis, sampler=jax.random.normal)
+            # A clone: this loop has one round at most, which checks for reused keys do not know.
+            basis = optax.tree.random_like(jax.random.clone(key), state.basis, sampler=jax.random.normal)
             products = lax.map(lambda v: optax.tree.cast_like(system.matvec(v), b_like), basis)
             if own is not None:
                 products = jax.tree.map(lambda a, s, d: a - d.astype(s.dtype) * s, products, basis, own)
