@@ -80,7 +80,7 @@ def run(first_rate, steps, tune):
     for i in range(steps):
         variables, state = step(variables, state)
         if i % 20 == 19:
-            history.append(problem.constrain(variables.hyperparams).hyperparams)
+            history.append(problem.constrain(variables.hyperparams))
     plain = hg.responses.deployable_params(variables)  # weights for the model as it is
     return float(valid_loss(plain, None, test, None)), history
 

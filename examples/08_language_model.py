@@ -65,11 +65,8 @@ problem = hg.reparameterize(hg.BilevelProblem(train_loss, valid_loss), positive)
 problem = hg.with_prior(problem, hg.priors.shared_mean(1.0), num_examples=len(valid))
 
 
-def run(steps, outer_rate):
+def run(params, decay, steps, outer_rate):
     """Train model and decays together; return both."""
-    params = model.init(jax.random.key(0), draw(train, jax.random.key(0), 1)[:, :-1])["params"]
-    decay = jax.tree.map(lambda w: jnp.array(1e-4), params)  # one per array
-    decay["embedding"]["embedding"] = jnp.full((len(letters), 1), 1e-4)  # here, one per character
     tx = hg.bilevel(
         hg.implicit(problem), inner_optimizer=optax.adam(2e-3), outer_optimizer=optax.adam(outer_rate), every=10
     )
@@ -91,11 +88,18 @@ def run(steps, outer_rate):
 def main(steps=3000, out="08_language_model.png"):
     """Print test losses, save a picture; return the losses."""
     windows = test[jnp.arange(len(test) - CONTEXT)[:, None] + jnp.arange(CONTEXT + 1)]
-    plain, _ = run(steps, outer_rate=0.0)
-    params, decay = run(steps, outer_rate=0.03)
-    losses = {"decay 0.0001": float(cross_entropy(plain, windows)), "learned": float(cross_entropy(params, windows))}
-    for name, loss in losses.items():
-        print(f"{name:14} test loss {loss:.3f} nats per character")
+    first = model.init(jax.random.key(0), windows[:1, :-1])["params"]
+    single = jnp.array(1e-3)
+    each = jax.tree.map(lambda w: single, first)  # one per array
+    each["embedding"]["embedding"] = jnp.full((len(letters), 1), single)  # here, one per character
+    losses, runs = (
+        {},
+        {"one decay, 0.001": (single, 0.0), "one decay, learned": (single, 0.03), "learned": (each, 0.03)},
+    )
+    for name, (start, outer_rate) in runs.items():
+        params, decay = run(first, start, steps, outer_rate)
+        losses[name] = float(cross_entropy(params, windows))
+        print(f"{name:19} test loss {losses[name]:.3f} nats per character")
     often = np.bincount(np.asarray(train), minlength=len(letters))
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axes = figure.subplots()

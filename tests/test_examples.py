@@ -21,7 +21,7 @@ def main_of(name):
 @pytest.mark.parametrize("path", FILES, ids=names)
 def test_examples_are_short_and_stand_alone(path):
     text = path.read_text()
-    assert text.count("\n") <= 108, "a reader copies it whole"
+    assert text.count("\n") <= 112, "a reader copies it whole"
     others = {file.stem for file in FILES}
     assert not others & set(re.findall(r"^(?:import|from) (\w+)", text, re.M)), "no imports from each other"
     assert f"python examples/{names(path)}" in text
@@ -42,7 +42,7 @@ def test_the_index_names_every_example():
         pytest.param("04_data_cleaning", {"steps": 100}, 3, marks=pytest.mark.slow),
         pytest.param("05_augmentation", {"steps": 20}, 3, marks=pytest.mark.slow),
         pytest.param("07_distillation", {"outer_steps": 30}, 2, marks=pytest.mark.slow),
-        pytest.param("08_language_model", {"steps": 40}, 2, marks=pytest.mark.slow),
+        pytest.param("08_language_model", {"steps": 40}, 3, marks=pytest.mark.slow),
     ],
 )
 def test_an_example_prints_and_saves_a_picture(name, settings, count, tmp_path, capsys):
