@@ -1,5 +1,6 @@
 """Sphinx: ``sphinx-build -W docs docs/_build``, after ``pip install -e ".[docs]"``."""
 
+import ast
 import pathlib
 import shutil
 
@@ -8,6 +9,41 @@ import hypergrad
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The notebook of the examples is the first page to read; it is executed in the build.
 shutil.copy(ROOT / "examples" / "quickstart.ipynb", ROOT / "docs" / "getting_started.ipynb")
+
+
+def messages() -> str:
+    """Return the page of all error messages: what was expected, and what to do, from the calls in the source."""
+
+    def text(node: ast.expr, names: dict[str, ast.expr]) -> str:
+        if isinstance(node, ast.Constant):
+            return str(node.value)
+        if isinstance(node, ast.JoinedStr):
+            return "".join(text(part, names) for part in node.values)
+        if isinstance(node, ast.Name) and node.id in names:
+            return text(names[node.id], {})
+        return "…"
+
+    rows = set()
+    for path in sorted((ROOT / "hypergrad").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        scopes = [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))]
+        for scope in scopes:
+            names: dict[str, ast.expr] = {}
+            for node in ast.walk(scope):
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    names[node.targets[0].id] = node.value
+            for node in ast.walk(scope):
+                is_message = isinstance(node, ast.Call) and ast.unparse(node.func) == "validate.message"
+                if is_message and isinstance(node, ast.Call) and len(node.args) == 3:
+                    expected, fix = text(node.args[0], names), text(node.args[2], names)
+                    if expected != "…":
+                        rows.add((expected.replace("|", "¦"), fix.replace("|", "¦")))
+    lines = "\n".join(f"| {expected} | {fix} |" for expected, fix in sorted(rows))
+    head = "# All messages\n\nFrom the source of this version; … stands for a value."
+    return f"{head}\n\n| expected | what to do |\n|---|---|\n{lines}\n"
+
+
+(ROOT / "docs" / "messages.md").write_text("---\norphan: true\n---\n\n" + messages())
 
 project, author, release = "hypergrad", "The hypergrad authors", hypergrad.__version__
 extensions = [

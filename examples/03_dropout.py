@@ -8,6 +8,8 @@ outputs of each layer change with the rates. The rates then follow the validatio
 Reference: MacKay et al., arXiv 1903.03088; Bae & Grosse, arXiv 2010.13514.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,24 +39,21 @@ class MLP(nn.Module):
         return x
 
 
-model = MLP()
-
-
-def cross_entropy(logits, labels):
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+model: Any = MLP()
+cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
 
 def train_loss(params, rates, batch, key):
-    return cross_entropy(model.apply({"params": params}, batch[0], rates, rngs={"dropout": key}), batch[1])
+    return cross_entropy(model.apply({"params": params}, batch[0], rates, rngs={"dropout": key}), batch[1]).mean()
 
 
 def valid_loss(params, rates, batch, key):
-    return cross_entropy(model.apply({"params": params}, batch[0]), batch[1])
+    return cross_entropy(model.apply({"params": params}, batch[0]), batch[1]).mean()
 
 
 bounds = hg.bijectors.interval(0.0, 0.8)
-problem = hg.reparameterize(hg.BilevelProblem(train_loss, valid_loss), bounds)
-problem = hg.responses.perturbed(hg.responses.self_tuning(problem), scale=1.0)
+problem = hg.responses.self_tuning(hg.reparameterize(hg.BilevelProblem(train_loss, valid_loss), bounds))
+problem = hg.responses.perturbed(problem, scale=1.0)
 
 
 def run(first_rate, steps, tune):

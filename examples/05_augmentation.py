@@ -50,17 +50,14 @@ def warp(image, affine):
 augmenter: Any = Augmenter()
 
 
-def augment(phi, x, key):
-    return augmenter.apply({"params": phi}, x, key)
-
-
 def cross_entropy(params, x, y):
     logits = classifier.apply({"params": params}, x)
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
 def train_loss(params, phi, batch, key):
-    return cross_entropy(params, augment(phi, batch[0], key), batch[1]) + hg.penalties.l2(params, 2e-3)
+    changed = augmenter.apply({"params": phi}, batch[0], key)
+    return cross_entropy(params, changed, batch[1]) + hg.penalties.l2(params, 2e-3)
 
 
 def valid_loss(params, phi, batch, key):
@@ -99,7 +96,7 @@ def main(steps=1500, out="05_augmentation.png"):
     for name, loss in losses.items():
         print(f"{name:22} test loss {loss:.3f}")
     figure = Figure(figsize=(7, 3.2), layout="constrained")
-    rows = [augment(learned.hyperparams, x[:10], jax.random.key(i)) for i in range(3)]
+    rows = [augmenter.apply({"params": learned.hyperparams}, x[:10], jax.random.key(i)) for i in range(3)]
     for place, image in zip(figure.subplots(4, 10).flat, jnp.concatenate([x[:10], *rows]), strict=True):
         place.imshow(image, cmap="gray_r", vmin=0, vmax=1)
         place.set(xticks=[], yticks=[])
