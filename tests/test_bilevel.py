@@ -381,6 +381,7 @@ def test_a_schedule_of_a_window_starts_anew_with_every_window(window):
     assert relative_error(variables.params, params) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_inner_optimizer_may_depend_on_the_hyperparameters(x64):
     """The learning rate's hypergradient by the wrapper equals finite differences of the greedy loss."""
     double = network(dtype=jnp.float64)

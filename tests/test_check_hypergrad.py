@@ -73,6 +73,7 @@ def test_few_products_and_damping_are_a_number_and_no_failure():
     assert "own solver" not in str(many)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_an_own_estimate_whose_solve_converged_is_judged_itself():
     """A wrong formula around a converged solve cannot hide behind the reference."""
@@ -271,6 +272,7 @@ def test_a_kink_nearby_is_passed_with_a_smaller_step(offset, step):
     assert found.rows[0].measured == pytest.approx(1.0, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_solver_that_turns_the_hypergradient_does_not_pass():
     """A solver of the user's own is judged itself, one of the library by its direction."""

@@ -511,6 +511,7 @@ def compared(solvers, *, slope=None, weights=None, curvature=CURVED, **options):
     return hg.diagnostics.compare_solvers(problem, at, b, b, key=None, solvers=solvers, **options)
 
 
+@pytest.mark.slow
 def test_advice_follows_from_what_went_wrong():
     few = {"cg(20)": hg.solvers.cg(20)}
     assert "returned a hypergradient of zero: H is not positive definite" in compared(few).advice

@@ -36,7 +36,7 @@ def test_the_index_names_every_example():
 @pytest.mark.parametrize(
     ("name", "settings", "count"),
     [
-        ("01_weight_decay", {"steps": 140}, 3),
+        pytest.param("01_weight_decay", {"steps": 140}, 4, marks=pytest.mark.slow),
         pytest.param("02_learning_rate", {"outer_steps": 2, "grid": (0.1,)}, 2, marks=pytest.mark.slow),
         pytest.param("03_dropout", {"steps": 220}, 3, marks=pytest.mark.slow),
         pytest.param("04_data_cleaning", {"steps": 100}, 3, marks=pytest.mark.slow),

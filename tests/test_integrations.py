@@ -64,6 +64,7 @@ def advance(state):
     return state.apply_gradients(inner_batch=TRAIN, outer_batch=VALID)
 
 
+@pytest.mark.slow
 def test_a_train_state_takes_the_steps_of_its_transformation():
     _, tx, stats, state = train_state()
     variables, own = state.variables, tx.init(state.variables, model_state=stats)
@@ -175,6 +176,7 @@ def nnx_case(rate=0.5):
     return model, problem, tx
 
 
+@pytest.mark.slow
 def test_an_nnx_optimizer_takes_the_steps_of_its_transformation():
     model, _, tx = nnx_case()
     decay = jax.tree.map(lambda w: jnp.full_like(w, -3.0), hg.integrations.nnx.params(model))
@@ -198,6 +200,7 @@ def test_an_nnx_optimizer_takes_the_steps_of_its_transformation():
     assert jax.tree.structure(optimizer.hyperparams) == jax.tree.structure(decay)
 
 
+@pytest.mark.slow
 def test_an_nnx_optimizer_takes_gradients_and_the_statistics_of_their_forward_pass():
     """The user's own forward pass has written into the model; without dropout both ways agree."""
     (one, _, tx), (other, _, _) = nnx_case(0.0), nnx_case(0.0)
@@ -240,6 +243,7 @@ def test_dropout_of_an_nnx_problem_follows_its_key():
         assert a is b
 
 
+@pytest.mark.slow
 def test_the_hypergradient_of_an_nnx_problem_against_finite_differences(x64):
     """Of the inner solution of a module with dropout, whose mask the key fixes."""
     model = nnx.Sequential(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, param_dtype=float, rngs=nnx.Rngs(1)))

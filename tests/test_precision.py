@@ -9,6 +9,7 @@ import hypergrad as hg
 from tests.problems import network, relative_error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_dtypes_survive_joint_training(window):
     case = network(dtype=jnp.bfloat16)

@@ -79,7 +79,7 @@ def energy(matrix, b, x):
     return 0.5 * x @ matrix @ x - b @ x
 
 
-def check(solver, rtol, sizes, seed, spectrum, dtype, scale, *, climbs):
+def check(solver, rtol, sizes, seed, spectrum, dtype, scale, *, climbs, bounded=False):
     """Solve twice, the second time from the state of the first, with another matrix and right-hand side."""
     rng = np.random.default_rng(seed)
     q, _ = np.linalg.qr(rng.normal(size=(SIZE, SIZE)))
@@ -108,7 +108,12 @@ def check(solver, rtol, sizes, seed, spectrum, dtype, scale, *, climbs):
             continue
         # What float32 can tell: the products, and for the series the sum, are rounded.
         rounding = 1e-6 * (1 + stiffness * np.linalg.norm(found) / size)
-        assert residual == pytest.approx(np.linalg.norm(right - damped @ found) / size, rel=1e-2, abs=10 * rounding)
+        true = np.linalg.norm(right - damped @ found) / size
+        if bounded:  # a few damped products spend none on the residual, and report a bound of it
+            assert true <= 1.01 * residual + 10 * rounding
+            assert residual <= 1.01 * true + 40 * rounding
+        else:
+            assert residual == pytest.approx(true, rel=1e-2, abs=10 * rounding)
         if not climbs:
             of_start = np.linalg.norm(right - damped @ start * size) / size
             warm, cold = energy(damped, right, start * size), 0.0
@@ -137,7 +142,8 @@ def one_of_each(names, *fast):
 @cases
 def test_conjugate_gradients_never_climb_and_never_lie(name, seed, spectrum, split_name, dtype, scale):
     solver, rtol = CONJUGATE[name]
-    check(solver, rtol, SPLITS[split_name], seed, spectrum, DTYPES[dtype], scale, climbs=False)
+    where = SPLITS[split_name], seed, spectrum, DTYPES[dtype], scale
+    check(solver, rtol, *where, climbs=False, bounded=name == "default")
 
 
 @pytest.mark.parametrize("name", one_of_each(OTHERS, "richardson", "gmres"))

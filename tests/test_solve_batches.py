@@ -32,6 +32,7 @@ def batch(i):
     return X[i], Y[i]
 
 
+@pytest.mark.slow
 def test_a_solve_batch_takes_the_place_of_the_inner_batch_in_the_solve():
     """In the functional form, and in ``bilevel``, where the inner step keeps its own batch."""
     estimator = hg.implicit(PROBLEM, hg.solvers.cg(8))

@@ -203,6 +203,7 @@ def two_stages(fine_tuning_steps):
     return problem, hg.BilevelParams(pretrained(hyper), hyper), batches, value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_two_stages_against_finite_differences(steps):
     problem, variables, batches, value = two_stages(steps)

@@ -121,9 +121,7 @@ def differences(name, optimizer):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    "mode", [pytest.param(m, marks=[pytest.mark.slow] * (m not in ("default", "forward"))) for m in MODES]
-)
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=[pytest.mark.slow] * (m != "default")) for m in MODES])
 @pytest.mark.parametrize(
     ("name", "optimizer"), [pytest.param("ridge", momentum, marks=pytest.mark.slow), ("logistic", adam)]
 )
@@ -250,6 +248,7 @@ def test_no_second_forward_pass(window):
         assert len(calls) == window, call
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @others_are_slow
 def test_model_state_is_differentiated_through(mode):
