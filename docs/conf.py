@@ -2,7 +2,9 @@
 
 import ast
 import pathlib
+import re
 import shutil
+from typing import Any
 
 import hypergrad
 
@@ -67,3 +69,23 @@ napoleon_use_ivar, napoleon_use_rtype = True, False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 suppress_warnings = ["config.cache"]
+
+
+def in_repository(_app: Any, _name: str, source: list[str]) -> None:
+    """Name files outside of this folder instead of linking to them: they are no pages of the site."""
+    source[0] = re.sub(r"\[([^]\n]+)\]\(\.\./([^)\s]+)\)", r"\1 (`\2` in the repository)", source[0])
+
+
+def without_substitutions(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Escape the bars of |w| in docstrings, which reStructuredText takes for substitutions."""
+    for place, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "...")):
+            parts = line.split("``")  # every other one is a literal
+            parts[::2] = [part.replace("|", "\\|") for part in parts[::2]]
+            lines[place] = "``".join(parts)
+
+
+def setup(app: Any) -> None:
+    """Connect both."""
+    app.connect("source-read", in_repository)
+    app.connect("autodoc-process-docstring", without_substitutions)

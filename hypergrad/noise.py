@@ -280,7 +280,7 @@ def drop_tokens(key: Key, ids: Array, embedded: Array, rate: Any, *, vocabulary:
 
     Args:
       key: random key.
-      ids: word types, integers (B, …) in 0 … ``vocabulary``−1; axis 0 holds the sequences.
+      ids: word types, integers (B, …) in 0 … ``vocabulary`` − 1; axis 0 holds the sequences.
       embedded: their embeddings, floating, of shape ``ids.shape + (features,)``.
       rate: p in [0, 1), of shape () or (B,).
       vocabulary: number of word types, static.

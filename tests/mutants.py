@@ -576,8 +576,8 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/_check.py",
-        "reference = _differences.resolved(ctx, _unknowns(case, ctx))",
-        "reference = _differences.resolved(ctx)",
+        "reference = _differences.resolved(ctx, unknowns(case.estimator, ctx), case.budget)",
+        "reference = _differences.resolved(ctx, budget=case.budget)",
         "test_check_hypergrad.py -k frozen",
         "frozen weights are solved for",
     ),

@@ -319,6 +319,31 @@ def test_weights_that_the_optimizer_freezes_stay_frozen_at_the_optimum():
 
 
 @pytest.mark.usefixtures("x64")
+def test_a_check_tells_how_far_it_is_and_ends_when_its_time_is_over():
+    example, lines = problems.ridge(), []
+    estimator = hg.implicit(example.problem, CG)
+    assert on(example, estimator, progress=lines.append, max_seconds=float("inf")).passed
+    assert lines[0] == "the estimate"
+    assert "solving the inner problem" in lines
+    number = [line.split(":")[0] for line in lines if line.startswith("difference")]
+    assert number == [f"difference {i} of {len(number)}" for i in range(1, len(number) + 1)]
+    assert len(number) >= 2
+    late = on(example, estimator, max_seconds=1e-9)
+    assert late.verdict == "inconclusive"
+    assert "the time given to the check: pass a larger max_seconds" in late.reasons[0]
+    assert np.isnan([row.measured for row in late.rows]).all()
+    steps = hg.unrolled(example.problem)
+    window = hg.IndexedBatch(example.inner_batch, jnp.tile(jnp.arange(40), (2, 1)))
+    given = (steps, example.variables, window, example.outer_batch)
+    late = check(*given, key=None, inner_optimizer=optax.sgd(0.1), max_seconds=1e-9)
+    assert "max_seconds" in late.reasons[0]
+    with pytest.raises(ValueError, match="max_seconds to be finite and > 0"):
+        on(example, estimator, max_seconds=0.0)
+    with pytest.raises(TypeError, match="progress as a function"):
+        on(example, estimator, progress=True)
+
+
+@pytest.mark.usefixtures("x64")
 def test_solve_inner_gets_to_where_the_check_passes():
     example = problems.ridge()
     params, hyperparams = example.variables

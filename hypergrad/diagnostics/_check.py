@@ -11,7 +11,8 @@ Neither differentiates anything in λ. Two step sizes tell how far the differenc
 
 import functools
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import numpy as np
 from hypergrad import data, dataflow, tree, validate
 from hypergrad.diagnostics import _differences, _kinks
 from hypergrad.diagnostics._base import Alignment, align, digits, flat, readable, table, unknowns
-from hypergrad.diagnostics._differences import Direction, Reference
+from hypergrad.diagnostics._differences import Budget, Direction, Reference
 from hypergrad.drivers import one_estimate, solves_in
 from hypergrad.estimators import Estimate, Estimator
 from hypergrad.problem import BilevelParams, check_model_state, check_variables
@@ -119,6 +120,8 @@ def check_hypergrad(
     model_state: ModelState = None,
     rtol: float = 1e-2,
     step: float | None = None,
+    max_seconds: float = 60.0,
+    progress: Callable[[str], Any] | None = None,
 ) -> HypergradCheck:
     """Compare a hypergradient with directional finite differences, on the user's own problem, and say why it fails.
 
@@ -143,6 +146,8 @@ def check_hypergrad(
       inner_optimizer: as for ``hg.value_and_hypergrad``.
       model_state: of a stateful problem.
       rtol: the error up to which a direction agrees.
+      max_seconds: after which no further solve begins; what was measured by then is judged. ``math.inf`` for no limit.
+      progress: called with a line of text as the check goes on, e.g. ``print``.
       step: h; None: 1e-3, and where the difference is uncertain or disagrees 1e-5, 1e-7, then 3e-2; where the losses
         compute in less than float64 1e-2, 3e-2, 1e-1.
 
@@ -180,6 +185,11 @@ def check_hypergrad(
         raise TypeError(validate.message("an Estimator", validate.describe(estimator), fix))
     check_variables(variables)
     validate.number("rtol", rtol, low=0.0, strict=True)
+    if max_seconds != math.inf:
+        validate.number("max_seconds", max_seconds, low=0.0, strict=True)
+    if not (progress is None or callable(progress)):
+        fix = "Pass progress=print."
+        raise TypeError(validate.message("progress as a function of a line of text", validate.describe(progress), fix))
     if step is not None:
         validate.number("step", step, low=0.0, strict=True)
     model_state = check_model_state(estimator.problem, model_state)
@@ -187,7 +197,9 @@ def check_hypergrad(
     if any(tree.is_traced(leaf) for leaf in jax.tree.leaves(given)):
         fix = "Call check_hypergrad outside jax.jit and other transformations: it compiles what it needs itself."
         raise TypeError(validate.message("arrays to check at", "traced values", fix))
-    case = _Case(estimator, inner_optimizer, given)
+    budget = Budget(time.perf_counter() + max_seconds, progress or (lambda _: None))
+    case = _Case(estimator, inner_optimizer, given, budget)
+    budget.say("the estimate")
     own = _values(case)
     try:
         with jax.enable_x64(True):
@@ -206,6 +218,7 @@ class _Case(NamedTuple):
     estimator: Estimator
     inner_optimizer: Any
     given: tuple[BilevelParams, Batch, Batch, Array | None, ModelState]
+    budget: Budget
 
     def in_float64(self) -> "_Case":
         def cast(leaf: Any) -> Any:
@@ -235,14 +248,14 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
     response = case.estimator.problem.response
     ctx, gradient = case.context(at), estimate.hypergrad
     if case.estimator.train is not None:
-        reference = _differences.rolled_out(ctx)
+        reference = _differences.rolled_out(ctx, case.budget)
     elif response is None or response.weights is None:
-        reference = _differences.resolved(ctx, unknowns(case.estimator, ctx))
+        reference = _differences.resolved(ctx, unknowns(case.estimator, ctx), case.budget)
     else:
         plain = at._replace(params=response.weights(at.params, ctx.hyperparams))
         center, gradient = response.base_hyperparams(ctx.hyperparams), response.base_hyperparams(gradient)
         over_plain = ctx._replace(problem=response.base_problem, hyperparams=center, at=plain)
-        reference = _differences.resolved(over_plain)
+        reference = _differences.resolved(over_plain, budget=case.budget)
 
     estimates, solve = [gradient], next(iter(solves_in(estimate.info)), None)
     optimum = reference.optimum
@@ -478,6 +491,8 @@ def _uncertain(vague: list[Direction], reference: Reference, dtype: str, *, has_
         cause = f"for the rounding of {dtype}, in which the losses compute, or {cause}"
     if reference.products_left() <= 0:
         cause = "the limit of a check: take fewer weights or examples, or more decay, or train longer"
+    if not reference.budget.seconds_left():
+        cause = "the time given to the check: pass a larger max_seconds, or take fewer weights or examples"
     worst = max(vague, key=lambda row: np.nan_to_num(row.uncertainty, nan=np.inf))
     leaf, optimum = readable(worst.leaf) or "hyperparams", reference.optimum
     if has_residual and optimum is not None and not optimum.converged:

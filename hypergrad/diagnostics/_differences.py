@@ -9,6 +9,7 @@ Reference: Richardson, The approximate arithmetical solution by finite differenc
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,11 +19,11 @@ import numpy as np
 
 from hypergrad import tree
 from hypergrad.diagnostics import _optimum
-from hypergrad.diagnostics._base import flat
+from hypergrad.diagnostics._base import flat, readable
 from hypergrad.training import Context, inner_loss_fn, outer_loss_fn, residual_fn, train
 from hypergrad.types import Array, Hyperparams, Params, PyTree
 
-__all__ = ["MAX_PRODUCTS", "Difference", "Direction", "Probe", "Reference"]
+__all__ = ["MAX_PRODUCTS", "Budget", "Difference", "Direction", "Probe", "Reference"]
 __all__ += ["direction", "measure", "resolved", "rolled_out"]
 
 _SMALLEST = 1e-6  # root mean square of a leaf: below, rounding of φ would drown its differences
@@ -41,12 +42,30 @@ class Reference(NamedTuple):
       hyperparams: λ at which the check is made.
       optimum: the inner solution there; None for a window of steps.
       products_left: ``products_left() -> int``, Hessian products that are left to ``value_at``.
+      budget: of time.
     """
 
     value_at: Callable[[Hyperparams, tuple[Params, float] | None], tuple[float, Params]]
     hyperparams: Hyperparams
     optimum: _optimum.Optimum | None
     products_left: Callable[[], int]
+    budget: "Budget"
+
+
+class Budget(NamedTuple):
+    """How long a check may take, and whom it tells.
+
+    Attributes:
+      deadline: of ``time.perf_counter()``.
+      say: called with a line of text.
+    """
+
+    deadline: float = math.inf
+    say: Callable[[str], Any] = lambda _: None
+
+    def seconds_left(self) -> float:
+        """Return the seconds that are left; 0 where there are none."""
+        return max(self.deadline - time.perf_counter(), 0.0)
 
 
 class Probe(NamedTuple):
@@ -99,21 +118,25 @@ class Difference(NamedTuple):
     step: float
 
 
-def rolled_out(ctx: Context) -> Reference:
+def rolled_out(ctx: Context, budget: Budget = Budget()) -> Reference:  # noqa: B008
     """Return φ(λ) after the window's steps from ``ctx.start``."""
 
     @jax.jit
-    def value_at(hyperparams: Hyperparams) -> Array:
+    def run(hyperparams: Hyperparams) -> Array:
         at = train(ctx, hyperparams=hyperparams)
         return outer_loss_fn(ctx._replace(at=at))(at.params, hyperparams)[0]
 
-    return Reference(lambda h, _: (float(value_at(h)), ()), ctx.hyperparams, None, lambda: MAX_PRODUCTS)
+    def value_at(hyperparams: Hyperparams, _guess: Any) -> tuple[float, Params]:
+        return (float(run(hyperparams)) if budget.seconds_left() else math.nan), ()
+
+    return Reference(value_at, ctx.hyperparams, None, lambda: MAX_PRODUCTS, budget)
 
 
-def resolved(ctx: Context, unknowns: PyTree = True) -> Reference:
+def resolved(ctx: Context, unknowns: PyTree = True, budget: Budget = Budget()) -> Reference:  # noqa: B008
     """Return φ(λ) at the inner solution: sought from the weights ``ctx.at``, and from there for other λ.
 
-    ``unknowns`` is a tree prefix of bools: the other weights stay where they are.
+    ``unknowns`` is a tree prefix of bools: the other weights stay where they are. What a product takes is measured in
+    one step, and what the time left allows bounds the products.
     """
     marks = jax.tree.broadcast(unknowns, ctx.at.params)
     outer = outer_loss_fn(ctx)
@@ -135,20 +158,38 @@ def resolved(ctx: Context, unknowns: PyTree = True) -> Reference:
         found = found._replace(params=tree.filled(marks, found.params, base))
         return found, outer(found.params, hyperparams)[0]
 
-    limit, first = int(_FIRST_SHARE * MAX_PRODUCTS), tree.promote(ctx.at.params)
-    optimum, _ = solve(first, first, 0.0, ctx.hyperparams, limit)
+    first, pace = tree.promote(ctx.at.params), 0.0
+
+    def timed(*args: Any) -> tuple[_optimum.Optimum, Array]:
+        nonlocal pace
+        begin = time.perf_counter()
+        found, value = jax.block_until_ready(solve(*args))
+        pace = (time.perf_counter() - begin) / max(int(found.num_products), 1)
+        return found, value
+
+    def affordable(limit: int, share: float = 1.0) -> int:
+        seconds = share * budget.seconds_left()
+        return limit if pace == 0 or seconds == math.inf else min(limit, int(seconds / pace))
+
+    budget.say("solving the inner problem")
+    if budget.deadline < math.inf:
+        solve(first, first, 0.0, ctx.hyperparams, 0)  # compiles, takes no step
+        timed(first, first, 0.0, ctx.hyperparams, 1)
+    limit = max(affordable(int(_FIRST_SHARE * MAX_PRODUCTS), 0.5), 1)
+    optimum, _ = timed(first, first, 0.0, ctx.hyperparams, limit)
     exhausted = not optimum.converged and int(optimum.num_products) >= limit
     left = 0 if exhausted else MAX_PRODUCTS - int(optimum.num_products)
 
     def value_at(hyperparams: Hyperparams, guess: tuple[Params, float] | None) -> tuple[float, Params]:
         nonlocal left
-        if left <= 0 or not optimum.converged:
+        allowed = affordable(left) if budget.seconds_left() else 0
+        if allowed <= 0 or not optimum.converged:
             return math.nan, optimum.params
-        found, value = solve(optimum.params, *(guess or (optimum.params, 0.0)), hyperparams, left)
+        found, value = timed(optimum.params, *(guess or (optimum.params, 0.0)), hyperparams, allowed)
         left -= int(found.num_products)
         return (float(value) if found.converged else math.nan), found.params
 
-    return Reference(value_at, ctx.hyperparams, optimum, lambda: left)
+    return Reference(value_at, ctx.hyperparams, optimum, lambda: left, budget)
 
 
 def measure(
@@ -192,7 +233,12 @@ def measure(
                 found = new
         return found
 
-    return [(probe, best(probe)) for probe in _probes(estimates[0])]
+    probes, measured = _probes(estimates[0]), []
+    for number, probe in enumerate(probes, start=1):
+        name = readable(probe.leaf) or "hyperparams"
+        reference.budget.say(f"difference {number} of {len(probes)}: {name}, {probe.kind}")
+        measured.append((probe, best(probe)))
+    return measured
 
 
 def direction(gradient: Hyperparams, probe: Probe, measured: Difference, rtol: float) -> Direction:

@@ -29,7 +29,7 @@ class LinearParams(NamedTuple):
 
     Attributes:
       params: weights θ at the centre.
-      basis: tree like ``params``; each leaf (r, *shape): columns of the Jacobian, initially zero.
+      basis: tree like ``params``; each leaf ``(r, *shape)``: columns of the Jacobian, initially zero.
       mixing: (m, r), from the encoded hyperparameters to the columns; () for a dense Jacobian, where r = m.
     """
 
