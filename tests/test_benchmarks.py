@@ -44,6 +44,18 @@ def test_quick_run_of_quality(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_quick_run_of_the_check_matrix(tmp_path):
+    command = [sys.executable, "benchmarks/check_matrix.py", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (model,) = json.loads((tmp_path / "check_matrix.json").read_text())["models"].values()
+    assert model["unrolled"]["none"]["verdict"] == "passed"
+    assert model["unrolled"]["sign"]["verdict"] == "FAILED"
+    assert model["unrolled"]["stop_gradient"]["verdict"] == "refused"
+    assert model["implicit"]["stop_gradient"]["verdict"] == "refused"
+
+
+@pytest.mark.slow
 def test_quick_run_of_an_experiment(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "HYPERGRAD_DATA"}
     command = [sys.executable, "experiments/text_decay.py", "--quick", "--out", str(tmp_path)]

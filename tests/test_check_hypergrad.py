@@ -800,3 +800,43 @@ def test_frozen_weights_stay_frozen_in_the_check(x64):
     found = hg.diagnostics.check_hypergrad(estimator, solved, (x, y), (x[:9], -y[:9]), key=None)
     assert found.passed
     assert found.inner_gradient_norm < 1e-12
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("wrong", [None, "w3"])
+def test_many_leaves_are_moved_together_first(wrong):
+    """When the time ends early, all leaves have been moved, and a wrong one shows."""
+    names = [f"w{i}" for i in range(6)]
+    inner = lambda w, h, b, k: sum(jnp.sum(0.5 * jnp.exp(h[n]) * w[n] ** 2 - w[n]) for n in names)  # noqa: E731
+    problem = hg.BilevelProblem(inner, lambda w, h, b, k: sum(jnp.sum((w[n] - 1.0) ** 2) for n in names))
+    hyperparams = {n: jnp.linspace(0.2, 0.5, 1 + i) for i, n in enumerate(names)}
+    at = hg.BilevelParams({n: jnp.exp(-h) for n, h in hyperparams.items()}, hyperparams)
+    right = hg.implicit(problem, CG)
+
+    def estimate(state, ctx):
+        found = right.estimate(state, ctx)
+        changed = {n: (0.5 if n == wrong else 1.0) * g for n, g in found.hypergrad.items()}
+        return found._replace(hypergrad=changed)
+
+    estimator = right._replace(estimate=estimate, reference=None)
+    whole = check(estimator, at, (), (), key=None)
+    assert [row.leaf for row in whole.rows[:2]] == ["all leaves together"] * 2
+    assert {row.leaf for row in whole.rows[2:]} == {f"['{n}']" for n in names}
+    assert whole.passed == (wrong is None), str(whole)
+    short = None
+
+    def stop(line):  # let the time be over once a few leaves were moved one by one
+        nonlocal short
+        if line.startswith("difference 5 of"):
+            short = _differences.Budget.seconds_left
+            _differences.Budget.seconds_left = lambda self: 0.0
+
+    try:
+        cut = check(estimator, at, (), (), key=None, progress=stop)
+    finally:
+        if short is not None:
+            _differences.Budget.seconds_left = short
+    assert len(cut.rows) == 4
+    assert "2 of 6 leaves were moved one by one" in cut.note
+    assert cut.passed == (wrong is None), str(cut)
+    assert [row.error <= row.uncertainty + 1e-2 for row in cut.rows[:2]] == [wrong is None] * 2

@@ -49,11 +49,12 @@ class HypergradCheck(NamedTuple):
         is wrong at the weights given, and right at the solution. "at a kink of the inner loss": see ``kinks``.
         "inconclusive": some differences are too uncertain to judge, and no other one disagrees. "FAILED" otherwise.
       reasons: why it did not pass, most certain first; empty if passed.
-      rows: one ``Direction`` for each leaf, and one more of random signs for each leaf of more than one number.
+      rows: one ``Direction`` for each leaf, and one more of random signs for each leaf of more than one number. Of more
+        than four leaves two come first in which all move together; what the time does not reach is left out.
       rtol: the tolerance asked for.
       step: the widest h of those taken, by which a leaf was moved relative to its root mean square.
       dtype: of the lowest precision in which the losses compute.
-      note: why not in float64, where it was possible to say; empty otherwise.
+      note: why not in float64, and how many leaves were moved one by one, where that is to be said; empty otherwise.
       outer_loss: at the weights of the estimate.
       inner_gradient_norm: ‖∇_w L_in‖ there, over the weights that are trained, on the batch and with the key that the
         linear solve sees; of a problem with a residual ‖residual‖.
@@ -269,6 +270,10 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
     measured = _differences.measure(reference, estimates, steps, rtol=rtol, epsilon=epsilon)
     rows, *others = [[_differences.direction(each, *pair, rtol) for pair in measured] for each in estimates]
     errors = [row.error for there in others for row in there if row.uncertainty <= rtol]
+    count, one_by_one = len(jax.tree.leaves(ctx.hyperparams)), len({row.leaf for row in rows} - {_differences.ALL})
+    if one_by_one < count and rows and rows[0].leaf == _differences.ALL:
+        cut = f"{one_by_one} of {count} leaves were moved one by one before the time was over, all of them together"
+        note = f"{note}\n{cut}" if note else cut
     slope = _condition(case, ctx)
     found = HypergradCheck(
         verdict=_PASSED,

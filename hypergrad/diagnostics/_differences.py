@@ -23,11 +23,13 @@ from hypergrad.diagnostics._base import flat, readable
 from hypergrad.training import Context, inner_loss_fn, outer_loss_fn, residual_fn, train
 from hypergrad.types import Array, Hyperparams, Params, PyTree
 
-__all__ = ["MAX_PRODUCTS", "Budget", "Difference", "Direction", "Probe", "Reference"]
+__all__ = ["ALL", "MAX_PRODUCTS", "Budget", "Difference", "Direction", "Probe", "Reference"]
 __all__ += ["direction", "measure", "resolved", "rolled_out"]
 
 _SMALLEST = 1e-6  # root mean square of a leaf: below, rounding of φ would drown its differences
 _FLOOR = 1e-3  # of the whole gradient's norm: what a leaf's error is measured against at the least
+ALL = "all leaves together"
+_MANY = 4  # leaves from which on they are moved together first, so that a short check says something of each
 MAX_PRODUCTS = 40_000
 """Products with the Hessian, or with ∂r/∂w, that the solves of one check may take: for 10,000 weights some minutes."""
 _FIRST_SHARE = 0.2  # of them for the first solve, from the weights given
@@ -69,19 +71,17 @@ class Budget(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """A direction in which one leaf of the hyperparameters moves.
+    """A direction in which one leaf of the hyperparameters moves, or all of them together.
 
     Attributes:
-      place: of the leaf among all.
-      leaf: its path.
+      leaf: path of the leaf; ``ALL`` for all.
       kind: "along" a gradient, or "random" signs.
-      direction: array like the leaf, entries of magnitude ≤ 1.
+      directions: by the place of a leaf that moves: an array like it, entries of magnitude ≤ 1.
     """
 
-    place: int
     leaf: str
     kind: str
-    direction: np.ndarray
+    directions: dict[int, np.ndarray]
 
 
 class Direction(NamedTuple):
@@ -201,17 +201,20 @@ def measure(
     those that are certain, or else of all, the one of least uncertainty. Of two that differ by more than both allow,
     the wider has crossed a kink or reached another basin. Steps are relative to the root mean square of the leaf that
     moves (1e-6 at the least), absolute where that is 0; φ rounds in a precision of ``epsilon``.
+
+    Of many leaves all are moved together first. What the time does not reach after that is left out.
     """
     leaves, structure = jax.tree.flatten(reference.hyperparams)
+    probes, measured = _probes(reference.hyperparams, estimates[0]), []
 
     def moved(probe: Probe, distance: float) -> Hyperparams:
-        leaf = leaves[probe.place]
-        new = jnp.asarray(np.asarray(leaf, np.float64) + distance * probe.direction, leaf.dtype)
-        return jax.tree.unflatten(structure, [*leaves[: probe.place], new, *leaves[probe.place + 1 :]])
+        new = list(leaves)
+        for place, along in probe.directions.items():
+            new[place] = jnp.asarray(np.asarray(new[place], np.float64) + distance * along, new[place].dtype)
+        return jax.tree.unflatten(structure, new)
 
     def difference(probe: Probe, step: float) -> Difference:
-        spread = float(np.sqrt(np.mean(np.square(np.asarray(leaves[probe.place], np.float64)))))
-        length = step * (max(spread, _SMALLEST) if spread else 1.0)
+        length = step * max(_spread(leaves[place]) for place in probe.directions)
         first, found = reference.value_at(moved(probe, length), None)
         others = [reference.value_at(moved(probe, t * length), (found, t))[0] for t in (-1.0, 0.5, -0.5)]
         wide, narrow = (first - others[0]) / (2 * length), (others[1] - others[2]) / length
@@ -233,11 +236,14 @@ def measure(
                 found = new
         return found
 
-    probes, measured = _probes(estimates[0]), []
     for number, probe in enumerate(probes, start=1):
         name = readable(probe.leaf) or "hyperparams"
         reference.budget.say(f"difference {number} of {len(probes)}: {name}, {probe.kind}")
-        measured.append((probe, best(probe)))
+        found = best(probe)
+        cut_off = math.isnan(found.uncertainty) and not reference.budget.seconds_left()
+        if cut_off and probe.leaf != ALL and probes[0].leaf == ALL:
+            break
+        measured.append((probe, found))
     return measured
 
 
@@ -247,23 +253,47 @@ def direction(gradient: Hyperparams, probe: Probe, measured: Difference, rtol: f
     Both errors are relative to the norm of the leaf's gradient, about the derivative along random signs and at least
     that along the gradient. A leaf so small that this leaves it uncertain is judged by its share of the whole.
     """
-    leaf = np.asarray(jax.tree.leaves(gradient)[probe.place], np.float64)
-    estimated = float((leaf * probe.direction).sum())
-    size = float(np.nan_to_num([np.linalg.norm(leaf), abs(estimated), abs(measured.slope)]).max())
+    leaves = jax.tree.leaves(gradient)
+    moving = {place: np.asarray(leaves[place], np.float64) for place in probe.directions}
+    estimated = float(sum((leaf * probe.directions[place]).sum() for place, leaf in moving.items()))
+    # The norm along random signs: of one leaf ‖g‖, of leaves that move by different lengths that of the products.
+    tops = {place: np.abs(along).max(initial=0.0) for place, along in probe.directions.items()}
+    norm = np.sqrt(sum((tops[place] * np.linalg.norm(leaf)) ** 2 for place, leaf in moving.items()))
+    size = float(np.nan_to_num([norm, abs(estimated), abs(measured.slope)]).max())
     if not measured.uncertainty <= rtol * size:
         size = max(size, float(np.nan_to_num(_FLOOR * np.linalg.norm(flat(gradient)))))
     uncertainty, error = (x / size if size > 0 else x for x in (measured.uncertainty, abs(estimated - measured.slope)))
     return Direction(probe.leaf, probe.kind, estimated, measured.slope, uncertainty, error)
 
 
-def _probes(gradient: Hyperparams) -> list[Probe]:
-    """Return two directions per leaf: along ``gradient``, and random signs, which every entry enters."""
+def _spread(leaf: Any) -> float:
+    """Return the root mean square of a leaf, 1 for a leaf of zeros: what steps are relative to."""
+    values = np.asarray(leaf, np.float64)
+    spread = float(np.sqrt(np.mean(np.square(values)))) if values.size else 0.0
+    return max(spread, _SMALLEST) if spread else 1.0
+
+
+def _probes(hyperparams: Hyperparams, gradient: Hyperparams) -> list[Probe]:
+    """Return two directions per leaf: along ``gradient``, and random signs, which every entry enters.
+
+    Of many leaves two more come first, in which each leaf moves in proportion to its own size.
+    """
     rng = np.random.default_rng(0)
     found: list[Probe] = []
     for place, (name, leaf) in enumerate(zip(tree.leaf_names(gradient), jax.tree.leaves(gradient), strict=True)):
         slope = np.asarray(leaf, np.float64)
         top = np.abs(slope).max(initial=0.0)
         along = slope / top if 0 < top < np.inf else np.ones(slope.shape)
-        both = Probe(place, name, "along", along), Probe(place, name, "random", rng.choice([-1.0, 1.0], slope.shape))
-        found += both[: min(slope.size, 2)]
-    return found
+        random = Probe(name, "random", {place: rng.choice([-1.0, 1.0], slope.shape)})
+        found += (Probe(name, "along", {place: along}), random)[: min(slope.size, 2)]
+    spreads = [_spread(leaf) for leaf in jax.tree.leaves(hyperparams)]
+    if len(spreads) <= _MANY:
+        return found
+    together = []
+    for kind in ("along", "random"):
+        each = {place: d for probe in found if probe.kind == kind for place, d in probe.directions.items()}
+        signs = {} if kind == "along" else dict.fromkeys(range(len(spreads)), 1.0)
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(gradient)]
+        filled = {place: each.get(place, rng.choice([-1.0, 1.0], shapes[place])) for place in {**each, **signs}}
+        together.append(Probe(ALL, kind, {place: d * (spreads[place] / max(spreads)) for place, d in filled.items()}))
+    return [*together, *found]
