@@ -2,12 +2,12 @@
 
     python benchmarks/check_matrix.py [--quick] [--only cnn,mlp] [--out DIR]
 
-Models: a CNN with ReLU and max pooling, an MLP with batch normalisation and dropout, a transformer in bfloat16, an LSTM;
-one log decay per array of weights. Each is checked with ``implicit`` at weights of ``solve_inner``, as far as that gets
-in a minute, and with ``unrolled`` over a window of eight steps. Then twelve bugs are planted, one at a time.
+Models: a CNN with ReLU and max pooling, an MLP with batch normalisation and dropout, a transformer in bfloat16, an
+LSTM; one log decay per array of weights. Each is checked with ``implicit`` at weights of ``solve_inner``, and with
+``unrolled`` over a window of eight steps. Then twelve bugs are planted, one at a time.
 
-A cell says what the check said: for correct code "passed" is right, for a bug "FAILED", a refusal by ``ValueError``, or a
-verdict that names the cause. Writes ``check_matrix.json`` and ``check_matrix.md``.
+A cell says what the check said: for correct code "passed" is right, for a bug "FAILED", a refusal by ``ValueError``,
+or a verdict that names the cause. Writes ``check_matrix.json`` and ``check_matrix.md``.
 """
 
 import argparse
