@@ -192,7 +192,9 @@ def _extended(c: _Cycle, image: PyTree, goal: Array, max_products: int) -> _Cycl
 
     column = lax.fori_loop(0, length, rotate, column)
     low = column[c.place]
-    radius = jnp.hypot(low, left)
+    # √(low² + left²) without overflow; jnp.hypot computes 0/0 where both are 0.
+    longer, shorter = jnp.maximum(jnp.abs(low), jnp.abs(left)), jnp.minimum(jnp.abs(low), jnp.abs(left))
+    radius = longer * jnp.sqrt(1 + divide(shorter, longer) ** 2)
     cos, sin = jnp.where(radius > 0, divide(low, radius), 1.0), divide(left, radius)
     target = c.target.at[c.place + 1].set(-sin * c.target[c.place]).at[c.place].multiply(cos)
     upper = jnp.where(jnp.arange(length, dtype=jnp.int32) < c.place, column[:length], 0.0).at[c.place].set(radius)
