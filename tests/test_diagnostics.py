@@ -339,6 +339,30 @@ def test_pictures_show_what_they_are_given(tmp_path):
     assert D.plot_solver([functional, functional]).axes[0].lines[0].get_xdata().tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(("count", "names"), [(5, 5), (20, 20), (45, 0)])
+def test_a_picture_of_many_leaves_stays_readable(count, names):
+    """A legend above, one beside the curves, a heat map with some names."""
+    snapshots = [{f"leaf_{i}": np.full(2, 0.1 + 0.01 * i * step) for i in range(count)} for step in range(3)]
+    figure = D.plot_trajectories([0, 1, 2], snapshots)
+    panel = figure.axes[0]
+    legend = panel.get_legend()
+    assert (0 if legend is None else len(legend.get_texts())) == names
+    if names:
+        assert len(panel.lines) == count
+        styles = {(line.get_color(), line.get_linestyle()) for line in panel.lines}
+        assert len(styles) == count
+    else:
+        assert len(panel.get_yticklabels()) == 15
+        assert len(figure.axes) == 2  # the colour bar
+
+
+def test_retrained_points_are_drawn_beside_the_outer_loss():
+    info = hg.HypergradInfo(*map(jnp.asarray, (10, 1.0, 0.5, 2.0, 0, 0)), method=())
+    figure = D.plot_solver([info, info._replace(step=jnp.array(20))], retrained={10: 1.5, 20: 1.4})
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["new weights"]
+    assert list(figure.axes[0].lines[-1].get_ydata()) == [1.5, 1.4]
+
+
 def test_pictures_refuse_what_they_cannot_show():
     with pytest.raises(ValueError, match="one snapshot per step"):
         D.plot_trajectories([0, 1], [{"a": 1.0}])

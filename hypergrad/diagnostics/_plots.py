@@ -21,7 +21,7 @@ from hypergrad.types import PyTree
 
 __all__ = ["plot_comparison", "plot_solver", "plot_trajectories"]
 
-_MANY = 8  # leaves of a panel that still have a legend
+_FEW, _MANY = 8, 30  # lines of a panel with a legend above it, and with one beside it; more make a heat map
 
 
 def plot_trajectories(
@@ -36,7 +36,7 @@ def plot_trajectories(
 
     Positive leaves that leave [0, 1], or span a decade, share a panel with a log axis; others within [0, 1] one that
     is linear, the rest a third. A leaf of several numbers is drawn as their median with the range from the 10th to the
-    90th percentile.
+    90th percentile. A panel of more than 30 leaves is a heat map of their medians, sorted by the last one.
 
     Args:
       steps: places on the horizontal axis, one per snapshot.
@@ -72,16 +72,23 @@ def plot_trajectories(
         positive = low > 0 and (high > 1 or high >= 10 * low)
         panels["positive" if positive else "in [0, 1]" if 0 <= low <= high <= 1 else "value"][readable(name)] = rows
     panels = {kind: rows for kind, rows in panels.items() if rows}
-    figure = _figure(4.0 * (len(panels) + bool(losses)), 3.6)
+    wide = sum(1.8 for drawn in panels.values() if len(drawn) > _FEW)  # room for names beside the panel
+    figure = _figure(4.0 * (len(panels) + bool(losses)) + wide, 3.6)
     axes = figure.subplots(1, len(panels) + bool(losses), squeeze=False)[0]
     for panel, (kind, drawn) in zip(axes, panels.items(), strict=False):
-        for name, one in drawn.items():
-            (line,) = panel.plot(steps, np.median(one, 1), linewidth=1.4, label=name)
+        if len(drawn) > _MANY:
+            _heat_map(figure, panel, steps, drawn, kind)
+            panel.set(xlabel=xlabel)
+            continue
+        for place, (name, one) in enumerate(drawn.items()):
+            style = (
+                {} if len(drawn) <= _FEW else {"color": f"C{place % 10}", "linestyle": ("-", "--", ":")[place // 10]}
+            )
+            (line,) = panel.plot(steps, np.median(one, 1), linewidth=1.4, label=name, **style)
             if one.shape[1] > 1:
                 panel.fill_between(steps, *np.quantile(one, (0.1, 0.9), axis=1), color=line.get_color(), alpha=0.15)
         panel.set(xlabel=xlabel, ylabel=kind, yscale="log" if kind == "positive" else "linear")
-        if len(drawn) <= _MANY:
-            _legend(panel)
+        _legend(panel, beside=len(drawn) > _FEW)
     if losses:
         for name, line_of in losses.items():
             axes[-1].plot(steps, line_of, linewidth=1.4, label=name)
@@ -90,13 +97,15 @@ def plot_trajectories(
     return _finished(figure, title)
 
 
-def plot_solver(infos: Any, *, title: str = "") -> Any:
+def plot_solver(infos: Any, *, retrained: Mapping[int, float] | None = None, title: str = "") -> Any:
     """Draw outer loss, norm of the hypergradient, and residual of its linear solve over training.
 
     Args:
       infos: ``state.info`` kept at several calls, or infos of ``hg.value_and_hypergrad``, as a list or stacked as
         ``lax.scan`` does. Those from before the first outer step are left out; the horizontal axis is ``info.step``
         where it counts.
+      retrained: by step, the outer loss of new weights that were trained with the hyperparameters of that step, as
+        ``hg.diagnostics.retrain`` finds it: points beside the curve of the jointly trained weights.
       title: of the picture.
 
     Returns:
@@ -131,23 +140,42 @@ def plot_solver(infos: Any, *, title: str = "") -> Any:
     for panel, (name, values) in zip(axes, lines.items(), strict=False):
         numbers = np.array([float(value) for value in values])
         panel.plot(steps, numbers, linewidth=1.4)
-        panel.plot(steps[skipped], np.zeros(skipped.sum()), "rx", label="skipped")
+        if skipped.any():
+            panel.plot(steps[skipped], np.zeros(skipped.sum()), "rx", label="skipped")
         panel.set(xlabel="step", ylabel=name)
+    if retrained:
+        axes[0].plot(list(retrained), list(retrained.values()), "s", fillstyle="none", label="new weights")
     if solves:
         residuals = np.array([float(solve.residual) for solve in solves])
         failed = np.array([int(solve.status) >= Status.INDEFINITE for solve in solves])
         axes[2].semilogy(steps, np.maximum(residuals, np.finfo(np.float32).tiny), linewidth=1.4)
-        axes[2].semilogy(steps[failed], residuals[failed], "rx", label="broke down")
+        if failed.any():
+            axes[2].semilogy(steps[failed], residuals[failed], "rx", label="broke down")
         axes[2].set(xlabel="step", ylabel="residual of the solve")
     for panel in axes:
-        if panel.get_legend_handles_labels()[0] and (skipped.any() or panel is axes[-1]):
+        if panel.get_legend_handles_labels()[0]:
             _legend(panel)
     return _finished(figure, title)
 
 
-def _legend(panel: Any) -> None:
-    """Put the legend above the axes, where it covers no curve."""
-    panel.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2)
+def _legend(panel: Any, *, beside: bool = False) -> None:
+    """Put the legend above the axes or beside them, where it covers no curve."""
+    where: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 2, "fontsize": "small"}
+    if beside:
+        where = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": "xx-small"}
+    panel.legend(frameon=False, **where)
+
+
+def _heat_map(figure: Any, panel: Any, steps: Sequence[float], drawn: Mapping[str, np.ndarray], kind: str) -> None:
+    """Draw a row per leaf, coloured by its median, sorted by the last one; some rows have their name."""
+    medians = {name: np.median(one, 1) for name, one in drawn.items()}
+    names = sorted(medians, key=lambda name: medians[name][-1])
+    rows = np.stack([medians[name] for name in names])
+    logs = kind == "positive"
+    mesh = panel.pcolormesh(steps, np.arange(len(names)), np.log10(rows) if logs else rows, shading="nearest")
+    figure.colorbar(mesh, ax=panel, label="log10" if logs else kind)
+    shown = np.unique(np.linspace(0, len(names) - 1, 15).astype(int))
+    panel.set_yticks(shown, [names[place] for place in shown], fontsize="xx-small")
 
 
 def _figure(width: float, height: float) -> Any:
