@@ -27,19 +27,30 @@ def messages() -> str:
 
     rows = set()
     for path in sorted((ROOT / "hypergrad").rglob("*.py")):
-        tree = ast.parse(path.read_text())
-        scopes = [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))]
-        for scope in scopes:
-            names: dict[str, ast.expr] = {}
+        for scope in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(scope, ast.FunctionDef):
+                continue
+            assigned = [node for node in ast.walk(scope) if isinstance(node, ast.Assign)]
             for node in ast.walk(scope):
-                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    names[node.targets[0].id] = node.value
-            for node in ast.walk(scope):
-                is_message = isinstance(node, ast.Call) and ast.unparse(node.func) == "validate.message"
-                if is_message and isinstance(node, ast.Call) and len(node.args) == 3:
-                    expected, fix = text(node.args[0], names), text(node.args[2], names)
-                    if expected != "…":
-                        rows.add((expected.replace("|", "¦"), fix.replace("|", "¦")))
+                if (
+                    not isinstance(node, ast.Call)
+                    or ast.unparse(node.func) != "validate.message"
+                    or len(node.args) != 3
+                ):
+                    continue
+                names: dict[str, ast.expr] = {}
+                for before in sorted(assigned, key=lambda a: a.lineno):  # the last assignment before the call counts
+                    if before.lineno <= node.lineno:
+                        target, value = before.targets[0], before.value
+                        both = (
+                            zip(target.elts, value.elts, strict=False)
+                            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+                            else [(target, value)]
+                        )
+                        names |= {t.id: v for t, v in both if isinstance(t, ast.Name)}
+                expected, fix = text(node.args[0], names), text(node.args[2], names)
+                if expected != "…":
+                    rows.add((expected.replace("|", "¦"), fix.replace("|", "¦")))
     lines = "\n".join(f"| {expected} | {fix} |" for expected, fix in sorted(rows))
     head = "# All messages\n\nFrom the source of this version; … stands for a value."
     return f"{head}\n\n| expected | what to do |\n|---|---|\n{lines}\n"

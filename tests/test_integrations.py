@@ -273,6 +273,15 @@ def test_the_hypergradient_of_an_nnx_problem_against_finite_differences(x64):
     assert relative_error(got, finite_differences(value, at)) < 1e-6
 
 
+def test_an_outer_loss_in_training_mode_is_told():
+    model, _, _ = nnx_case()
+    at, stats = hg.integrations.nnx.params(model), hg.integrations.nnx.model_state(model)
+    training = lambda model, decay, batch, key: cross_entropy(model(batch[0]), batch[1])  # noqa: E731
+    problem = hg.integrations.nnx.problem(model, train_loss, training)
+    with pytest.warns(UserWarning, match="Begin it with model.eval"):
+        problem.outer_loss(at, 0.0, VALID, jax.random.key(0), stats)
+
+
 def test_an_nnx_module_without_state_is_a_stateless_problem():
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     problem = hg.integrations.nnx.problem(model, train_loss, valid_loss)

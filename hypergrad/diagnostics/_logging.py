@@ -29,11 +29,11 @@ def scalars(info: HypergradInfo | BilevelState) -> dict[str, float]:
       info: ``state.info`` of ``hg.bilevel`` or its state, or the info of a functional call.
 
     Returns:
-      ``outer_step`` (the call that made it), ``outer_loss``, ``inner_loss``, ``hypergrad_norm``, ``skip_reason`` (a
-      ``SkipReason``), ``num_skipped``, and for each linear solve ``solver/num_products``, ``solver/residual``,
-      ``solver/undamped_residual``, ``solver/damping`` and ``solver/status``; with several solves their places come
-      between, ``solver/0/residual``. Figures that are not known (NaN: the inner loss of given gradients, a residual
-      that was not measured) are left out. Empty before the first outer step.
+      ``outer_step`` (the call that made it), ``outer_loss``, ``inner_loss``, ``hypergrad_norm``, ``skip_reason`` (the
+      number of a ``hg.SkipReason``), ``num_skipped``, and for each linear solve ``solver/num_products``,
+      ``solver/residual``, ``solver/undamped_residual``, ``solver/damping`` and ``solver/status``; with several solves
+      their places come between, ``solver/0/residual``. Figures that are not known (NaN: the inner loss of given
+      gradients, a residual that was not measured) are left out. Empty before the first outer step.
 
     Raises:
       TypeError: not an info, or traced values: call it outside ``jax.jit``.

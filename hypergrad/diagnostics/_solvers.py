@@ -21,6 +21,7 @@ import numpy as np
 
 from hypergrad import data, dataflow, tree, validate
 from hypergrad.diagnostics._base import Alignment, align, digits, flat, table, unknowns
+from hypergrad.diagnostics._spectrum import extreme_eigenvalues
 from hypergrad.drivers import compiled
 from hypergrad.estimators import implicit
 from hypergrad.problem import BilevelParams, BilevelProblem, check_model_state, check_problem, check_variables
@@ -45,7 +46,7 @@ _NUM_SOLVES = 5
 _GOOD = 0.95  # the cosine from which a direction counts as good
 _FEW = 3000  # unknowns up to which the reference is a factorisation
 _MANY = 500  # products of an iteration for the reference
-_RATIOS = 1e-3, 1e-2, 1e-1  # of δ and the largest curvature, tried in this order where H is not positive definite
+_RATIOS = 1e-3, 1e-2, 3e-2, 0.1, 0.3  # of δ and the largest curvature, tried in turn where H is not positive definite
 
 
 class SolverRow(NamedTuple):
@@ -102,7 +103,11 @@ class SolverComparison(NamedTuple):
             spent = "-" if row.num_products < 0 else str(row.num_products)
             cost = f"{row.milliseconds:.1f}", digits(row.mebibytes)
             lines.append([row.name, spent, *map(digits, numbers), *cost, row.status.name])
-        return f"{table(lines)}\n{self.advice}"
+        legend = (
+            "reference δ: of the converged solve beside which a row is put; first cosine: of the first solve, without "
+            "a warm start; cosine of damping: of that solve with the least damped one"
+        )
+        return f"{table(lines)}\n{legend}\n{self.advice}"
 
 
 def catalogue(*, diagonal: bool = False) -> dict[str, LinearSolver]:
@@ -119,6 +124,7 @@ def catalogue(*, diagonal: bool = False) -> dict[str, LinearSolver]:
         "cg(10, relative_damping=0.01)": cg(10, relative_damping=0.01, warm_start=True),
         "cg(20)": cg(20),
         "cg(50)": cg(50),
+        "cg(10, relative_damping=0.1)": cg(10, relative_damping=0.1, warm_start=True),
         "richardson(1, momentum=0.7)": richardson(1, momentum=0.7),
         "recycled_cg(5, 10)": recycled_cg(5, 10),
     }
@@ -149,7 +155,7 @@ def compare_solvers(
       inner_batch: one batch of the inner loss.
       outer_batch: of the outer loss.
       key: of the losses, the same for all solves, or None.
-      solvers: which, by name. None: a catalogue of nine, and two more with a ``diagonal``; two ``gmres`` where the
+      solvers: which, by name. None: a catalogue of ten, and two more with a ``diagonal``; two ``gmres`` where the
         problem has a residual.
       diagonal: as for ``hg.implicit``.
       trainable: as for ``hg.implicit``.
@@ -165,8 +171,9 @@ def compare_solvers(
 
     Valid for this point and this batch. The system stays the same in all five solves of a warm solver; in training it
     moves: expect a cosine between ``first_cosine`` and ``cosine``. The reference is a factorisation for up to 3,000
-    weights, and an iteration of up to 500 products beyond. Where it does not converge, the reference is the first that
-    converges of three solves, damped by 0.001, 0.01 and 0.1 times the largest curvature.
+    weights, and an iteration of up to 500 products beyond. Where H is not positive definite, an exact solution is far
+    from what training follows; the reference is then the first that converges of solves damped by 0.001, 0.01, 0.03,
+    0.1 and 0.3 times the largest curvature. In the middle of training a low cosine need not mean a bad result.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: 0.5 * jnp.sum(jnp.exp(h) * w**2 - 2 * w)           # w* = exp(-h)
@@ -215,18 +222,26 @@ def compare_solvers(
         return _Reference(hypergrad[0], float(info.damping)) if finite and float(info.residual) <= enough else None
 
     def reference(damping: float) -> _Reference | None:
-        if size <= _FEW:
+        if not symmetric:
+            return converged(dense() if size <= _FEW else gmres(_MANY, 100, 1e-5))
+        # CG stops where H + δI is not positive definite: its exact solution is then far from what training follows.
+        found, info, _, _ = _repeat(estimator(cg(_MANY, 1e-5, damping=damping)), 1, *given)
+        definite = Status(int(info.status)) in (Status.CONVERGED, Status.TRUNCATED)
+        if definite and size <= _FEW:
             return converged(dense(damping=damping))
-        if symmetric:
-            return converged(cg(_MANY, 1e-5, damping=damping))
-        return converged(gmres(_MANY, 100, 1e-5))
+        return _Reference(found[0], damping) if definite and float(info.residual) <= enough else None
 
     say("the converged, undamped solve")
-    least = reference(0.0)
-    for ratio in _RATIOS if symmetric else ():
-        if least is None:
-            say(f"a converged solve, damped by {ratio:g} of the largest curvature")
-            least = converged(cg(_MANY, 1e-5, relative_damping=ratio))
+    least, ratio = reference(0.0), 0.0
+    if least is None and symmetric:
+        seen = extreme_eigenvalues(
+            problem, variables, inner_batch, key=key, num_steps=20, model_state=model_state or None
+        )
+        for higher in _RATIOS:
+            damping = higher * max(float(seen.largest), -float(seen.smallest))
+            if least is None and damping > -float(seen.smallest):
+                say(f"a converged solve, damped by {higher:g} of the largest curvature")
+                least, ratio = reference(damping), higher
     truths = {0.0: least}
     rows = []
     for name, solver in chosen.items():
@@ -259,7 +274,7 @@ def compare_solvers(
                 memory,
             )
         )
-    return SolverComparison(tuple(rows), _advice(rows, least))
+    return SolverComparison(tuple(rows), _advice(rows, least, ratio))
 
 
 class _Reference(NamedTuple):
@@ -296,10 +311,9 @@ def _repeat(
     return found, info, times[1:] or times, memory
 
 
-def _advice(rows: list[SolverRow], least: "_Reference | None") -> str:
+def _advice(rows: list[SolverRow], least: "_Reference | None", ratio: float) -> str:
     known = [row for row in rows if row.cosine == row.cosine]
     good = [row for row in known if row.cosine >= _GOOD]
-    stopped = [row for row in rows if row.status in (Status.INDEFINITE, Status.DIVERGED)]
     if any(row.status == Status.NOT_FINITE for row in rows):
         return "The Hessian or the outer slope is not finite at these weights: no solver can be judged."
     if least is None:
@@ -310,14 +324,16 @@ def _advice(rows: list[SolverRow], least: "_Reference | None") -> str:
         )
     if not flat(least.hypergrad).any():
         return "The hypergradient of the reference is zero here: there is no direction to compare with."
-    damping = "Give them damping: hg.solvers.cg(10, relative_damping=0.01, warm_start=True)."
+    damping = (
+        f"A solve converges from a damping of {ratio:g} times the largest curvature on: try "
+        f"hg.solvers.cg(10, relative_damping={ratio:g}, warm_start=True)."
+    )
     if not known:
         return f"Every solver returned a hypergradient of zero: H is not positive definite here. {damping}"
     best = max(known, key=lambda row: row.cosine)
     if not good:
         closest = f"{best.name} comes closest ({digits(best.cosine)})"
-        undamped = best in stopped and best.damping == 0
-        fix = f"It stopped where H is not positive definite. {damping}" if undamped else "Allow more products."
+        fix = f"H is not positive definite here. {damping}" if ratio else "Allow more products."
         return f"No solver reaches a cosine of {_GOOD}: {closest}. {fix}"
     cheapest = min(good, key=lambda row: (_products(row), -row.cosine))
     text = (

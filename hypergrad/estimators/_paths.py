@@ -23,7 +23,8 @@ ZERO_GRADIENT_HINTS = {
     "implicit": (
         "the inner loss's gradient in the weights",
         "A learning rate, momentum or decoupled decay acts through the optimizer: use unrolled differentiation "
-        "(hg.unrolled) for it, or put a decay into the inner loss (hg.penalties.l2).",
+        "(hg.unrolled) for it, or put a decay into the inner loss (hg.penalties.l2). A dropout rate or a noise level "
+        "may have no derivative: use hg.responses.self_tuning with hg.direct. A stop_gradient cuts a leaf off, too.",
     ),
     "unrolled": (
         "the inner steps, differentiably",

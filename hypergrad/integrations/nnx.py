@@ -9,6 +9,7 @@ what a forward pass writes into it (batch statistics) is the new model state. It
 key, so that all products of a linear solve share one dropout mask.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,8 @@ def problem(
     Raises:
       TypeError: no module.
 
+    Warns where the outer loss changes the model's statistics: it then runs in training mode.
+
     Valid when the losses leave ``hyperparams`` and what they close over unchanged. The random streams of ``model`` are
     reseeded from ``key``, each with its own; without a key they stay those of the model given here.
 
@@ -106,16 +109,25 @@ def problem(
     weights, streams, others = states
     stateful = bool(jax.tree.leaves(others))
 
-    def on_weights(loss: Callable[..., Any]) -> Callable[..., Any]:
+    def on_weights(loss: Callable[..., Any], *, keeps: bool) -> Callable[..., Any]:
         def of_weights(params: Params, hyperparams: Hyperparams, batch: Batch, key: Any, state: ModelState = ()) -> Any:
             states = _filled(weights, params), _reseeded(streams, key), _filled(others, state or {})
             called = nnx.merge(graphdef, *states, copy=True)
             value = loss(called, hyperparams, batch, key)
-            return (value, nnx.to_pure_dict(_others(called, wrt))) if stateful else value
+            if not stateful:
+                return value
+            new = nnx.to_pure_dict(_others(called, wrt))
+            if keeps and any(a is not b for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(state), strict=True)):
+                warnings.warn(
+                    "The outer loss changes the model's statistics: it runs in training mode. Begin it with "
+                    "model.eval().",
+                    stacklevel=2,
+                )
+            return value, new
 
         return of_weights
 
-    return BilevelProblem(on_weights(inner_loss), on_weights(outer_loss), stateful=stateful)
+    return BilevelProblem(on_weights(inner_loss, keeps=False), on_weights(outer_loss, keeps=True), stateful=stateful)
 
 
 class Hyperparam(nnx.Variable[Any]):
