@@ -269,7 +269,7 @@ def test_frozen_parts_stay():
 
 @pytest.mark.parametrize(
     ("has_aux", "window"),
-    [(False, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 3), (True, 1))), (True, 3)],
+    [*(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 1), (False, 3), (True, 1))), (True, 3)],
 )
 def test_batch_statistics_flow(window, has_aux):
     problem, variables, stats, batch = batch_norm(has_aux=has_aux)

@@ -318,6 +318,7 @@ def test_weights_that_the_optimizer_freezes_stay_frozen_at_the_optimum():
     assert found.error_at_optimum < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_check_tells_how_far_it_is_and_ends_when_its_time_is_over():
     example, lines = problems.ridge(), []

@@ -63,8 +63,8 @@ class SolverRow(NamedTuple):
       cosine: of its hypergradient with that of the converged solve.
       norm_ratio: its norm over that of the converged one.
       first_cosine: the cosine after the first solve, without a warm start.
-      damping_cosine: of the converged hypergradient with that of the least damped solve that converged, undamped where
-        possible: what the damping changes.
+      damping_cosine: cosine of the converged hypergradient with the damping of ``reference_damping`` and the least
+        damped one that converged: 1 where the damping changes nothing.
       milliseconds: per hypergradient, the median of the solves after the first.
       mebibytes: scratch memory of the compiled hypergradient; NaN where the device does not tell.
     """

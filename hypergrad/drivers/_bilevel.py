@@ -143,10 +143,11 @@ def bilevel(
       ValueError: ``window`` or ``every`` < 1, or no ``window`` for an estimator that needs one; at ``update``, a
         missing batch, a wrong window axis or structure, a state of another transformation.
 
-    Warns ``hg.OverfittingWarning`` where hyperparameters outnumber validation examples and have no prior.
+    Warns ``hg.OverfittingWarning`` where there is no prior and there are more than ten hyperparameters per example of
+    the outer batch, or more than one where the batch is an ``hg.IndexedBatch``, which knows the size of its data.
 
-    Valid under the estimator's assumption at the weights reached; ``implicit`` needs them near the inner optimum, so
-    let ``every`` leave time for training in between. Inner steps are not guarded by default: put
+    Valid under the estimator's assumption at the weights reached: for ``implicit`` they must be near the inner optimum
+    when an outer step is taken, so let ``every`` leave time for training in between. Inner steps are not guarded by default: put
     ``optax.apply_if_finite`` around the inner optimizer, or pass ``guard=hg.guard(inner=True)``.
     Weights that are not finite stay so, and then every outer step is skipped.
 

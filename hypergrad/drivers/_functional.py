@@ -53,7 +53,8 @@ def value_and_hypergrad(
       ValueError: an estimator that differentiates inner steps, without an ``inner_optimizer``; at the call, a state of
         another estimator or of other weights.
 
-    Warns ``hg.OverfittingWarning`` where hyperparameters outnumber validation examples and have no prior.
+    Warns ``hg.OverfittingWarning`` where there is no prior and there are more than ten hyperparameters per example of
+    the outer batch, or more than one where the batch is an ``hg.IndexedBatch``, which knows the size of its data.
 
     Valid under the estimator's assumption at ``params``; for ``implicit`` that ∇_w L_in = 0 there.
 
