@@ -147,9 +147,9 @@ def bilevel(
     the outer batch, or more than one where the batch is an ``hg.IndexedBatch``, which knows the size of its data.
 
     Valid under the estimator's assumption at the weights reached: for ``implicit`` they must be near the inner optimum
-    when an outer step is taken, so let ``every`` leave time for training in between. Inner steps are not guarded by default: put
-    ``optax.apply_if_finite`` around the inner optimizer, or pass ``guard=hg.guard(inner=True)``.
-    Weights that are not finite stay so, and then every outer step is skipped.
+    when an outer step is taken, so let ``every`` leave time for training in between. Inner steps are not guarded by
+    default: put ``optax.apply_if_finite`` around the inner optimizer, or pass ``guard=hg.guard(inner=True)``. Weights
+    that are not finite stay so, and then every outer step is skipped.
 
     >>> import hypergrad as hg, jax.numpy as jnp, optax
     >>> problem = hg.BilevelProblem(lambda w, h, b, k: (0.5 * jnp.exp(h) * w**2 - b * w).sum(),
