@@ -48,20 +48,16 @@ def warp(image, affine):
 
 
 augmenter: Any = Augmenter()
-
-
-def cross_entropy(params, x, y):
-    logits = classifier.apply({"params": params}, x)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
 
 def train_loss(params, phi, batch, key):
-    changed = augmenter.apply({"params": phi}, batch[0], key)
-    return cross_entropy(params, changed, batch[1]) + hg.penalties.l2(params, 2e-3)
+    logits = classifier.apply({"params": params}, augmenter.apply({"params": phi}, batch[0], key))
+    return cross_entropy(logits, batch[1]).mean() + hg.penalties.l2(params, 2e-3)
 
 
 def valid_loss(params, phi, batch, key):
-    return cross_entropy(params, *batch)
+    return cross_entropy(classifier.apply({"params": params}, batch[0]), batch[1]).mean()
 
 
 problem = hg.BilevelProblem(train_loss, valid_loss)
@@ -92,7 +88,7 @@ def main(steps=1500, out="05_augmentation.png"):
     learned = run(first, steps, outer_rate=1e-2)
     again = run(learned.hyperparams, steps, outer_rate=0.0)  # new weights, the augmenter as it was learned
     runs = {"no augmentation": run(nothing, steps, outer_rate=0.0), "learned": learned, "learned, new weights": again}
-    losses = {name: float(cross_entropy(variables.params, *test)) for name, variables in runs.items()}
+    losses = {name: float(valid_loss(variables.params, None, test, None)) for name, variables in runs.items()}
     for name, loss in losses.items():
         print(f"{name:22} test loss {loss:.3f}")
     figure = Figure(figsize=(7, 3.2), layout="constrained")

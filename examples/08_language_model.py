@@ -28,9 +28,7 @@ train, valid, test = (jnp.asarray(np.concatenate(part)) for part in (blocks[::2]
 CONTEXT = 12
 
 
-class Model(nn.Module):
-    """The next character from the last twelve."""
-
+class Model(nn.Module):  # the next character from the last twelve
     @nn.compact
     def __call__(self, ids):
         x = nn.Embed(len(letters), 16, name="embedding")(ids)
@@ -47,17 +45,13 @@ def draw(text, key, size):
     return text[starts[:, None] + jnp.arange(CONTEXT + 1)]
 
 
-def cross_entropy(params, windows):
-    logits = model.apply({"params": params}, windows[:, :-1])
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, windows[:, -1]).mean()
-
-
 def train_loss(params, decay, windows, key):
-    return cross_entropy(params, windows) + hg.penalties.l2(params, decay)
+    return valid_loss(params, decay, windows, key) + hg.penalties.l2(params, decay)
 
 
 def valid_loss(params, decay, windows, key):
-    return cross_entropy(params, windows)
+    logits = model.apply({"params": params}, windows[:, :-1])
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, windows[:, -1]).mean()
 
 
 positive = hg.bijectors.exp()
@@ -80,8 +74,8 @@ def run(params, decay, steps, outer_rate):
         return optax.apply_updates(variables, updates), state
 
     state = tx.init(variables)
-    for i in range(steps):
-        variables, state = step(variables, state, jax.random.key(i))
+    for key in jax.random.split(jax.random.key(0), steps):
+        variables, state = step(variables, state, key)
     return variables.params, problem.constrain(variables.hyperparams)
 
 
@@ -96,7 +90,7 @@ def main(steps=3000, out="08_language_model.png"):
     losses, decay = {}, each
     for name, (start, outer_rate) in runs.items():
         params, decay = run(first, start, steps, outer_rate)
-        losses[name] = float(cross_entropy(params, windows))
+        losses[name] = float(valid_loss(params, decay, windows, None))
         print(f"{name:19} test loss {losses[name]:.3f} nats per character")
     often = np.bincount(np.asarray(train), minlength=len(letters))
     figure = Figure(figsize=(5, 3.4), layout="constrained")
