@@ -55,7 +55,7 @@ def test_an_example_prints_and_saves_a_picture(name, settings, count, tmp_path, 
 
 @pytest.mark.slow
 def test_verification_passes_at_the_solution_and_names_the_bug(tmp_path, capsys):
-    found = main_of("06_verify.py")(steps=1000, out=str(tmp_path / "picture.png"))
+    found = main_of("06_verify.py")(points=3, out=str(tmp_path / "picture.png"))
     assert found["at the solution"] == "passed"
     assert found["after 20 steps"] == "not at a solution of the inner problem"
     assert "enters neither" in found["with the bug"]
