@@ -89,7 +89,7 @@ def test_equinox_gives_a_module_back():
 def test_sharding_follows_the_weights():
     variables, state = main_of("frameworks/sharding.py")(steps=5)
     for name, w in variables.params.items():
-        for tree in (variables.hyperparams, state.estimator.x):
+        for tree in (variables.hyperparams, state.estimator.solution):
             assert tree[name].sharding.is_equivalent_to(w.sharding, w.ndim)
 
 

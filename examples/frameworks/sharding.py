@@ -56,7 +56,7 @@ def main(steps=10):
     for _ in range(steps):
         variables, state = step(variables, state, train, valid)
     for name in params:
-        placed = {"weights": variables.params, "decays": variables.hyperparams, "warm start": state.estimator.x}
+        placed = {"weights": variables.params, "decays": variables.hyperparams, "warm start": state.estimator.solution}
         print(name, {what: str(tree[name].sharding.spec) for what, tree in placed.items()})
     print(f"validation loss {state.info.outer_loss:.3f}, {len(mesh.devices)} devices")
     return variables, state

@@ -12,7 +12,7 @@ Neither differentiates anything in λ. Two step sizes tell how far the differenc
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -39,6 +39,9 @@ _PASSED, _FAILED, _INCONCLUSIVE = "passed", "FAILED", "inconclusive"
 _BROKEN = 3.0  # the residual from which the guard skips a step: such a solve is a failure
 _UNSOLVED = "not at a solution of the inner problem"
 _KINKED = "at a kink of the inner loss"
+
+
+_SMALL = 0.3  # of the gradient's norm: a leaf that may be too small to be judged by itself
 
 
 class HypergradCheck(NamedTuple):
@@ -290,7 +293,12 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
         solver_cosine=of_solver.cosine,
         solver_error=of_solver.error,
     )
-    agrees = all(row.error <= rtol and row.uncertainty <= rtol for row in found.rows) and flat(gradient).any()
+    lost = _lost_in_rounding(found.rows, gradient, rtol)
+    if lost:
+        small = f"{len(lost)} leaves have too small a derivative to be judged one by one; all together agree"
+        found = found._replace(note=f"{found.note}\n{small}" if found.note else small)
+    judged = [row for row in found.rows if row.leaf not in lost]
+    agrees = all(row.error <= rtol and row.uncertainty <= rtol for row in judged) and flat(gradient).any()
     if agrees and of_solver.cosine <= 0:
         reason = (
             f"the estimator's own solve turns the hypergradient (cosine {digits(of_solver.cosine)}, residual "
@@ -300,6 +308,19 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
     if agrees:
         return found
     return _explained(case, ctx, reference, found, flat(gradient), slope, solve)
+
+
+def _lost_in_rounding(rows: Sequence[Direction], gradient: Hyperparams, rtol: float) -> set[str]:
+    """Return the leaves of uncertain rows that are a small part of a gradient that agrees along all leaves together."""
+    together = [row for row in rows if row.leaf == _differences.ALL]
+    if not together or any(not (row.error <= rtol and row.uncertainty <= rtol) for row in together):
+        return set()
+    norms = {
+        name: float(np.linalg.norm(np.asarray(leaf, np.float64)))
+        for name, leaf in zip(tree.leaf_names(gradient), jax.tree.leaves(gradient), strict=True)
+    }
+    whole = math.hypot(*norms.values())
+    return {row.leaf for row in rows if not row.uncertainty <= rtol and norms.get(row.leaf, whole) < _SMALL * whole}
 
 
 def _estimate_at(estimator: Estimator, ctx: Context, at: Trained) -> Estimate:
