@@ -436,9 +436,7 @@ def refuse_residual(name: str, problem: BilevelProblem) -> None:
 def check_variables(variables: Any) -> BilevelParams:
     """Return ``variables`` if it is a ``BilevelParams`` of floating-point trees."""
     if not isinstance(variables, BilevelParams):
-        got = (
-            type(variables).__name__ if type(variables).__module__.startswith("flax") else validate.describe(variables)
-        )
+        got = validate.describe(variables)
         fix = "Pass hg.BilevelParams(params, hyperparams); for a Flax NNX module use hg.integrations.nnx.Optimizer."
         raise TypeError(validate.message("a BilevelParams", got, fix))
     validate.floating_leaves("params", variables.params)

@@ -37,10 +37,11 @@ def message(expected: str, got: str, fix: str) -> str:
 
 
 def describe(value: Any) -> str:
-    """Name a value's kind for a message: type, and dtype and shape where it is an array."""
+    """Name a value's kind for a message: type, dtype and shape of an array, and of others a repr of one line."""
     if isinstance(value, jax.Array | np.ndarray):
         return f"{type(value).__name__} of dtype {value.dtype} and shape {value.shape}"
-    return f"{type(value).__name__} ({value!r:.80})"
+    text = repr(value)
+    return type(value).__name__ if "\n" in text else f"{type(value).__name__} ({text:.80})"
 
 
 def positive_int(name: str, value: Any) -> int:

@@ -540,6 +540,14 @@ def test_a_loss_in_bfloat16_can_be_compared():
     assert found.rows[0].cosine > 0.999
 
 
+def test_compare_solvers_takes_a_model_state_that_is_one_array():
+    inner = lambda w, h, b, k, s: (0.5 * jnp.sum(CURVED * w**2) + jnp.sum((h + s) * w), s)  # noqa: E731
+    problem = hg.BilevelProblem(inner, lambda w, h, b, k, s: (jnp.sum((w - 1.0) ** 2), s), stateful=True)
+    at, solvers = hg.BilevelParams(jnp.zeros(6), jnp.ones(6)), {"cg(3)": hg.solvers.cg(3)}
+    found = hg.diagnostics.compare_solvers(problem, at, (), (), key=None, solvers=solvers, model_state=jnp.zeros(6))
+    assert found.rows[0].reference_damping > 0.0  # H is indefinite: its spectrum was looked at
+
+
 def test_compare_solvers_checks_its_arguments():
     loss = lambda w, h, b, k, s: (jnp.sum(jnp.exp(h) * w**2) + 0 * s.sum(), s)  # noqa: E731
     stateful, at = hg.BilevelProblem(loss, loss, stateful=True), hg.BilevelParams(jnp.ones(2), jnp.zeros(2))

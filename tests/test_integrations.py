@@ -2,17 +2,16 @@
 
 import equinox as eqx
 import flax.linen as nn
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 import hypergrad as hg
 from tests.problems import finite_differences, relative_error
+from tests.test_persistence import through_msgpack, through_orbax
 
 X, Y = jax.random.normal(jax.random.key(0), (16, 4)), jnp.arange(16) % 3
 TRAIN, VALID = (X[:8], Y[:8]), (X[8:], Y[8:])
@@ -102,24 +101,13 @@ def test_a_train_state_takes_given_gradients_and_replaces_attributes():
     assert logits.shape == (16, 3)
 
 
-def through_msgpack(state, _):
-    return flax.serialization.from_bytes(train_state()[3], flax.serialization.to_bytes(state))
-
-
-def through_orbax(state, path):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / "state", state)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(path / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("through", [through_msgpack, through_orbax])
 def test_a_train_state_resumes_bit_identically(through, tmp_path):
     state = train_state()[3]
     for _ in range(3):
         state = advance(state)
-    restored = through(state, tmp_path)
+    restored = through(train_state()[3], state, tmp_path)
     for _ in range(2):
         state, restored = advance(state), advance(restored)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
@@ -138,7 +126,9 @@ def test_model_state_at_init_takes_the_place_of_that_of_bilevel():
 
 
 def test_a_train_state_wants_a_bilevel():
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"tx from hg.bilevel; got .*Pass tx=hg.bilevel"):
+        hg.integrations.nnx.Optimizer(Net(nnx.Rngs(0)), optax.adam(1e-3), jnp.zeros(()))
+    with pytest.raises(TypeError, match=r"tx from hg.bilevel; got .*Pass tx=hg.bilevel"):
         hg.integrations.flax.TrainState.create(
             apply_fn=None, params=jnp.ones(2), hyperparams=jnp.ones(2), tx=optax.adam(1e-3)
         )

@@ -6,17 +6,18 @@ NaN: not available, printed as -.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from hypergrad import validate
 from hypergrad.estimators import Estimator
 from hypergrad.training import Context
 from hypergrad.types import PyTree
 
-__all__ = ["Alignment", "align", "digits", "flat", "readable", "table", "unknowns"]
+__all__ = ["Alignment", "align", "digits", "flat", "readable", "table", "teller", "unknowns"]
 
 
 class Alignment(NamedTuple):
@@ -67,6 +68,14 @@ def digits(value: float) -> str:
 def readable(path: str) -> str:
     """Return a leaf's path without brackets: ``['dense']['kernel']`` and NNX's ``….value`` as ``dense.kernel``."""
     return path.removesuffix(".value").translate(str.maketrans("[", ".", "]'")).strip(".") or path
+
+
+def teller(progress: Callable[[str], Any] | None) -> Callable[[str], Any]:
+    """Return ``progress``, which gets a line of text at each stage of a diagnostic, or a function that ignores it."""
+    if not (progress is None or callable(progress)):
+        fix = "Pass progress=print."
+        raise TypeError(validate.message("progress as a function of a line of text", validate.describe(progress), fix))
+    return progress or (lambda _: None)
 
 
 def unknowns(estimator: Estimator, ctx: Context) -> PyTree:

@@ -22,7 +22,7 @@ import numpy as np
 
 from hypergrad import data, dataflow, tree, validate
 from hypergrad.diagnostics import _differences, _kinks
-from hypergrad.diagnostics._base import Alignment, align, digits, flat, readable, table, unknowns
+from hypergrad.diagnostics._base import Alignment, align, digits, flat, readable, table, teller, unknowns
 from hypergrad.diagnostics._differences import Budget, Direction, Reference
 from hypergrad.drivers import one_estimate, solves_in
 from hypergrad.estimators import Estimate, Estimator
@@ -191,9 +191,7 @@ def check_hypergrad(
     validate.number("rtol", rtol, low=0.0, strict=True)
     if max_seconds != math.inf:
         validate.number("max_seconds", max_seconds, low=0.0, strict=True)
-    if not (progress is None or callable(progress)):
-        fix = "Pass progress=print."
-        raise TypeError(validate.message("progress as a function of a line of text", validate.describe(progress), fix))
+    say = teller(progress)
     if step is not None:
         validate.number("step", step, low=0.0, strict=True)
     model_state = check_model_state(estimator.problem, model_state)
@@ -201,7 +199,7 @@ def check_hypergrad(
     if any(tree.is_traced(leaf) for leaf in jax.tree.leaves(given)):
         fix = "Call check_hypergrad outside jax.jit and other transformations: it compiles what it needs itself."
         raise TypeError(validate.message("arrays to check at", "traced values", fix))
-    budget = Budget(time.perf_counter() + max_seconds, progress or (lambda _: None))
+    budget = Budget(time.perf_counter() + max_seconds, say)
     case = _Case(estimator, inner_optimizer, given, budget)
     budget.say("the estimate")
     own = _values(case)
@@ -275,8 +273,9 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
     errors = [row.error for there in others for row in there if row.uncertainty <= rtol]
     count, one_by_one = len(jax.tree.leaves(ctx.hyperparams)), len({row.leaf for row in rows} - {_differences.ALL})
     if one_by_one < count and rows and rows[0].leaf == _differences.ALL:
-        cut = f"{one_by_one} of {count} leaves were moved one by one before the time was over, all of them together"
-        note = f"{note}\n{cut}" if note else cut
+        note = _noted(
+            note, f"{one_by_one} of {count} leaves were moved one by one before the time was over, all of them together"
+        )
     slope = _condition(case, ctx)
     found = HypergradCheck(
         verdict=_PASSED,
@@ -296,7 +295,7 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
     lost = _lost_in_rounding(found.rows, gradient, rtol)
     if lost:
         small = f"{len(lost)} leaves have too small a derivative to be judged one by one; all together agree"
-        found = found._replace(note=f"{found.note}\n{small}" if found.note else small)
+        found = found._replace(note=_noted(found.note, small))
     judged = [row for row in found.rows if row.leaf not in lost]
     agrees = all(row.error <= rtol and row.uncertainty <= rtol for row in judged) and flat(gradient).any()
     if agrees and of_solver.cosine <= 0:
@@ -308,6 +307,10 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
     if agrees:
         return found
     return _explained(case, ctx, reference, found, flat(gradient), slope, solve)
+
+
+def _noted(*notes: str) -> str:
+    return "\n".join(filter(None, notes))
 
 
 def _lost_in_rounding(rows: Sequence[Direction], gradient: Hyperparams, rtol: float) -> set[str]:

@@ -16,8 +16,7 @@ import jax
 import numpy as np
 
 from hypergrad import tree, validate
-from hypergrad.drivers import BilevelState, HypergradInfo, SkipReason
-from hypergrad.solvers import SolveInfo
+from hypergrad.drivers import BilevelState, HypergradInfo, SkipReason, solves_in
 
 __all__ = ["progress", "scalars"]
 
@@ -60,8 +59,7 @@ def scalars(info: HypergradInfo | BilevelState) -> dict[str, float]:
         "skip_reason": info.skip_reason,
         "num_skipped": info.num_skipped,
     }
-    leaves = jax.tree.leaves(info.method, is_leaf=lambda x: isinstance(x, SolveInfo))
-    solves = [leaf for leaf in leaves if isinstance(leaf, SolveInfo)]
+    solves = solves_in(info.method)
     for place, solve in enumerate(solves):
         prefix = "solver" if len(solves) == 1 else f"solver/{place}"
         found |= {f"{prefix}/{name}": value for name, value in solve._asdict().items() if np.ndim(value) == 0}

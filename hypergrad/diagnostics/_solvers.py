@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad import data, dataflow, tree, validate
-from hypergrad.diagnostics._base import Alignment, align, digits, flat, table, unknowns
+from hypergrad.diagnostics._base import Alignment, align, digits, flat, table, teller, unknowns
 from hypergrad.diagnostics._spectrum import extreme_eigenvalues
 from hypergrad.drivers import compiled
 from hypergrad.estimators import implicit
@@ -201,10 +201,7 @@ def compare_solvers(
     if not chosen or not named:
         fix = 'Pass e.g. {"cg(10)": hg.solvers.cg(10)}.'
         raise TypeError(validate.message("solvers as a dict of LinearSolvers by name", validate.describe(solvers), fix))
-    if not (progress is None or callable(progress)):
-        fix = "Pass progress=print."
-        raise TypeError(validate.message("progress as a function of a line of text", validate.describe(progress), fix))
-    given, say = (variables, inner_batch, outer_batch, validate.as_key(key), model_state), progress or (lambda _: None)
+    given, say = (variables, inner_batch, outer_batch, validate.as_key(key), model_state), teller(progress)
     at, keys = Trained(variables.params, None, model_state), split_keys(given[3])
     ctx = Context(problem, variables.hyperparams, at, at, data.one_step(inner_batch), outer_batch, keys, None)
     marks = unknowns(implicit(problem, trainable=trainable), ctx)
@@ -234,9 +231,7 @@ def compare_solvers(
     say("the converged, undamped solve")
     least, ratio = reference(0.0), 0.0
     if least is None and symmetric:
-        seen = extreme_eigenvalues(
-            problem, variables, inner_batch, key=key, num_steps=20, model_state=model_state or None
-        )
+        seen = extreme_eigenvalues(problem, variables, inner_batch, key=key, num_steps=20, model_state=model_state)
         for higher in _RATIOS:
             damping = higher * max(float(seen.largest), -float(seen.smallest))
             if least is None and damping > -float(seen.smallest):
@@ -311,7 +306,7 @@ def _repeat(
     return found, info, times[1:] or times, memory
 
 
-def _advice(rows: list[SolverRow], least: "_Reference | None", ratio: float) -> str:
+def _advice(rows: list[SolverRow], least: _Reference | None, ratio: float) -> str:
     known = [row for row in rows if row.cosine == row.cosine]
     good = [row for row in known if row.cosine >= _GOOD]
     if any(row.status == Status.NOT_FINITE for row in rows):

@@ -1,6 +1,6 @@
 """Drivers run an estimator: behind one optax transformation, or as a function."""
 
-from hypergrad.drivers._bilevel import BilevelState, BilevelTransformation, bilevel
+from hypergrad.drivers._bilevel import BilevelState, BilevelTransformation, bilevel, check_bilevel
 from hypergrad.drivers._functional import best_response, compiled, hypergrad, one_estimate, value_and_hypergrad
 from hypergrad.drivers._guard import Guard, HypergradInfo, SkipReason, guard, solves_in
 
@@ -12,6 +12,7 @@ __all__ = [
     "SkipReason",
     "best_response",
     "bilevel",
+    "check_bilevel",
     "compiled",
     "guard",
     "hypergrad",

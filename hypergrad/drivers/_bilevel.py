@@ -28,7 +28,7 @@ from hypergrad.problem import BilevelParams, BilevelProblem, check_model_state, 
 from hypergrad.training import INIT, Context, Trained, resolve_optimizer, split_keys, update_with, with_keywords
 from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
-__all__ = ["BilevelState", "BilevelTransformation", "bilevel"]
+__all__ = ["BilevelState", "BilevelTransformation", "bilevel", "check_bilevel"]
 
 
 class BilevelState(NamedTuple):
@@ -273,6 +273,13 @@ def bilevel(
     compiled_step = _phases.compile_once(step)
     pure_functions: tuple[Any, Any] = init, update
     return BilevelTransformation(*pure_functions)
+
+
+def check_bilevel(tx: Any) -> BilevelTransformation:
+    """Return ``tx`` if it is from ``bilevel``: another transformation's ``init`` takes no model state."""
+    if not isinstance(tx, BilevelTransformation):
+        raise TypeError(validate.message("tx from hg.bilevel", validate.describe(tx), "Pass tx=hg.bilevel(...)."))
+    return tx
 
 
 # Compiled, so that their constants are no transfers, which jax.transfer_guard may forbid.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hypergrad import dataflow, tree, validate
 from hypergrad.training import Context, outer_loss_fn
-from hypergrad.types import Array, Hyperparams, Params
+from hypergrad.types import Array, Hyperparams, Params, PyTree
 
 __all__ = ["ZERO_GRADIENT_HINTS", "check_gradient_paths", "check_outer_path", "direct_path", "refuse_solve_batch"]
 __all__ += ["used_leaves"]
@@ -46,8 +46,7 @@ def check_gradient_paths(
     """Refuse the ``unseen`` hyperparameter leaves, of zero indirect derivative, that ``direct`` does not depend on."""
     zero = {i for i in unseen if jnp.size(jax.tree.leaves(hyperparams)[i])}
     if zero:
-        value = jax.eval_shape(direct, hyperparams)
-        zero &= set(dataflow.independent_leaves(lambda ct: jax.vjp(direct, hyperparams)[1](ct)[0], value))
+        zero &= _unused_leaves(direct, hyperparams)
     if not zero:
         return
     labels = tree.labels("hyperparams", hyperparams)
@@ -60,9 +59,13 @@ def check_gradient_paths(
 
 def used_leaves(outer: Callable[[Params], Any], params: Params) -> list[str]:
     """Return the labels of the weights that a loss depends on differentiably."""
-    value = jax.eval_shape(outer, params)
-    unused = set(dataflow.independent_leaves(lambda ct: jax.vjp(outer, params)[1](ct)[0], value))
+    unused = _unused_leaves(outer, params)
     return [label for place, label in enumerate(tree.labels("params", params)) if place not in unused]
+
+
+def _unused_leaves(fn: Callable[[Any], Any], at: PyTree) -> set[int]:
+    """Return the places of the leaves that ``fn`` has no derivative in by construction."""
+    return set(dataflow.independent_leaves(lambda ct: jax.vjp(fn, at)[1](ct)[0], jax.eval_shape(fn, at)))
 
 
 def direct_path(ctx: Context, params: Params) -> Callable[[Hyperparams], Array]:
@@ -85,11 +88,7 @@ def check_outer_path(
 
     ``everything()`` names the leaves that it does depend on among those that are no unknowns.
     """
-    value = jax.eval_shape(outer, params)
-    if not jax.tree.leaves(params):
-        return
-    independent = dataflow.independent_leaves(lambda ct: jax.vjp(outer, params)[1](ct)[0], value)
-    if len(independent) == len(jax.tree.leaves(params)):
+    if jax.tree.leaves(params) and len(_unused_leaves(outer, params)) == len(jax.tree.leaves(params)):
         frozen = everything()
         if frozen:
             got = f"one that depends on {', '.join(frozen)} alone, which the inner problem holds fixed"

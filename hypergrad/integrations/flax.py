@@ -13,8 +13,7 @@ import optax
 from flax import struct
 from flax.training import train_state
 
-from hypergrad import validate
-from hypergrad.drivers import BilevelState, BilevelTransformation, HypergradInfo
+from hypergrad.drivers import BilevelState, BilevelTransformation, HypergradInfo, check_bilevel
 from hypergrad.problem import BilevelParams
 from hypergrad.types import Batch, Hyperparams, ModelState, Params, PyTree
 
@@ -83,10 +82,8 @@ class TrainState(train_state.TrainState):
         Raises:
           ValueError, TypeError: as ``tx.init`` does.
         """
-        opt_state = tx.init(BilevelParams(params, hyperparams), inner_state=inner_state, model_state=model_state)
-        if not isinstance(opt_state, BilevelState):
-            fix = "Pass tx=hg.bilevel(...)."
-            raise TypeError(validate.message("tx from hg.bilevel", validate.describe(tx), fix))
+        variables = BilevelParams(params, hyperparams)
+        opt_state = check_bilevel(tx).init(variables, inner_state=inner_state, model_state=model_state)
         return cls(
             step=0, apply_fn=apply_fn, params=params, hyperparams=hyperparams, tx=tx, opt_state=opt_state, **kwargs
         )

@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 
 from hypergrad import validate
-from hypergrad.drivers import BilevelState, HypergradInfo
+from hypergrad.drivers import BilevelState, HypergradInfo, check_bilevel
 from hypergrad.problem import BilevelParams, BilevelProblem
 from hypergrad.types import Batch, Hyperparams, ModelState, Params, PyTree
 
@@ -165,12 +165,8 @@ class Optimizer(nnx.Module):
 
     def __init__(self, model: nnx.Module, tx: Any, hyperparams: Hyperparams, *, wrt: Any = nnx.Param) -> None:
         self.tx, self.wrt = tx, wrt
-        state = tx.init(
-            BilevelParams(params(model, wrt=wrt), hyperparams), model_state=model_state(model, wrt=wrt) or None
-        )
-        if not isinstance(state, BilevelState):
-            fix = "Pass tx=hg.bilevel(...)."
-            raise TypeError(validate.message("tx from hg.bilevel", validate.describe(tx), fix))
+        variables = BilevelParams(params(model, wrt=wrt), hyperparams)
+        state = check_bilevel(tx).init(variables, model_state=model_state(model, wrt=wrt))
         self.held = nnx.data(jax.tree.map(Hyperparam, hyperparams))
         self.opt_state = nnx.data(jax.tree.map(nnx.OptState, state))
 
@@ -205,7 +201,7 @@ class Optimizer(nnx.Module):
             variables,
             inner_batch=inner_batch,
             outer_batch=outer_batch,
-            model_state=model_state(model, wrt=self.wrt) or None,
+            model_state=model_state(model, wrt=self.wrt),
             **extra,
         )
         updated: Any = optax.apply_updates(variables, updates)
