@@ -270,7 +270,7 @@ MUTANTS = [
     ),
     Mutant(
         "estimators/_paths.py",
-        "if len(independent) == len(jax.tree.leaves(params)):",
+        "if jax.tree.leaves(params) and len(_unused_leaves(outer, params)) == len(jax.tree.leaves(params)):",
         "if False:",
         FAULTS,
         "blind outer loss passes",
@@ -510,8 +510,8 @@ MUTANTS = [
         "wrong sign",
     ),
     Mutant(
-        "training.py",
-        "place % data.window_length(batches)",
+        "data.py",
+        "place % length",
         "0 * place",
         "test_solve_batches.py",
         "one batch for all products",
