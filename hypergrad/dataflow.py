@@ -16,7 +16,8 @@ from jax.extend import core as jex_core
 from hypergrad import tree
 from hypergrad.types import PyTree
 
-__all__ = ["dependence", "independent_leaves", "merge_equal", "operations", "unmoved", "working_precision"]
+__all__ = ["dependence", "independent_leaves", "inner_jaxprs", "merge_equal", "open_jaxpr", "operations", "scan_parts"]
+__all__ += ["unmoved", "working_precision"]
 
 _ZERO_IF_ANY = {"mul", "dot_general"}
 _ZERO_IF_FIRST = {"div", "dynamic_slice", "gather", "reduce_sum", "integer_pow"}
@@ -137,14 +138,14 @@ def _equations(equations: Iterable[Any]) -> Iterator[Any]:
     """Yield equations, and those of the jaxprs inside them."""
     for eqn in equations:
         yield eqn
-        for inner in _jaxprs(eqn):
+        for inner in inner_jaxprs(eqn):
             yield from _equations(inner.eqns)
 
 
-def _jaxprs(eqn: Any) -> list[Any]:
+def inner_jaxprs(eqn: Any) -> list[Any]:
     """Return the jaxprs among the parameters of an equation, and in lists among them (the branches of a cond)."""
     lists = [p if isinstance(p, list | tuple) else [p] for p in eqn.params.values()]
-    inner = [_jaxpr(item) for items in lists for item in items]
+    inner = [open_jaxpr(item) for items in lists for item in items]
     return [jaxpr for jaxpr in inner if hasattr(jaxpr, "eqns")]
 
 
@@ -167,16 +168,16 @@ def _outputs(eqn: Any, inputs: list[bool]) -> list[bool]:
     """Return the marks of an equation's outputs, given those of its inputs."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        return _loop(_follow, any, *_scan_parts(eqn, inputs))
+        return _loop(_follow, any, *scan_parts(eqn, inputs))
     if name == "while":
         of_test, constants = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-        carry = _loop(_follow, any, _jaxpr(params["body_jaxpr"]), inputs[of_test:constants], inputs[constants:], [])
-        (goes_on,) = _follow(_jaxpr(params["cond_jaxpr"]), inputs[:of_test] + carry)
+        carry = _loop(_follow, any, open_jaxpr(params["body_jaxpr"]), inputs[of_test:constants], inputs[constants:], [])
+        (goes_on,) = _follow(open_jaxpr(params["cond_jaxpr"]), inputs[:of_test] + carry)
         return [goes_on or mark for mark in carry]
     if name == "cond":
-        branches = [_follow(_jaxpr(branch), inputs[1:]) for branch in params["branches"]]
+        branches = [_follow(open_jaxpr(branch), inputs[1:]) for branch in params["branches"]]
         return [inputs[0] or any(marks) for marks in zip(*branches, strict=True)]
-    inner = _jaxprs(eqn)
+    inner = inner_jaxprs(eqn)
     if [(len(jaxpr.invars), len(jaxpr.outvars)) for jaxpr in inner] == [(len(eqn.invars), len(eqn.outvars))]:
         return _follow(inner[0], inputs)
     return [True] * len(eqn.outvars)
@@ -206,16 +207,16 @@ def _follow_zeros(jaxpr: Any, zeros: Sequence[bool], numbers: Sequence[Any] = ()
 
 def _zero_outputs(eqn: Any, zeros: list[bool], numbers: list[Any]) -> list[bool]:
     """Return which outputs of an equation are zero, given which inputs are, and which are known numbers."""
-    name, params, inner = eqn.primitive.name, eqn.params, _jaxprs(eqn)
+    name, params, inner = eqn.primitive.name, eqn.params, inner_jaxprs(eqn)
     if name in {"scan", "while"}:
         if name == "scan":
-            body, constants, carry, slices = _scan_parts(eqn, zeros)
+            body, constants, carry, slices = scan_parts(eqn, zeros)
         else:
             of_test, start = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-            body, constants, carry, slices = _jaxpr(params["body_jaxpr"]), zeros[of_test:start], zeros[start:], []
+            body, constants, carry, slices = open_jaxpr(params["body_jaxpr"]), zeros[of_test:start], zeros[start:], []
         return _loop(_follow_zeros, all, body, constants, carry, slices)
     if name == "cond":
-        branches = [_follow_zeros(_jaxpr(branch), zeros[1:]) for branch in params["branches"]]
+        branches = [_follow_zeros(open_jaxpr(branch), zeros[1:]) for branch in params["branches"]]
         return [all(found) for found in zip(*branches, strict=True)]
     if [(len(jaxpr.invars), len(jaxpr.outvars)) for jaxpr in inner] == [(len(eqn.invars), len(eqn.outvars))]:
         return _follow_zeros(inner[0], zeros, numbers)
@@ -231,18 +232,19 @@ def _zero_outputs(eqn: Any, zeros: list[bool], numbers: list[Any]) -> list[bool]
     return [every] * len(eqn.outvars)
 
 
-def _scan_parts(eqn: Any, marks: list[bool]) -> tuple[Any, list[bool], list[bool], list[bool]]:
-    """Return a scan's body, and its marks on constants, carry and slices.
+def scan_parts(eqn: Any, marks: list[Any]) -> tuple[Any, list[Any], list[Any], list[Any]]:
+    """Return a scan's body, and its marks, or inputs, that are constants, carry and slices.
 
     Slices and what it stacks are told by rank: the parameters of a scan differ between versions of JAX.
     """
-    body = _jaxpr(eqn.params["jaxpr"])
+    body = open_jaxpr(eqn.params["jaxpr"])
     start = len(marks) - _stacked(eqn.invars, body.invars)
     constants = start - (len(eqn.outvars) - _stacked(eqn.outvars, body.outvars))
     return body, marks[:constants], marks[constants:start], marks[start:]
 
 
-def _jaxpr(closed_or_open: Any) -> Any:
+def open_jaxpr(closed_or_open: Any) -> Any:
+    """Return the jaxpr of a closed one; what has none as it is."""
     return getattr(closed_or_open, "jaxpr", closed_or_open)
 
 
@@ -290,7 +292,7 @@ def _identity(value: Any) -> Hashable:
         return str(value.val), str(value.aval)
     if isinstance(value, list | tuple):
         return tuple(map(_identity, value))
-    if hasattr(_jaxpr(value), "eqns"):
+    if hasattr(open_jaxpr(value), "eqns"):
         return str(value), tuple(map(id, getattr(value, "consts", ())))
     try:
         hash(value)

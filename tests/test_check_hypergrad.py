@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.diagnostics import _differences
+from hypergrad.diagnostics import _check, _differences
 from hypergrad.diagnostics._kinks import weights_at_kinks
 from hypergrad.diagnostics._optimum import minimize, root
 from hypergrad.training import split_keys
@@ -137,7 +137,7 @@ def by_hand(problem, *, fresh):
     """A Neumann series as one writes it by hand: all products with one key, or each with a key of its own."""
 
     def estimate(state, ctx):
-        keys, w, h = ctx.keys, ctx.at.params, ctx.hyperparams
+        keys, w, h, problem = ctx.keys, ctx.at.params, ctx.hyperparams, ctx.problem
 
         def product(v, number):
             own = jax.random.fold_in(keys.solve, number) if fresh else keys.solve
@@ -158,18 +158,25 @@ def by_hand(problem, *, fresh):
 
 @pytest.mark.slow
 def test_a_fresh_dropout_key_a_product_fails_and_one_key_passes():
-    """In float32, where the masks are those of the user's program: float64 would draw others."""
+    """An estimator with losses of its own draws other masks in float64; with those of ``ctx.problem`` it does not."""
     key = jax.random.key(3)
     problem, variables = dropped_out(key)
     wrong = check(by_hand(problem, fresh=True), variables, (), (), key=key)
     assert not wrong.passed
-    assert wrong.dtype == "float32"
-    assert "draw other random numbers there" in wrong.note
+    assert wrong.dtype == "float64"
+    assert not wrong.note
     assert wrong.inner_gradient_norm < 1e-6
     assert "share one key" in wrong.reasons[0]
     assert "error" in str(wrong)
     mended = check(by_hand(problem, fresh=False), variables, (), (), key=key)
     assert mended.passed, str(mended)
+    assert (mended.dtype, mended.note) == ("float64", "")
+    closed = by_hand(problem, fresh=False)
+    own = closed._replace(estimate=lambda state, ctx: closed.estimate(state, ctx._replace(problem=problem)))
+    found = check(own, variables, (), (), key=key)
+    assert found.passed, str(found)
+    assert found.dtype == "float32"
+    assert "losses from ctx.problem?" in found.note
 
 
 @pytest.mark.usefixtures("x64")
@@ -411,7 +418,7 @@ def test_a_network_with_relus_passes():
 
 
 @pytest.mark.slow
-def test_what_casts_down_or_refuses_float64_is_checked_in_its_precision():
+def test_what_casts_down_or_refuses_float64_is_checked_in_float64():
     example = problems.ridge()
 
     def narrow(loss):
@@ -427,10 +434,10 @@ def test_what_casts_down_or_refuses_float64_is_checked_in_its_precision():
 
     for wrap in (narrow, fixed):
         problem = hg.BilevelProblem(wrap(example.problem.inner_loss), wrap(example.problem.outer_loss))
-        found = on(example, hg.implicit(problem, hg.solvers.cg(50, 1e-6)), rtol=0.05)
-        assert found.dtype == "float32"
+        found = on(example, hg.implicit(problem, hg.solvers.cg(50, 1e-6)))
+        assert found.dtype == "float64"
         assert found.passed, str(found)
-        assert ("raise TypeError: this model takes float32" in str(found)) == (wrap is fixed)
+        assert not found.note
 
 
 @pytest.mark.usefixtures("x64")
@@ -515,8 +522,12 @@ def test_a_hypergradient_of_zeros_fails():
     assert found.reasons[0].startswith("every entry of the hypergradient is zero")
 
 
-def test_what_bfloat16_rounds_away_is_no_number():
-    """Of a direction whose difference is noise the report has the estimate and how uncertain it is, and no verdict."""
+def unknown_operation(*args, **kwargs):
+    raise NotImplementedError("no rule")
+
+
+def test_what_bfloat16_rounds_away_is_no_number(monkeypatch):
+    """Where float64 is no way out, a direction whose difference is noise has an estimate, a ±, and no verdict."""
 
     def loss(w, h, batch, key):
         narrow = w.astype(jnp.bfloat16) - jnp.exp(h).astype(jnp.bfloat16)
@@ -525,11 +536,16 @@ def test_what_bfloat16_rounds_away_is_no_number():
     at = hg.BilevelParams(1.5 * jnp.ones(3), jnp.zeros(3))
     estimator = problems.autodiff_steps(hg.BilevelProblem(loss, loss))
     found = check(estimator, at, jnp.arange(2), (), key=None, inner_optimizer=optax.sgd(0.1))
+    assert found.dtype == "float64"
+    assert "the losses compute in bfloat16: there the hypergradient differs" in found.note
+    monkeypatch.setattr(_check._float64, "problem_in_float64", unknown_operation)
+    found = check(estimator, at, jnp.arange(2), (), key=None, inner_optimizer=optax.sgd(0.1))
     assert found.dtype == "bfloat16"
+    assert "not in float64: there they raise NotImplementedError: no rule" in found.note
     assert found.verdict == "inconclusive"
     assert "rounding of bfloat16" in found.reasons[0]
     assert all(row.uncertainty > 1 for row in found.rows)
-    for line in str(found).splitlines()[3:5]:
+    for line in str(found).splitlines()[4:6]:
         _, _, _, measured, uncertainty, error = line.split()
         assert (measured, error) == ("-", "-")
         assert float(uncertainty) > 1
@@ -631,7 +647,7 @@ def test_weights_near_their_kinks_are_found(dtype, x64):
     assert 0.01 < np.abs(away[0][2:]).max() < 0.1
     for weights in (jnp.asarray(SPARSE, dtype), *away):
         assert weights.dtype == dtype
-        assert weights_at_kinks(fn, weights, epsilon) == {"": 2}
+        assert weights_at_kinks(jax.grad(fn), weights, epsilon) == {"": 2}
 
 
 @pytest.mark.usefixtures("x64")
@@ -641,7 +657,7 @@ def test_a_norm_at_zero_is_a_kink_and_leaves_are_counted():
         return jnp.sum((w["rows"][0] - 2.0) ** 2) + jnp.sum(norms) + jnp.sum((w["bias"] - 1.0) ** 2)
 
     weights = {"bias": jnp.ones(2), "rows": jnp.zeros((3, 2)).at[0].set(2.0 - 0.5 / np.sqrt(2))}
-    assert weights_at_kinks(fn, weights, 1e-16) == {"['rows']": 4}
+    assert weights_at_kinks(jax.grad(fn), weights, 1e-16) == {"['rows']": 4}
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
@@ -663,7 +679,7 @@ def test_smooth_losses_have_no_kinks(dtype, x64):
         (lambda w: quadratic(w, 0, (), None), jnp.zeros(4, dtype)),
         (lambda w: lasso(w, np.log(STRENGTH), (), None), jnp.full(4, 5.0, dtype)),
     ):
-        assert weights_at_kinks(fn, weights, epsilon) == {}
+        assert weights_at_kinks(jax.grad(fn), weights, epsilon) == {}
 
 
 @pytest.mark.slow
@@ -681,7 +697,7 @@ def test_networks_with_relus_have_no_kinks_that_count():
         hidden, last = (jnp.asarray(rng.normal(size=s) * np.sqrt(2 / s[0])) for s in ((1, 2), (2,)))
         start = {"hidden": hidden, "bias": jnp.zeros(2), "last": last}
         for weights in (start, trained(fn, optax.adam(1e-2), start, 3000)):
-            assert weights_at_kinks(fn, weights, 2e-16) == {}
+            assert weights_at_kinks(jax.jit(jax.grad(fn)), weights, 2e-16) == {}
 
 
 @pytest.mark.slow

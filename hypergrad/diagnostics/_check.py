@@ -5,8 +5,10 @@
     φ(λ) = L_out(w_K(λ), λ)  for estimators that differentiate steps: the window is run again
     φ(λ) = L_out(w*(λ), λ)   for all others: the inner problem is solved again, to rounding, from the weights given;
                              of a problem with a residual, r(w*(λ), λ) = 0 in place of the minimum
+    φ(λ) = L_out(w, λ) − ⟨q, ∇_w L_in(w, λ)⟩    for ``implicit`` with more than 2,000 weights: its formula at given w,
+                             with its own solution q of H q = ∂L_out/∂w, whose residual is measured too
 
-Neither differentiates anything in λ. Two step sizes tell how far the difference quotient itself can be trusted.
+None of them differentiates anything in λ. Two step sizes tell how far the difference quotient itself can be trusted.
 """
 
 import functools
@@ -21,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad import data, dataflow, tree, validate
-from hypergrad.diagnostics import _differences, _kinks
+from hypergrad.diagnostics import _differences, _float64, _kinks, _linearized
 from hypergrad.diagnostics._base import Alignment, align, digits, flat, readable, table, teller, unknowns
 from hypergrad.diagnostics._differences import Budget, Direction, Reference
 from hypergrad.drivers import one_estimate, solves_in
@@ -42,6 +44,12 @@ _KINKED = "at a kink of the inner loss"
 
 
 _SMALL = 0.3  # of the gradient's norm: a leaf that may be too small to be judged by itself
+_ENDS = {
+    "CONVERGED": "converged",
+    "TRUNCATED": "stopped after its products",
+    "INDEFINITE": "stopped at negative curvature",
+}
+_FEW_WEIGHTS = 2000  # up to here the inner problem is solved again
 
 
 class HypergradCheck(NamedTuple):
@@ -56,15 +64,17 @@ class HypergradCheck(NamedTuple):
         than four leaves two come first in which all move together; what the time does not reach is left out.
       rtol: the tolerance asked for.
       step: the widest h of those taken, by which a leaf was moved relative to its root mean square.
-      dtype: of the lowest precision in which the losses compute.
-      note: why not in float64, and how many leaves were moved one by one, where that is to be said; empty otherwise.
+      dtype: of the lowest precision in which the losses compute during the check.
+      note: what was compared at which weights, why not in float64, what a lower precision changes, and how many leaves
+        were moved one by one, where that is to be said; empty otherwise.
       outer_loss: at the weights of the estimate.
       inner_gradient_norm: ‖∇_w L_in‖ there, over the weights that are trained, on the batch and with the key that the
         linear solve sees; of a problem with a residual ‖residual‖.
       error_at_optimum: the largest error of an estimate at the inner optimum instead; NaN where there is none.
       residual: of the estimate's linear solve; NaN without one.
       solver_cosine: where the estimate's linear solve stopped early or is damped, the cosine of its hypergradient with
-        that of a converged, undamped solve. The rows then judge the latter: few products are no failure. NaN elsewhere.
+        that of a converged, undamped solve. The rows then judge the latter: few products are no failure. NaN elsewhere,
+        and with more than 2,000 weights.
       solver_error: ‖a − b‖/‖b‖ of the same two.
       kinks: how many weights of a leaf are at a kink of the inner loss (|w|, a norm at 0), by the leaf's path. Such a
         weight stays at its kink when λ moves, and ``hg.implicit`` moves it. Looked for where a difference is uncertain,
@@ -139,11 +149,18 @@ def check_hypergrad(
     Where the linear solve of ``hg.implicit`` stops early or is damped, as by default, the hypergradient of a converged,
     undamped solve is judged, and the report says how far the estimator's own is from it.
 
+    With more than 2,000 weights ``hg.implicit`` is checked at the weights given, without another solution: the formula
+    ∂L_out/∂λ − (∂²L_in/∂w∂λ)ᵀ q by differences in λ, with the estimator's own solution q of H q = ∂L_out/∂w; the
+    residual of q, measured anew, against what the solve claims; and both losses' gradients by differences of the
+    losses. A pass then means that losses, keys, batches, bijectors and derivative rules are right. It does not say that
+    the weights solve the inner problem.
+
     Args:
-      estimator: with any problem small enough to be solved again eight times per leaf; first take a smaller batch. All
-        solves together take at most 40,000 Hessian products, the first, from the weights given, a fifth of them.
-      variables: where. For ``hg.implicit`` at weights that solve the inner problem on ``inner_batch`` with the dropout
-        mask that the key gives: elsewhere the verdict says so, with the error that is left at the optimum.
+      estimator: with any problem. Where the inner problem is solved again, all solves together take at most 40,000
+        Hessian products, the first, from the weights given, a fifth of them.
+      variables: where. For ``hg.implicit`` with at most 2,000 weights at weights that solve the inner problem on
+        ``inner_batch`` with the dropout mask that the key gives (``solve_inner``): elsewhere the verdict says so, with
+        the error that is left at the optimum.
       inner_batch: with an ``inner_optimizer``, leaves have a window axis.
       outer_batch: of the outer loss.
       key: of the losses, or None.
@@ -152,13 +169,13 @@ def check_hypergrad(
       rtol: the error up to which a direction agrees.
       max_seconds: after which no further solve begins; what was measured by then is judged. ``math.inf`` for no limit.
       progress: called with a line of text as the check goes on, e.g. ``print``.
-      step: h; None: 1e-3, and where the difference is uncertain or disagrees 1e-5, 1e-7, then 3e-2; where the losses
-        compute in less than float64 1e-2, 3e-2, 1e-1.
+      step: h; None: 1e-3, and where the difference is uncertain or disagrees 1e-5, 1e-7, then 3e-2; where not all is
+        computed in float64 1e-2, 3e-2, 1e-1.
 
     Returns:
-      A ``HypergradCheck`` of Python numbers; ``print`` it. Everything is computed in float64, floating-point leaves
-      cast to it, as far as the losses do not cast them down; in the leaves' own dtypes where the losses raise in
-      float64 or draw other random numbers there (masks of ``jax.random.bernoulli`` depend on the dtype).
+      A ``HypergradCheck`` of Python numbers; ``print`` it. Everything is computed in float64: the losses are traced in
+      their own dtypes, so that their random numbers are those of training, and each operation then runs in float64,
+      also where a model casts to float32 or bfloat16. In the leaves' own dtypes where that fails; the report says so.
 
     Raises:
       TypeError: no estimator, or variables that are no ``BilevelParams``.
@@ -202,14 +219,20 @@ def check_hypergrad(
     budget = Budget(time.perf_counter() + max_seconds, say)
     case = _Case(estimator, inner_optimizer, given, budget)
     budget.say("the estimate")
-    own = _values(case)
+    own, precision = _values(case), _precision(case)
+    rounded = _Rounded.of(case, precision)
     try:
+        wide = case.in_float64(x64=jnp.result_type(float) == jnp.float64)
         with jax.enable_x64(True):
-            wide = case.in_float64()
-            if _same(own, _values(wide), variables):
-                return _check(wide, rtol, step, "")
-            note = "not in float64: the losses draw other random numbers there"
-    except Exception as error:  # what a model fixed to float32 raises; what is wrong in itself raises again below
+            same = np.allclose(own, _values(wide), rtol=max(1e-4, 50 * float(jnp.finfo(precision).eps)), equal_nan=True)
+            found = _check(wide, rtol, step, "", rounded) if same else None
+        if found is not None and (found.verdict != _FAILED or _agree(case, wide)):
+            return found
+        what = "the losses have other values there"
+        if found is not None:
+            what = "the estimate is another there. Does the estimator take its losses from ctx.problem?"
+        note = f"not in float64: {what}"
+    except Exception as error:  # what is wrong in itself raises again below
         note = f"not in float64: there they raise {type(error).__name__}: {str(error).splitlines()[0]:.120}"
     return _check(case, rtol, step, note)
 
@@ -222,11 +245,21 @@ class _Case(NamedTuple):
     given: tuple[BilevelParams, Batch, Batch, Array | None, ModelState]
     budget: Budget
 
-    def in_float64(self) -> "_Case":
-        def cast(leaf: Any) -> Any:
-            return jnp.asarray(leaf, jnp.float64) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
+    def in_float64(self, *, x64: bool) -> "_Case":
+        """Return the same case with float64 arrays but for the batches; ``x64`` is whether the user enabled them."""
+        variables, inner_batch, outer_batch, key, model_state = self.given
+        problem = _float64.problem_in_float64(self.estimator.problem, *variables, model_state, x64=x64)
+        with jax.enable_x64(True):
+            at, state = _float64.to_float64(variables), _float64.to_float64(model_state)
+        wide = self._replace(estimator=self.estimator._replace(problem=problem))
+        return wide._replace(given=(at, inner_batch, outer_batch, key, state))
 
-        return self._replace(given=jax.tree.map(cast, self.given))
+    def is_large(self) -> bool:
+        """Whether the inner problem has too many weights to be solved again, and its formula is checked."""
+        estimator, ctx = self.estimator, self.context()
+        if estimator.train is not None or estimator.unknowns is None or estimator.problem.response is not None:
+            return False
+        return _count(unknowns(estimator, ctx), ctx) > _FEW_WEIGHTS
 
     def context(self, at: Trained | None = None) -> Context:
         """Return what the estimate knows: before its inner steps, or after them where ``at`` is what they reached."""
@@ -237,14 +270,36 @@ class _Case(NamedTuple):
         return Context(self.estimator.problem, hyperparams, *ends)
 
 
-def _check(case: _Case, rtol: float, step: float | None, note: str) -> HypergradCheck:
+class _Rounded(NamedTuple):
+    """The estimate in the user's own precision, where it is lower than float32."""
+
+    precision: str
+    hypergrad: Hyperparams
+
+    @classmethod
+    def of(cls, case: _Case, precision: Any) -> "_Rounded | None":
+        if jnp.finfo(precision).bits >= 32:
+            return None
+        return cls(str(precision), one_estimate(case.estimator, case.inner_optimizer)(*case.given)[0].hypergrad)
+
+    def note(self, exact: Hyperparams) -> str:
+        far = align(self.hypergrad, exact)
+        return (
+            f"the losses compute in {self.precision}: there the hypergradient differs from the one in float64, which "
+            f"is checked, by {digits(far.error)} of its norm (cosine {digits(far.cosine)})"
+        )
+
+
+def _check(case: _Case, rtol: float, step: float | None, note: str, rounded: _Rounded | None = None) -> HypergradCheck:
+    if case.is_large():
+        return _check_linearized(case, rtol, step, note, rounded)
     estimate, at = one_estimate(case.estimator, case.inner_optimizer)(*case.given)
     own, own_solve = estimate, next(iter(solves_in(estimate.info)), None)
     residual, of_solver = math.nan, Alignment(math.nan, math.nan, math.nan)
     if own_solve is not None:
         residual = float(own_solve.residual)
         if case.estimator.reference is not None and _approximates(own_solve):
-            case = case._replace(estimator=case.estimator.reference())
+            case = case._replace(estimator=case.estimator.reference()._replace(problem=case.estimator.problem))
             estimate, at = one_estimate(case.estimator, case.inner_optimizer)(*case.given)
             of_solver = align(own.hypergrad, estimate.hypergrad)
     response = case.estimator.problem.response
@@ -265,17 +320,10 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
         there = _estimate_at(case.estimator, ctx, at._replace(params=optimum.params))
         estimates, solve = [gradient, there.hypergrad], next(iter(solves_in(there.info)), None)
 
-    precision = dataflow.working_precision(functools.partial(_losses, ctx), (at.params, ctx.hyperparams))
-    steps = (_STEPS if precision == jnp.float64 else _WIDE_STEPS) if step is None else (step,)
-    epsilon = float(jnp.finfo(precision).eps)
+    precision, steps, epsilon = _resolution(case, step)
     measured = _differences.measure(reference, estimates, steps, rtol=rtol, epsilon=epsilon)
     rows, *others = [[_differences.direction(each, *pair, rtol) for pair in measured] for each in estimates]
     errors = [row.error for there in others for row in there if row.uncertainty <= rtol]
-    count, one_by_one = len(jax.tree.leaves(ctx.hyperparams)), len({row.leaf for row in rows} - {_differences.ALL})
-    if one_by_one < count and rows and rows[0].leaf == _differences.ALL:
-        note = _noted(
-            note, f"{one_by_one} of {count} leaves were moved one by one before the time was over, all of them together"
-        )
     slope = _condition(case, ctx)
     found = HypergradCheck(
         verdict=_PASSED,
@@ -283,8 +331,8 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
         rows=tuple(rows),
         rtol=rtol,
         step=max((difference.step for _, difference in measured), default=0.0),
-        dtype=str(precision),
-        note=note,
+        dtype=precision,
+        note=_noted(note, rounded.note(own.hypergrad) if rounded else "", _cut_off(rows, ctx)),
         outer_loss=float(estimate.value),
         inner_gradient_norm=float(np.linalg.norm(slope)),
         error_at_optimum=max(errors, default=math.nan),
@@ -307,6 +355,85 @@ def _check(case: _Case, rtol: float, step: float | None, note: str) -> Hypergrad
     if agrees:
         return found
     return _explained(case, ctx, reference, found, flat(gradient), slope, solve)
+
+
+def _check_linearized(
+    case: _Case, rtol: float, step: float | None, note: str, rounded: _Rounded | None
+) -> HypergradCheck:
+    """Check the formula of the implicit function theorem at the weights given."""
+    before = case.context()
+    marks = unknowns(case.estimator, before)
+    found = _linearized.with_solution(case.estimator, case.inner_optimizer, case.given, marks)
+    ctx, gradient, solve = case.context(found.at), found.estimate.hypergrad, found.solve
+    claimed, damping = (math.nan, 0.0) if solve is None else (float(solve.residual), float(solve.damping))
+    status = "" if solve is None else Status(int(solve.status)).name
+    precision, steps, epsilon = _resolution(case, step)
+    case.budget.say("the residual of its linear solve")
+    parts = _linearized.parts(ctx, marks)
+    residual = _linearized.measured_residual(parts, found.solution, damping)
+    reference = _linearized.linearized(parts, found.solution, case.budget)
+    measured = _differences.measure(reference, [gradient], steps, rtol=rtol, epsilon=epsilon)
+    rows = [_differences.direction(gradient, *pair, rtol) for pair in measured]
+    slope = flat(parts.condition(parts.weights, ctx.hyperparams))
+    where = (
+        f"{_count(marks, ctx):,} weights: the formula of the implicit function theorem was compared at the weights "
+        f"given, where ‖{_name(ctx)}‖ = {digits(float(np.linalg.norm(slope)))} (0 at a solution). Its linear solve "
+        f"{_ENDS.get(status, 'ended')} with a residual of {digits(residual)}"
+    )
+    check = HypergradCheck(
+        verdict=_PASSED,
+        reasons=(),
+        rows=tuple(rows),
+        rtol=rtol,
+        step=max((difference.step for _, difference in measured), default=0.0),
+        dtype=precision,
+        note=_noted(where, note, rounded.note(gradient) if rounded else "", _cut_off(rows, ctx)),
+        outer_loss=float(found.estimate.value),
+        inner_gradient_norm=float(np.linalg.norm(slope)),
+        error_at_optimum=math.nan,
+        residual=residual,
+    )
+    lost = _lost_in_rounding(check.rows, gradient, rtol)
+    judged = [row for row in rows if row.leaf not in lost]
+    vague = [row for row in judged if not row.uncertainty <= rtol]
+    wrong = [row for row in judged if row.uncertainty <= rtol < row.error]
+    entries, kinks = flat(gradient), dict[str, int]()
+    if ctx.problem.residual is None:
+        case.budget.say("kinks of the inner loss")
+        kinks = _kinks.weights_at_kinks(lambda w: parts.condition(w, ctx.hyperparams), parts.weights, epsilon)
+    differs = math.isfinite(claimed) and abs(residual - claimed) > rtol * max(1.0, claimed)
+    unreported = solve is None or int(solve.num_products) < 0  # a solver of the user's own: no approximation on purpose
+    reasons = [
+        _Reason(bool(kinks), _kinked(kinks), _KINKED),
+        _not_finite(entries),
+        _Reason(
+            not entries.any(),
+            "every entry of the hypergradient is zero: no hyperparameter has an effect here (dead units, a saturated "
+            "bijector), or the outer loss does not use the weights",
+        ),
+        _unrepeatable(case, ctx, slope),
+        *_wrong_rules(ctx, steps, epsilon, rtol, case.budget),
+        _broke_down(status, residual, rtol, in_training=bool(flat(found.solution).any())),
+        _Reason(
+            differs,
+            f"the estimate solves another system: its solve claims a residual of {digits(claimed)}, and with this "
+            f"{_name(ctx)} it is {digits(residual)}. Look for another batch, key or model state, a sign or a factor",
+            ends=False,
+        ),
+        _Reason(
+            unreported and not differs and not residual <= rtol,
+            f"the linear solve stopped at a residual of {digits(residual)}: more terms or steps, or another solver",
+            ends=False,
+        ),
+        _Reason(
+            bool(wrong),
+            "the hypergradient is not ∂L_out/∂λ − (∂²L_in/∂w∂λ)ᵀ q with its own q: a stop_gradient or a custom "
+            "derivative in a loss, a bijector that is applied twice or not at all, or the estimator",
+            ends=False,
+        ),
+        _Reason(bool(vague), _uncertain(vague, reference, precision, has_residual=False), _INCONCLUSIVE),
+    ]
+    return _judged(check._replace(kinks=kinks), reasons)
 
 
 def _noted(*notes: str) -> str:
@@ -347,6 +474,16 @@ def _approximates(solve: SolveInfo) -> bool:
     return status == Status.TRUNCATED or (status == Status.CONVERGED and float(solve.damping) > 0)
 
 
+def _agree(case: _Case, wide: _Case) -> bool:
+    """Return whether the estimate is the same in float64: an estimator with losses of its own has other masks there."""
+    if case.given[3] is None:
+        return True
+    own, _ = one_estimate(case.estimator, case.inner_optimizer)(*case.given)
+    with jax.enable_x64(True):
+        exact, _ = one_estimate(wide.estimator, wide.inner_optimizer)(*wide.given)
+    return not align(own.hypergrad, exact.hypergrad).error > 0.1
+
+
 class _Reason(NamedTuple):
     """A row of the table of reasons; no row below one that ``ends`` it counts."""
 
@@ -368,22 +505,20 @@ def _explained(
     """Return a check that did not pass, with verdict and reasons; ``solve`` is that at the optimum if there is one."""
     rtol, key, response = found.rtol, ctx.keys.solve, case.estimator.problem.response is not None
     other = ctx if key is None else ctx._replace(keys=ctx.keys._replace(solve=jax.random.fold_in(key, 1)))
-    again, redrawn = (float(np.nan_to_num(align(_condition(case, where), slope).error)) for where in (ctx, other))
+    redrawn = float(np.nan_to_num(align(_condition(case, other), slope).error))
     noise = f"another key changes its gradient by {digits(redrawn)} of its norm"
     noisy = key is not None and redrawn > 1e-6
     vague = [row for row in found.rows if not row.uncertainty <= rtol]
     wrong = max((row.error for row in found.rows if row.uncertainty <= rtol < row.error), default=0.0)
     residual, status = (0.0, "") if solve is None else (float(solve.residual), Status(int(solve.status)).name)
     stopped = "a residual that was not measured" if math.isnan(residual) else f"residual {digits(residual)}"
-    broken = residual > 1 or status in ("DIVERGED", "NOT_FINITE") or (status == "INDEFINITE" and residual > rtol)
     norm, there = digits(found.inner_gradient_norm), found.error_at_optimum
     solved, has_residual = there <= rtol, ctx.problem.residual is not None
     if vague and reference.optimum is not None and not (response or has_residual):
         at, epsilon = ctx.at.params, float(jnp.finfo(found.dtype).eps)
         marks = unknowns(case.estimator, ctx)
-        kinks = _kinks.weights_at_kinks(
-            lambda w: inner_loss_fn(ctx)(tree.filled(marks, w, at), ctx.hyperparams), tree.selected(marks, at), epsilon
-        )
+        gradient_at = jax.grad(lambda w: inner_loss_fn(ctx)(tree.filled(marks, w, at), ctx.hyperparams))
+        kinks = _kinks.weights_at_kinks(jax.jit(gradient_at), tree.selected(marks, at), epsilon)
         found = found._replace(kinks=kinks)
     outer_slope = jax.jit(jax.grad(lambda w: outer_loss_fn(ctx)(w, ctx.hyperparams)[0]))
     nearby = jax.tree.map(lambda w: w + 0.01 * (1 + jnp.abs(w)), ctx.at.params)
@@ -392,10 +527,7 @@ def _explained(
     still = bool(still and not flat(outer_slope(ctx.at.params)).any() and flat(outer_slope(nearby)).any())
     reasons = [  # most certain first; from "broke down" on, a difference that can be trusted disagrees
         _Reason(bool(found.kinks), _kinked(found.kinks), _KINKED, ends=not wrong),
-        _Reason(
-            not np.isfinite(gradient).all(),
-            "the estimate is not finite: look for inf or NaN in the losses and in their derivatives",
-        ),
+        _not_finite(gradient),
         _Reason(
             still and not response,
             "inconclusive: the hypergradient is zero here, and so are the differences and ∂L_out/∂w: λ is stationary. "
@@ -407,12 +539,8 @@ def _explained(
             "every entry of the hypergradient is zero: the outer loss does not use the weights that it is given, or "
             "not differentiably; or no hyperparameter has an effect here (dead units, a saturated bijector)",
         ),
-        _Reason(
-            again > 1e-6,
-            "the inner loss is no function of its arguments: with the same key its gradient changed by "
-            f"{digits(again)} of its norm. Draw all random numbers from the key that the loss is given",
-            ends=False,
-        ),
+        _unrepeatable(case, ctx, slope),
+        *_wrong_rules(ctx, *_resolution(case, None)[1:], rtol, case.budget),
         _Reason(
             response and noisy,
             f"inconclusive: the inner loss is random ({noise}), and a response follows the mean over draws where "
@@ -425,12 +553,7 @@ def _explained(
             _INCONCLUSIVE,
             ends=not wrong,
         ),
-        _Reason(
-            broken,
-            f"the linear solve broke down ({status}, residual {digits(residual)}): H is singular or indefinite here, "
-            "or the step size too large (see diagnostics.extreme_eigenvalues). Give the solver damping, or the loss a "
-            "decay",
-        ),
+        _broke_down(status, residual, rtol),
         _Reason(
             there <= 0.5 * wrong,
             "the inner problem is not solved at these weights, with this batch and key: "
@@ -464,24 +587,105 @@ def _explained(
             "not explained by residual or weights: a stop_gradient or a custom derivative in a loss, or the estimator",
         ),
     ]
+    return _judged(found, reasons)
+
+
+def _judged(found: HypergradCheck, reasons: Sequence[_Reason]) -> HypergradCheck:
+    """Return the check with the reasons that hold, down to the first that ends the table; passed if there is none."""
     held = [reason for reason in reasons if reason.holds]
-    held = held[: next(i for i, reason in enumerate(held) if reason.ends) + 1]
-    verdict = _FAILED if any(reason.verdict == _FAILED for reason in held) else held[-1].verdict
+    held = held[: next((i for i, reason in enumerate(held) if reason.ends), len(held)) + 1]
+    failed = any(reason.verdict == _FAILED for reason in held)
+    verdict = _FAILED if failed else held[-1].verdict if held else _PASSED
     return found._replace(verdict=verdict, reasons=tuple(reason.text for reason in held))
 
 
+def _not_finite(gradient: np.ndarray) -> _Reason:
+    return _Reason(
+        not np.isfinite(gradient).all(),
+        "the estimate is not finite: look for inf or NaN in the losses and in their derivatives",
+    )
+
+
+def _unrepeatable(case: _Case, ctx: Context, slope: np.ndarray) -> _Reason:
+    again = float(np.nan_to_num(align(_condition(case, ctx), slope).error))
+    return _Reason(
+        again > 1e-6,
+        "the inner loss is no function of its arguments: with the same key its gradient changed by "
+        f"{digits(again)} of its norm. Draw all random numbers from the key that the loss is given",
+        ends=False,
+    )
+
+
+def _broke_down(status: str, residual: float, rtol: float, *, in_training: bool = False) -> _Reason:
+    """``in_training``: H may be indefinite, and a solve that stopped there is used if the guard lets it pass."""
+    broken = residual > (_BROKEN if in_training else 1)
+    return _Reason(
+        broken
+        or status in ("DIVERGED", "NOT_FINITE")
+        or (status == "INDEFINITE" and residual > rtol and not in_training),
+        f"the linear solve broke down ({status}, residual {digits(residual)}): H is singular or indefinite here, "
+        "or the step size too large (see diagnostics.extreme_eigenvalues). Give the solver damping, or the loss a "
+        "decay",
+    )
+
+
+def _wrong_rules(ctx: Context, steps: Sequence[float], epsilon: float, rtol: float, budget: Budget) -> list[_Reason]:
+    """Return one row for each loss: does its gradient in the weights agree with differences of the loss?"""
+    inner, outer = inner_loss_fn(ctx), outer_loss_fn(ctx)
+    losses = {"inner": lambda w: inner(w, ctx.hyperparams), "outer": lambda w: outer(w, ctx.hyperparams)[0]}
+    if ctx.problem.residual is not None:
+        del losses["inner"]
+    rows = []
+    for name, loss in losses.items():
+        budget.say(f"the gradient of the {name} loss")
+        row = _linearized.rule_error(loss, ctx.at.params, steps, rtol=rtol, epsilon=epsilon, budget=budget)
+        wrong = row is not None and row.uncertainty <= rtol < row.error
+        figures = (
+            "" if row is None else f"{digits(row.estimated)} along random signs, by differences {digits(row.measured)}"
+        )
+        rows.append(
+            _Reason(
+                wrong,
+                f"jax.grad of the {name} loss in the weights is not its derivative: {figures}. Look for a custom "
+                "derivative rule (a straight-through estimator is one) or a stop_gradient",
+                ends=False,
+            )
+        )
+    return rows
+
+
+def _cut_off(rows: Sequence[Direction], ctx: Context) -> str:
+    """Say how many leaves the time reached, where that is not all of them."""
+    count, one_by_one = len(jax.tree.leaves(ctx.hyperparams)), len({row.leaf for row in rows} - {_differences.ALL})
+    if one_by_one == count or not rows or rows[0].leaf != _differences.ALL:
+        return ""
+    return f"{one_by_one} of {count} leaves were moved one by one before the time was over, all of them together"
+
+
+def _name(ctx: Context) -> str:
+    return "∇_w L_in" if ctx.problem.residual is None else "residual"
+
+
+def _count(marks: Any, ctx: Context) -> int:
+    """Return how many weights the inner problem solves for."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree.selected(marks, ctx.at.params)))
+
+
+def _precision(case: _Case) -> Any:
+    """Return the dtype of lowest precision in which the losses compute."""
+    return dataflow.working_precision(functools.partial(_losses, case.context()), case.given[0])
+
+
+def _resolution(case: _Case, step: float | None) -> tuple[str, Sequence[float], float]:
+    """Return the precision in which the losses compute, the steps that fit it, and its machine epsilon."""
+    precision = _precision(case)
+    steps = (_STEPS if precision == jnp.float64 else _WIDE_STEPS) if step is None else (step,)
+    return str(precision), steps, float(jnp.finfo(precision).eps)
+
+
 def _values(case: _Case) -> np.ndarray:
-    """Return both losses at the point given, where random numbers enter them, and a residual's norm."""
-    ctx = case.context()
-    if ctx.keys.inner is None:
-        return np.zeros(())
-    return np.array(jax.jit(functools.partial(_losses, ctx))(case.given[0]), np.float64)
-
-
-def _same(own: np.ndarray, wide: np.ndarray, variables: BilevelParams) -> bool:
-    """Return whether the losses are the same but for rounding: they draw the same random numbers."""
-    coarsest = max(float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in jax.tree.leaves(variables))
-    return bool(np.allclose(own, wide, rtol=max(1e-5, 20 * coarsest), atol=1e-6, equal_nan=True))
+    """Return both losses at the point given, and a residual's norm."""
+    return np.array(jax.jit(functools.partial(_losses, case.context()))(case.given[0]), np.float64)
 
 
 def _losses(ctx: Context, at: tuple[Params, Hyperparams]) -> tuple[Array, ...]:

@@ -24,7 +24,7 @@ from hypergrad.training import Context, inner_loss_fn, outer_loss_fn, residual_f
 from hypergrad.types import Array, Hyperparams, Params, PyTree
 
 __all__ = ["ALL", "MAX_PRODUCTS", "Budget", "Difference", "Direction", "Probe", "Reference"]
-__all__ += ["direction", "measure", "resolved", "rolled_out"]
+__all__ += ["direction", "measure", "of_function", "resolved", "rolled_out", "together"]
 
 _SMALLEST = 1e-6  # root mean square of a leaf: below, rounding of φ would drown its differences
 _FLOOR = 1e-3  # of the whole gradient's norm: what a leaf's error is measured against at the least
@@ -126,10 +126,16 @@ def rolled_out(ctx: Context, budget: Budget = Budget()) -> Reference:  # noqa: B
         at = train(ctx, hyperparams=hyperparams)
         return outer_loss_fn(ctx._replace(at=at))(at.params, hyperparams)[0]
 
-    def value_at(hyperparams: Hyperparams, _guess: Any) -> tuple[float, Params]:
-        return (float(run(hyperparams)) if budget.seconds_left() else math.nan), ()
+    return of_function(run, ctx.hyperparams, budget)
 
-    return Reference(value_at, ctx.hyperparams, None, lambda: MAX_PRODUCTS, budget)
+
+def of_function(fn: Callable[[Hyperparams], Array], at: Hyperparams, budget: Budget) -> Reference:
+    """Return a function of λ alone as a reference."""
+
+    def value_at(hyperparams: Hyperparams, _guess: Any) -> tuple[float, Params]:
+        return (float(fn(hyperparams)) if budget.seconds_left() else math.nan), ()
+
+    return Reference(value_at, at, None, lambda: MAX_PRODUCTS, budget)
 
 
 def resolved(ctx: Context, unknowns: PyTree = True, budget: Budget = Budget()) -> Reference:  # noqa: B008
@@ -193,9 +199,15 @@ def resolved(ctx: Context, unknowns: PyTree = True, budget: Budget = Budget()) -
 
 
 def measure(
-    reference: Reference, estimates: Sequence[Hyperparams], steps: Sequence[float], *, rtol: float, epsilon: float
+    reference: Reference,
+    estimates: Sequence[Hyperparams],
+    steps: Sequence[float],
+    *,
+    rtol: float,
+    epsilon: float,
+    probes: Sequence[Probe] | None = None,
 ) -> list[tuple[Probe, Difference]]:
-    """Return the derivative of φ along the directions of every leaf, each by the first of ``steps`` that will do.
+    """Return the derivative of φ along ``probes``, or along all leaves, each by the first of ``steps`` that will do.
 
     A difference will do if it is certain within ``rtol`` and agrees with one of the ``estimates``. Where none does: of
     those that are certain, or else of all, the one of least uncertainty. Of two that differ by more than both allow,
@@ -207,7 +219,7 @@ def measure(
     given, structure = jax.tree.flatten(reference.hyperparams)
     leaves = [jnp.asarray(np.asarray(leaf), leaf.dtype) for leaf in given]  # no weak types: one program for all probes
     center, _ = reference.value_at(jax.tree.unflatten(structure, leaves), None)
-    probes, measured = _probes(reference.hyperparams, estimates[0]), []
+    probes, measured = probes or _probes(reference.hyperparams, estimates[0]), []
 
     def moved(probe: Probe, distance: float) -> Hyperparams:
         new = list(leaves)
@@ -295,11 +307,25 @@ def _probes(hyperparams: Hyperparams, gradient: Hyperparams) -> list[Probe]:
     spreads = [_spread(leaf) for leaf in jax.tree.leaves(hyperparams)]
     if len(spreads) <= _MANY:
         return found
-    together = []
+    joint = []
     for kind in ("along", "random"):
         each = {place: d for probe in found if probe.kind == kind for place, d in probe.directions.items()}
         signs = {} if kind == "along" else dict.fromkeys(range(len(spreads)), 1.0)
         shapes = [np.shape(leaf) for leaf in jax.tree.leaves(gradient)]
         filled = {place: each.get(place, rng.choice([-1.0, 1.0], shapes[place])) for place in {**each, **signs}}
-        together.append(Probe(ALL, kind, {place: d * (spreads[place] / max(spreads)) for place, d in filled.items()}))
-    return [*together, *found]
+        joint.append(_joint(kind, filled, spreads))
+    return [*joint, *found]
+
+
+def together(values: PyTree, gradient: PyTree) -> Probe | None:
+    """Return random signs on the leaves of ``values`` whose gradient is not zero, in proportion to their sizes."""
+    rng, leaves = np.random.default_rng(0), jax.tree.leaves(values)
+    moving = [place for place, leaf in enumerate(jax.tree.leaves(gradient)) if np.asarray(leaf).any()]
+    signs = {place: rng.choice([-1.0, 1.0], np.shape(leaves[place])) for place in moving}
+    return _joint("random", signs, [_spread(leaf) for leaf in leaves]) if moving else None
+
+
+def _joint(kind: str, directions: dict[int, np.ndarray], spreads: list[float]) -> Probe:
+    """Return the probe in which leaves move in proportion to their sizes."""
+    largest = max(spreads[place] for place in directions)
+    return Probe(ALL, kind, {place: along * (spreads[place] / largest) for place, along in directions.items()})

@@ -6,7 +6,8 @@
 
 A weight is at a kink where |wᵢ| < ε, kᵢ(ε) is most of jᵢ(ε), kᵢ(ε) ≈ kᵢ(2ε), and f rises to both sides of wᵢ, for
 every σ. A solver with a finite step leaves its weights at a distance from their kink, and the jump shows once ε exceeds
-that distance: ε is tried from a quarter of the weights' size down to where rounding begins.
+that distance: ε is tried from a quarter of the weights' size down to where rounding begins. Weights found this way are
+then set to 0, where the jump of a kink is there for the smallest ε too, and that of a narrow bend is not.
 
 Kinks that data make (ReLUs of a network, hinges of margins, absolute errors) cross directions of many weights, at
 weights of any size. Their jumps have the sign of another sum for every σ, not that of σᵢ. They are not looked for:
@@ -15,17 +16,16 @@ there are some near any weights of a network, and most of them do not matter.
 Reference: Richardson, The approximate arithmetical solution by finite differences, 1911.
 """
 
-import functools
+import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from hypergrad import tree
-from hypergrad.types import Array, Params
+from hypergrad.diagnostics._base import flat
+from hypergrad.types import Params
 
 __all__ = ["weights_at_kinks"]
 
@@ -35,56 +35,66 @@ _DIRECTIONS = 16  # of the jumps of ReLUs along one of them half have the sign o
 _MOST, _EQUAL, _STEEP = 0.5, 0.25, 0.1  # |k| ≥ ½|j|, |k(ε) − k(2ε)| ≤ ¼|k|, and |∇f| ≥ |k|/10
 
 
-def weights_at_kinks(fn: Callable[[Params], Array], params: Params, epsilon: float) -> dict[str, int]:
-    """Return how many weights of each leaf are at a kink of ``fn``, by the paths of leaves that have some.
+def weights_at_kinks(gradient: Callable[[Params], Params], params: Params, epsilon: float) -> dict[str, int]:
+    """Return how many weights of each leaf are at a kink of the loss, by the paths of leaves that have some.
 
-    ``epsilon`` is the precision in which ``fn`` computes. Empty where it leaves no room between the weights' size and
-    rounding, as bfloat16. A bend narrower than ε, at whose bottom the gradient is zero, is smooth, not a kink: away
-    from the smallest ε only weights with a gradient count.
+    ``gradient`` is that of the loss, compiled; ``epsilon`` the precision in which it computes. Empty where it leaves no
+    room between the weights' size and rounding, as bfloat16. A bend narrower than ε, at whose bottom the gradient is
+    zero, is smooth, not a kink: away from the smallest ε only weights with a gradient count.
     """
     sizes = _SIZES[_ABOVE_ROUNDING * epsilon <= _SIZES]
     if len(sizes) < 3:
         return {}
-    found = jax.jit(functools.partial(_found, fn))(tree.promote(params), jnp.asarray(sizes, tree.wider(jnp.float32)))
-    counts = {name: int(leaf.sum()) for name, leaf in zip(tree.leaf_names(params), found, strict=True)}
-    return {name: count for name, count in counts.items() if count}
-
-
-def _found(fn: Callable[[Params], Array], params: Params, sizes: Array) -> list[Array]:
-    """Return bools like the leaves of ``params``."""
-    leaves, structure = jax.tree.flatten(params)
-    count = sum(leaf.size for leaf in leaves)
-    overall = tree.norm(params) / jnp.sqrt(count)
+    leaves, structure = jax.tree.flatten(tree.promote(params))
+    places = np.cumsum([leaf.size for leaf in leaves])[:-1]
+    overall = float(np.linalg.norm(flat(params))) / math.sqrt(max(sum(leaf.size for leaf in leaves), 1))
     # A leaf of zeros moves by what is usual elsewhere, and a tree of zeros by 1.
-    widths = [jnp.maximum(jnp.linalg.norm(jnp.ravel(leaf)) / jnp.sqrt(max(leaf.size, 1)), overall) for leaf in leaves]
-    widths = [jnp.where(width > 0, width, 1.0) for width in widths]
-    here = jax.tree.leaves(jax.grad(fn)(params))
+    spreads = [float(np.linalg.norm(flat(leaf))) / math.sqrt(max(leaf.size, 1)) for leaf in leaves]
+    width = np.concatenate(
+        [np.full(w.size, max(spread, overall) or 1.0) for w, spread in zip(leaves, spreads, strict=True)]
+    )
+    weights = flat(leaves)
 
-    def gradient(signs: list[Array], size: Array) -> list[Array]:
-        moved = [w + (size * width).astype(w.dtype) * s for w, width, s in zip(leaves, widths, signs, strict=True)]
-        return jax.tree.leaves(jax.grad(fn)(jax.tree.unflatten(structure, moved)))
+    def gradient_at(vector: np.ndarray) -> np.ndarray:
+        rows = zip(np.split(vector, places), leaves, strict=True)
+        return flat(
+            gradient(jax.tree.unflatten(structure, [jnp.asarray(x.reshape(w.shape), w.dtype) for x, w in rows]))
+        )
 
-    def narrower(signs: list[Array], wider: Any, size: Array) -> tuple[Any, list[Array]]:
-        last, last_jumps = wider
-        above, below = gradient(signs, size), gradient(signs, -size)
-        changes = [sign * (a - b) for sign, a, b in zip(signs, above, below, strict=True)]
-        jumps = [2 * new - old for new, old in zip(changes, last, strict=True)]
-        found = []
-        at = zip(leaves, widths, signs, here, above, below, changes, jumps, last_jumps, strict=True)
-        for w, width, sign, g, a, b, j, k, old in at:
-            rises = (sign * a > 0) & (sign * b < 0)
-            jump = (k >= _MOST * j) & (jnp.abs(k - old) <= _EQUAL * k)
-            steep = ~(jnp.abs(g) < _STEEP * k) | (size == sizes[-1])  # the gradient of a norm at 0 is NaN
-            found.append((jnp.abs(w) < size * width) & rises & jump & steep)
-        return (changes, jumps), found
+    def held(weights: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        here, rng = gradient_at(weights), np.random.default_rng(0)
+        held = np.ones((len(sizes), len(weights)), bool)
+        for _ in range(_DIRECTIONS):
+            held &= _along(gradient_at, weights, here, width, sizes, rng.choice([-1.0, 1.0], len(weights)))
+            if not held.any():  # as a rule after a few
+                break
+        return held
 
-    def along(held: list[Array], key: Array) -> tuple[list[Array], None]:
-        keys = jax.random.split(key, len(leaves))
-        signs = [jax.random.rademacher(k, w.shape, w.dtype) for k, w in zip(keys, leaves, strict=True)]
-        unknown = [jnp.full_like(w, jnp.nan) for w in leaves]
-        _, found = lax.scan(functools.partial(narrower, signs), (unknown, unknown), sizes)
-        return [old & new for old, new in zip(held, found, strict=True)], None
+    found = held(weights, sizes).any(axis=0)
+    if found.any():
+        found &= held(np.where(found, 0.0, weights), sizes[-3:])[-1]
+    counts = [int(leaf.sum()) for leaf in np.split(found, places)]
+    return {name: count for name, count in zip(tree.leaf_names(params), counts, strict=True) if count}
 
-    everywhere = [jnp.ones((len(sizes), *w.shape), bool) for w in leaves]
-    held, _ = lax.scan(along, everywhere, jax.random.split(jax.random.key(0), _DIRECTIONS))
-    return [jnp.any(leaf, axis=0) for leaf in held]
+
+def _along(
+    gradient: Callable[[np.ndarray], np.ndarray],
+    weights: np.ndarray,
+    here: np.ndarray,
+    width: np.ndarray,
+    sizes: np.ndarray,
+    signs: np.ndarray,
+) -> np.ndarray:
+    """Return which weights look as if they were at a kink, along one direction: bools (sizes, weights)."""
+    last = last_jumps = np.full(len(weights), np.nan)
+    found = []
+    for size in sizes:
+        above, below = gradient(weights + size * width * signs), gradient(weights - size * width * signs)
+        changes = signs * (above - below)
+        jumps = 2 * changes - last
+        rises = (signs * above > 0) & (signs * below < 0)
+        jump = (jumps >= _MOST * changes) & (np.abs(jumps - last_jumps) <= _EQUAL * jumps)
+        steep = ~(np.abs(here) < _STEEP * jumps) | (size == sizes[-1])  # the gradient of a norm at 0 is NaN
+        found.append((np.abs(weights) < size * width) & rises & jump & steep)
+        last, last_jumps = changes, jumps
+    return np.array(found)
