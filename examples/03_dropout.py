@@ -1,11 +1,10 @@
 """Dropout rates of a Flax model, tuned in the one run that trains it (self-tuning networks).
 
 A validation loss has no useful derivative in a dropout rate. While the network trains, a response learns how the
-outputs of each layer change with the rates. The rates then follow the validation loss through that response.
+outputs of each layer change with the rates. The rates then follow the validation loss through that response (MacKay
+et al., arXiv 1903.03088; Bae & Grosse, arXiv 2010.13514).
 
     python examples/03_dropout.py             # scikit-learn's digits, 30 seconds on two cores, 03_dropout.png
-
-Reference: MacKay et al., arXiv 1903.03088; Bae & Grosse, arXiv 2010.13514.
 """
 
 from typing import Any
@@ -56,15 +55,13 @@ problem = hg.responses.self_tuning(hg.reparameterize(hg.BilevelProblem(train_los
 problem = hg.responses.perturbed(problem, scale=1.0)
 
 
-def run(first_rate, steps, tune):
-    """Train; return the test loss at the end, and the rates after every 20 steps."""
+def run(first_rate, steps, tune):  # to the test loss at the end, and the rates after every 20 steps
     params = model.init(jax.random.key(0), x[:1])["params"]
     rates = hg.unconstrain(bounds, dict.fromkeys(("first", "second", "last"), jnp.array(first_rate)))
+    own_rates = {"weights": optax.adam(1e-3), "response": optax.adam(3e-3)}
     tx = hg.bilevel(
         hg.direct(problem),
-        inner_optimizer=optax.partition(
-            {"weights": optax.adam(1e-3), "response": optax.adam(3e-3)}, hg.responses.optimizer_labels
-        ),
+        inner_optimizer=optax.partition(own_rates, hg.responses.optimizer_labels),
         outer_optimizer=optax.adam(0.03 if tune else 0.0),
         every=lambda n: (n > 200) & (n % 5 == 0),  # first the response learns
     )
@@ -80,8 +77,7 @@ def run(first_rate, steps, tune):
         variables, state = step(variables, state)
         if i % 20 == 19:
             history.append(problem.constrain(variables.hyperparams))
-    plain = hg.responses.deployable_params(variables)  # weights for the model as it is
-    return float(valid_loss(plain, None, test, None)), history
+    return float(valid_loss(hg.responses.deployable_params(variables), None, test, None)), history
 
 
 def main(steps=2000, out="03_dropout.png"):

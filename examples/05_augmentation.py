@@ -23,9 +23,8 @@ images, labels = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(labels))
 x, y = jnp.asarray(images[order] / 16.0, jnp.float32).reshape(-1, 8, 8), jnp.asarray(labels[order])
 train, valid, test = (x[:200], y[:200]), (x[200:600], y[200:600]), (x[600:], y[600:])
-classifier: Any = nn.Sequential(
-    [lambda x: x.reshape(len(x), -1), nn.Dense(128), nn.relu, nn.Dense(128), nn.relu, nn.Dense(10)]
-)
+layers = [lambda x: x.reshape(len(x), -1), nn.Dense(128), nn.relu, nn.Dense(128), nn.relu, nn.Dense(10)]
+classifier: Any = nn.Sequential(layers)
 
 
 class Augmenter(nn.Module):
@@ -33,11 +32,9 @@ class Augmenter(nn.Module):
 
     @nn.compact
     def __call__(self, x, key):
-        noise = jax.random.normal(key, (len(x), 8))
-        hidden = nn.tanh(nn.Dense(32, use_bias=False)(noise))
-        scale = nn.initializers.normal(0.03)
-        maps = nn.Dense(6, use_bias=False, kernel_init=scale)(hidden).reshape(-1, 2, 3) + jnp.eye(2, 3)
-        return jax.vmap(warp)(x, maps)
+        hidden = nn.tanh(nn.Dense(32, use_bias=False)(jax.random.normal(key, (len(x), 8))))
+        changes = nn.Dense(6, use_bias=False, kernel_init=nn.initializers.normal(0.03))(hidden).reshape(-1, 2, 3)
+        return jax.vmap(warp)(x, changes + jnp.eye(2, 3))
 
 
 def warp(image, affine):
@@ -60,11 +57,8 @@ def valid_loss(params, phi, batch, key):
     return cross_entropy(classifier.apply({"params": params}, batch[0]), batch[1]).mean()
 
 
-problem = hg.BilevelProblem(train_loss, valid_loss)
-
-
-def run(phi, steps, outer_rate):
-    """Train classifier and augmenter together; return both."""
+def run(phi, steps, outer_rate):  # trains classifier and augmenter together, returns both
+    problem = hg.BilevelProblem(train_loss, valid_loss)
     tx = hg.bilevel(
         hg.implicit(problem), inner_optimizer=optax.adam(1e-3), outer_optimizer=optax.adam(outer_rate), every=5, key=0
     )

@@ -1,11 +1,9 @@
 """A language model with one weight decay per character of its embedding, and one per layer.
 
-    inner:  w*(c) = argmin_w  CE(w; windows of the training text) + ½ Σᵢ cᵢ wᵢ²         batches of 64 windows
-    outer:  min_c  CE(w*(c); windows of the validation text)
+inner:  w*(c) = argmin_w  CE(w; windows of the training text) + ½ Σᵢ cᵢ wᵢ²         batches of 64 windows
+outer:  min_c  CE(w*(c); windows of the validation text)             of scikit-learn's descriptions of data
 
-The text is what scikit-learn says about its data sets.
-
-    python examples/08_language_model.py      # 50 seconds on two cores, 08_language_model.png
+python examples/08_language_model.py      # 50 seconds on two cores, 08_language_model.png
 """
 
 from typing import Any
@@ -39,8 +37,7 @@ class Model(nn.Module):  # the next character from the last twelve
 model: Any = Model()
 
 
-def draw(text, key, size):
-    """Return random windows (size, CONTEXT + 1)."""
+def draw(text, key, size):  # random windows, (size, CONTEXT + 1)
     starts = jax.random.randint(key, (size,), 0, len(text) - CONTEXT)
     return text[starts[:, None] + jnp.arange(CONTEXT + 1)]
 
@@ -54,13 +51,10 @@ def valid_loss(params, decay, windows, key):
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, windows[:, -1]).mean()
 
 
-positive = hg.bijectors.exp()
-problem = hg.reparameterize(hg.BilevelProblem(train_loss, valid_loss), positive)
-problem = hg.with_prior(problem, hg.priors.shared_mean(1.0), num_examples=len(valid))
-
-
-def run(params, decay, steps, outer_rate):
-    """Train model and decays together; return both."""
+def run(params, decay, steps, outer_rate):  # trains model and decays together, returns both
+    positive = hg.bijectors.exp()
+    problem = hg.reparameterize(hg.BilevelProblem(train_loss, valid_loss), positive)
+    problem = hg.with_prior(problem, hg.priors.shared_mean(1.0), num_examples=len(valid))
     tx = hg.bilevel(
         hg.implicit(problem), inner_optimizer=optax.adam(2e-3), outer_optimizer=optax.adam(outer_rate), every=10
     )

@@ -3,9 +3,8 @@
     w*(c) = argmin_w  CE(w; train) + ½ Σⱼ cⱼ ‖wⱼ‖²           softmax regression on word counts, one decay per word
     min_λ  CE(w*(c); valid) − log p(λ) / N                    log cⱼ = λ of the word's band + λ of the word
 
-Eight bands of word frequency learn how much common and rare words tell. A prior, λ of a word ~ N(0, 0.5²), keeps 400
-more numbers from fitting the noise of 300 validation documents. For each c the weights are trained to a minimum: the
-decays hold what was learned, not the weights. A third split says where to stop.
+Each of eight bands of word frequency has a λ, and so has each word, with the prior N(0, 0.5²). For each c the weights
+are trained to a minimum, so that the decays hold what was learned. A third split says where to stop.
 
     python examples/09_retraining.py          # documents drawn by Zipf's law, 40 seconds, 09_retraining.png
 """
@@ -22,8 +21,7 @@ WORDS, CLASSES = 400, 5
 BAND = jnp.repeat(jnp.arange(8), WORDS // 8)  # the 50 most frequent words, the next 50, …
 
 
-def draw(rng, favours, count):
-    """Return word counts scaled to length 1, and classes: the rarer words favour a class each."""
+def draw(rng, favours, count):  # word counts of length 1, and classes: rarer words favour a class each
     y = rng.integers(0, CLASSES, count)
     rate = np.where(favours == np.arange(CLASSES)[:, None], 3.0, 1.0) * 8.0 / np.arange(1, WORDS + 1)
     counts = rng.poisson(rate[y])
@@ -44,8 +42,7 @@ def penalized_loss(params, decay, batch):
 
 
 @jax.jit
-def train(decay, batch):
-    """Return the weights that minimise the penalised loss, by 100 steps of L-BFGS."""
+def train(decay, batch):  # to the minimum of the penalised loss, by 100 steps of L-BFGS
     loss = lambda params: penalized_loss(params, decay, batch)  # noqa: E731
     tx, value_and_grad = optax.lbfgs(), optax.value_and_grad_from_state(loss)
 
@@ -58,14 +55,11 @@ def train(decay, batch):
     return jax.lax.fori_loop(0, 100, step, (params, tx.init(params)))[0]
 
 
-def main(steps=30, out="09_retraining.png"):
-    """Print losses of the best single decay and of learned ones, save a picture; return the losses."""
+def main(steps=30, out="09_retraining.png"):  # prints and returns the losses, saves a picture
     rng = np.random.default_rng(0)
     favours = np.where(np.arange(WORDS) < 40, -1, rng.integers(-1, CLASSES, WORDS))  # -1: no class
     fit, valid, stop, test = (draw(rng, favours, count) for count in (300, 300, 100, 5000))
-    judged, both = (
-        jax.tree.map(lambda *parts: jnp.concatenate(parts), *s) for s in ((valid, stop), (fit, valid, stop))
-    )
+    judged, both = (jax.tree.map(lambda *a: jnp.concatenate(a), *s) for s in ((valid, stop), (fit, valid, stop)))
     grid = (jnp.full(WORDS, c) for c in jnp.geomspace(1e-5, 1e-1, 13))
     single = min(grid, key=lambda decay: float(cross_entropy(train(decay, fit), judged)))
 

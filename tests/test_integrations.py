@@ -191,6 +191,40 @@ def test_an_nnx_optimizer_takes_the_steps_of_its_transformation():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("through", [through_msgpack, through_orbax])
+def test_an_nnx_module_and_its_optimizer_resume_bit_identically(through, tmp_path):
+    """Of a module with dropout, whose keys are saved as numbers, as Flax's own states are."""
+
+    def start():
+        model, _, tx = nnx_case()
+        return model, hg.integrations.nnx.Optimizer(model, tx, jnp.array(-3.0))
+
+    def is_key(leaf):
+        return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+    def numbers(both):
+        tree = nnx.to_pure_dict(nnx.state(both))
+        return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
+
+    @nnx.jit
+    def step(both):
+        both[1].update(both[0], inner_batch=TRAIN, outer_batch=VALID)
+
+    both, restored = start(), start()
+    for _ in range(3):
+        step(both)
+    saved, state = through(numbers(restored), numbers(both), tmp_path), nnx.state(restored)
+    wrap = lambda leaf, like: jax.random.wrap_key_data(leaf) if is_key(like) else leaf  # noqa: E731
+    nnx.replace_by_pure_dict(state, jax.tree.map(wrap, saved, nnx.to_pure_dict(state)))
+    nnx.update(restored, state)
+    for _ in range(2):
+        step(both)
+        step(restored)
+    for a, b in zip(jax.tree.leaves(numbers(both)), jax.tree.leaves(numbers(restored)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
 def test_an_nnx_optimizer_takes_gradients_and_the_statistics_of_their_forward_pass():
     """The user's own forward pass has written into the model; without dropout both ways agree."""
     (one, _, tx), (other, _, _) = nnx_case(0.0), nnx_case(0.0)
