@@ -33,8 +33,8 @@ class IndexedBatch(NamedTuple):
     """A batch given by where it lies in data on the device: ``leaf[indices]`` for every leaf of ``data``.
 
     Stands for a batch, or for any subtree of one, wherever the library takes one (inner or outer); the loss sees the
-    gathered examples. A window of K steps then holds K·B indices instead of K·B examples, which are gathered in each
-    step, and again where a checkpointed step is computed again.
+    gathered examples. A window of K steps then stores K·B indices instead of K·B examples. Each step gathers its own
+    examples. If a checkpointed step is recomputed, its examples are gathered again.
 
     Attributes:
       data: a pytree of arrays with a common leading axis of N examples; no window axis.
@@ -52,8 +52,8 @@ class IndexedBatch(NamedTuple):
 class FreshBatches(NamedTuple):
     """Batches for a linear solve, another one for each product: ``solve_batch=hg.FreshBatches(batches)``.
 
-    Product k of a solve uses batch k modulo P, the mixed product batch P − 1. For ``hg.solvers.neumann`` and
-    ``richardson``, whose iterations average over the batches; the others need one matrix per solve and refuse it.
+    Product k of a solve uses batch ``k % P``. The mixed product uses the last batch, P − 1. For ``hg.solvers.neumann``
+    and ``richardson``, whose iterations average over the batches; the others need one matrix per solve and refuse it.
     There is no residual then: NaN, not measured.
 
     Attributes:

@@ -47,7 +47,8 @@ def dropout(key: Key, x: Array, rate: Any, *, broadcast_dims: Sequence[int] = ()
       x: floating array; with one rate per example, axis 0 is the batch.
       rate: p in [0, 1), of shape () or (B,). If a traced rate reaches 1, y = 0.
       broadcast_dims: axes along which the mask is constant; 1 for x of shape (batch, time, features) is variational
-        dropout. If 0 is among them, examples share random numbers, and those of equal rates the mask.
+        dropout. If ``broadcast_dims`` contains 0, all examples use the same random numbers. Examples with the same rate
+        then have the same mask.
 
     Returns:
       y, of the shape and dtype of ``x``. Its derivative in ``rate`` is zero.

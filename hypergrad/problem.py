@@ -57,8 +57,9 @@ class BilevelParams(NamedTuple):
 
     Attributes:
       params: weights w, a pytree of floating-point arrays.
-      hyperparams: unconstrained hyperparameters λ, a pytree of floating-point arrays. Give hand-made ones a dtype: a
-        weakly typed ``jnp.log(0.1)`` has a compiled step traced again after its first update.
+      hyperparams: unconstrained hyperparameters λ, a pytree of floating-point arrays. If you create hyperparameters by
+        hand, set their dtype. A weakly typed value such as ``jnp.log(0.1)`` causes a jitted step to be traced a second
+        time after the first update.
     """
 
     params: Params
@@ -216,7 +217,8 @@ def microbatched(problem: BilevelProblem, num_microbatches: int) -> BilevelProbl
     L'(w, λ; batch) = 1/m Σᵢ L(w, λ; part i of the batch),   parts along the leading axis of its leaves
 
     Gradients and Hessian products of a batch then take the memory of one microbatch: each part is computed again in
-    the backward pass. A penalty in the loss counts once, since its mean is itself.
+    the backward pass. A penalty that does not depend on the batch is not counted m times: it has the same value in each
+    part, so the mean over the parts does not change it.
 
     Args:
       problem: losses that are means over the examples of a batch; not stateful.

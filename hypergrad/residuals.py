@@ -113,8 +113,9 @@ def proximal_gradient(
       ValueError: ``step_size`` ≤ 0.
       TypeError: ``problem`` is not a ``BilevelProblem``, or ``prox`` is not callable.
 
-    Valid when the prox is differentiable at w − η ∇L: no weight lies exactly on the edge of leaving its kink.
-    Differentiating a loss that contains |w| by ``hg.implicit`` alone is silently wrong: it takes the kink for smooth.
+    Valid when the prox is differentiable at w − η ∇L. This fails only if a weight lies exactly on the boundary between
+    staying at the kink and moving away from it (for the lasso, |w − η ∇L| = ηλ). Differentiating a loss that contains
+    |w| by ``hg.implicit`` alone is silently wrong: it takes the kink for smooth.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: 0.5 * jnp.sum((w - batch) ** 2)

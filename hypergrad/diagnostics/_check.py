@@ -60,8 +60,9 @@ class HypergradCheck(NamedTuple):
         is wrong at the weights given, and right at the solution. "at a kink of the inner loss": see ``kinks``.
         "inconclusive": some differences are too uncertain to judge, and no other one disagrees. "FAILED" otherwise.
       reasons: why it did not pass, most certain first; empty if passed.
-      rows: one ``Direction`` for each leaf, and one more of random signs for each leaf of more than one number. Of more
-        than four leaves two come first in which all move together; what the time does not reach is left out.
+      rows: one ``Direction`` for each leaf, and one more of random signs for each leaf of more than one number. With
+        more than four leaves, the first two rows move all leaves together. Rows that were not measured within the time
+        limit are omitted.
       rtol: the tolerance asked for.
       step: the widest h of those taken, by which a leaf was moved relative to its root mean square.
       dtype: of the lowest precision in which the losses compute during the check.
@@ -184,10 +185,10 @@ def check_hypergrad(
     Valid when φ is smooth within the steps: where a kink (ReLU) or a basin's edge is nearer than 1e-7, differences of
     two step sizes disagree, and the check is inconclusive. A random direction sees an error in one of a leaf's n like
     entries divided by √n: a pass is no proof for single entries of large leaves. Where the inner loss is random, w* is
-    that of the key's draw; a learned response follows the mean over draws, and is not judged. A saddle that Newton's
-    method starts at passes. An inner loss with |w| or the norm of a group, whose solution is at that kink, is named as
-    such; one with kinks made by data (a hinge of margins, absolute errors, ReLUs), at which no Newton step is possible,
-    is inconclusive.
+    that of the key's draw; a learned response follows the mean over draws, and is not judged. If the given weights are
+    at a saddle point, Newton's method stays there and the check passes. An inner loss with |w| or the norm of a group,
+    whose solution is at that kink, is named as such; one with kinks made by data (a hinge of margins, absolute errors,
+    ReLUs), at which no Newton step is possible, is inconclusive.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: jnp.sum(0.5 * jnp.exp(h) * w**2 - w)                  # w* = exp(-h)

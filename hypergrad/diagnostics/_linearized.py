@@ -13,6 +13,7 @@ Reference: Lorraine, Vicol & Duvenaud, arXiv 1911.02590 (the formula).
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -25,7 +26,7 @@ from hypergrad.diagnostics import _differences
 from hypergrad.diagnostics._differences import Budget, Direction, Reference
 from hypergrad.drivers import one_estimate, solves_in
 from hypergrad.estimators import Estimate, Estimator
-from hypergrad.problem import BilevelProblem
+from hypergrad.problem import BilevelParams, BilevelProblem, OverfittingWarning
 from hypergrad.solvers import SolveInfo
 from hypergrad.training import Context, Trained, inner_loss_fn, outer_loss_fn, residual_fn
 from hypergrad.types import Array, Hyperparams, Params, PyTree
@@ -54,7 +55,9 @@ def with_solution(estimator: Estimator, inner_optimizer: Any, given: Sequence[An
     (params, hyperparams), *rest = given
     shift = tree.selected(marks, jax.tree.map(jnp.zeros_like, params))
     shifted = estimator._replace(problem=_shifted(estimator.problem, marks))
-    estimate, at = one_estimate(shifted, inner_optimizer)(type(given[0])(params, (hyperparams, shift)), *rest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OverfittingWarning)  # which would count μ
+        estimate, at = one_estimate(shifted, inner_optimizer)(BilevelParams(params, (hyperparams, shift)), *rest)
     hypergrad, of_shift = estimate.hypergrad
     solution = jax.tree.map(jnp.negative, of_shift)
     return Solution(estimate._replace(hypergrad=hypergrad), at, solution, next(iter(solves_in(estimate.info)), None))

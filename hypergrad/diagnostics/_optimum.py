@@ -44,8 +44,9 @@ class Optimum(NamedTuple):
       gradient_norm: scalar, ‖∇f‖ there, before that step; of ``root`` ‖r‖.
       num_steps: int32 scalar, steps taken.
       num_products: int32 scalar, products with the Hessian, or with ∂r/∂w, of all steps together.
-      converged: bool scalar, squared, the decrement is at most ε^1.25 (1 + |f|), of ``root`` ε^1.25 (1 + ‖w‖)²: 1e-10
-        away in float64. ε is that of the dtype in which the function computes, whatever it returns.
+      converged: bool scalar, True if decrement² ≤ ε^1.25 (1 + |f|), or for ``root`` decrement² ≤ ε^1.25 (1 + ‖w‖)². In
+        float64 the distance to the solution is then about 1e-10. ε is that of the dtype in which the function computes,
+        whatever it returns.
     """
 
     params: Params

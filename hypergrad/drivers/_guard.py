@@ -43,7 +43,7 @@ class SkipReason(enum.IntEnum):
         gradients are given without ``value=``.
       SOLVE: a linear solve diverged, is not finite, or has a residual above ``max_residual``.
       HYPERGRAD: the hypergradient is not finite.
-      HYPERPARAMS: an entry of the new hyperparameters is not finite, and was.
+      HYPERPARAMS: the outer step changes a finite hyperparameter entry to NaN or inf.
       OUTER_STATE: an entry of the new state of the outer optimizer is not finite, and was.
       ESTIMATOR_STATE: an entry of the new state of the estimator is not finite, and was.
       NO_OUTER_BATCH: a step was due under ``jit``, and ``outer_batch`` was None.
@@ -121,9 +121,9 @@ def guard(max_residual: float = 3.0, *, inner: bool = False) -> Guard:
       max_residual: > 0; ``math.inf`` for no limit. Residuals above 1 are normal for a few CG products: CG minimises
         the error in another norm.
       inner: drop inner steps, too, whose loss, gradient or model state is not finite. Costs about a tenth of a short
-        step; ``optax.apply_if_finite`` around the inner optimizer does as much for gradients. Where ``unrolled``
-        differentiates a window in reverse mode, a dropped step makes the hypergradient NaN, and the outer step is
-        skipped: NaN times a cotangent of zero is NaN.
+        step; ``optax.apply_if_finite`` around the inner optimizer does as much for gradients. If ``unrolled``
+        differentiates a window in reverse mode, a dropped step makes the hypergradient NaN, because NaN times a zero
+        cotangent is NaN. The outer step is then skipped.
 
     Returns:
       A ``Guard``, for ``hg.bilevel(..., guard=...)``; ``guard=None`` there takes every step.

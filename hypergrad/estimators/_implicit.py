@@ -72,17 +72,18 @@ def implicit(
         constrained hyperparameters, for ``recycled_cg``, ``jacobi()`` and ``nystrom``; the others, also the default
         solver, do not use it. Where each weight has a decay
         (``hg.penalties.l2``): ``lambda params, decay: decay``.
-      trainable: tree prefix of bools over the weights: which ones the inner problem solves for. None: all; where an
-        inner optimizer is known, all but those that it never moves (``optax.set_to_zero`` behind a mask or partition);
-        all again where it moves none.
+      trainable: tree prefix of bools over the weights: which ones the inner problem solves for. If None and no inner
+        optimizer is given, all weights. If None and an inner optimizer is given, all weights that this optimizer
+        updates: weights under a masked or partitioned ``optax.set_to_zero`` are excluded. If the optimizer updates no
+        weights at all, all weights.
 
     Returns:
       An ``Estimator`` whose state is the solver's and whose info is its ``SolveInfo``. H and the mixed product are
       taken on the call's ``solve_batch``, or on the inner batch, the last of a window. Every product of a solve shares
       one batch (but for ``hg.FreshBatches``), one random key and one model state. Matrix products run in full float32
       precision, also where the default of the device is lower (TF32), unless ``jax_default_matmul_precision`` is set.
-      Without a solver, ``hg.best_response``, which is called once, uses ``hg.solvers.cg(100)`` in place of three damped
-      products.
+      If ``solver`` is None, ``hg.best_response`` uses ``hg.solvers.cg(100)`` instead of three damped products
+      (``gmres(50, 25)`` for a problem with a residual), because it cannot continue from an earlier solve.
 
     Raises:
       TypeError: wrong ``problem``, ``solver`` or ``diagonal``.
@@ -94,11 +95,11 @@ def implicit(
       UserWarning: an inner optimizer moves weights where the gradient is zero (``optax.adamw``): its decay is no part
         of the inner loss, whose minimum is then not where training ends.
 
-    Valid when ∇_w L_in = 0, H is invertible, and ``info.solver.residual`` is small. In training ∇_w L_in is only close
-    to 0: the result is then an approximation, as good as H and the mixed product at these weights are close to those at
-    the optimum. Where b or the solution is not finite (status ``NOT_FINITE``), the hypergradient is NaN. If the inner
-    loss has a kink at its solution (|w|, a norm at 0, a hinge), the formula does not hold: use
-    ``hg.residuals.proximal_gradient``.
+    Valid when ∇_w L_in = 0, H is invertible, and ``info.solver.residual`` is small. During training, ∇_w L_in is only
+    close to 0, so the result is an approximation. It is accurate if H and the mixed product at the current weights are
+    close to their values at the optimum. Where b or the solution is not finite (status ``NOT_FINITE``), the
+    hypergradient is NaN. If the inner loss has a kink at its solution (|w|, a norm at 0, a hinge), the formula does not
+    hold: use ``hg.residuals.proximal_gradient``.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: jnp.sum(0.5 * jnp.exp(h) * w ** 2 - w)      # w* = exp(-h)

@@ -68,16 +68,18 @@ def reverse(
 ) -> UnrollMode:
     """Differentiate an unroll in reverse: for any number of hyperparameters.
 
-    Cost: 3 to 4 forward unrolls, one more with two levels of checkpoints. Memory, in copies of weights and optimizer
-    state: K with a checkpoint per step, K/c + c with one every c; and one copy of the gradient for each of the K, or
-    c, steps whose update it enters other than linearly (Adam, or a learned rate).
+    Cost: 3 to 4 forward unrolls, one more with two levels of checkpoints. Memory, measured in copies of the weights and
+    the optimizer state: K copies with a checkpoint at each step, or K/c + c copies with a checkpoint every c steps. If
+    the update is not linear in the gradient (Adam, or a learned learning rate), add one copy of the gradient for each
+    of the K (or c) steps.
 
     Args:
       checkpoint_every: c ≥ 1, steps between checkpoints. ``None``: each step, and from K = 50 on about every √K, two
         levels. ``math.inf``: none, every intermediate of every step is kept.
       truncate: T ≥ 1: only the last T steps of the window are differentiated, the others taken without. The
-        hypergradient is then biased, by little where the inner loss is strongly convex along the way, and exactly
-        zero for what acts in the first K − T steps alone. ``None``, or T ≥ K: all.
+        hypergradient is then biased. The bias is small if the inner loss is strongly convex along the optimization
+        path. The hypergradient is exactly zero for hyperparameters that only affect the first K − T steps. ``None``, or
+        T ≥ K: all.
       mixed: take the derivative of a step's gradient by one reverse pass over one ``jvp`` of the loss, instead of
         reverse over reverse. Same values, less memory and time; ``False`` leaves all to JAX's autodiff, as models
         with ``custom_vjp`` operations get in any case.

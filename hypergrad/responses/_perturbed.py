@@ -35,8 +35,9 @@ def perturbed(
     L_in'(φ, λ) = 1/S Σ_s L_in(φ, λ + σ ε_s), the response centred at ``stop_gradient(λ)``. The outer loss does not
     change; with a learned scale it is perturbed too, minus τ times the entropy.
 
-    One perturbation is drawn per batch; with ``num_groups``, one for each of that many equal, consecutive parts of the
-    batch; for hyperparameters that the problem takes per example (``self_tuning``), one per example.
+    By default, one perturbation is drawn per batch. Hyperparameters that the problem takes per example (see
+    ``self_tuning``) get one perturbation per example. With ``num_groups``, the batch is split into ``num_groups``
+    consecutive parts of equal size, and one perturbation is drawn per part.
 
     Args:
       problem: over unconstrained hyperparameters: ``perturbed(with_response(reparameterize(p)))``.

@@ -6,8 +6,9 @@ Use three warm, relatively damped products for networks in training (``cg(3, rel
 warm_start=True)``), and as many undamped ones as it takes near a minimum: it needs √κ products where the Neumann
 series needs κ, κ the condition number. A is never squared (no normal equations).
 
-The damping is relative to the matrix: δ = ρ λ̂, with λ̂ the largest |p·Ap|/p·p of recent solves. Modes of A below δ are
-damped away: they are what a few products get wrong, and what differs from batch to batch.
+The damping is relative to the matrix: δ = ρ λ̂, with λ̂ the largest |p·Ap|/p·p of recent solves. The damping suppresses
+eigenvectors of A with eigenvalues below δ. A few products cannot resolve these eigenvectors, and they change from batch
+to batch.
 
 A step counts if p·(A + δI)p > max(δ/10, 10 ε λ̂) p·p, with ε the machine epsilon. Curvature below that is negative or
 rounding; in a singular A, a step along it is 1/ε times too long.
@@ -73,8 +74,9 @@ def cg(
       rtol: relative residual at which to stop, ≥ 0 (0: take all products). float32 reaches about 1e-6.
       damping: constant part of δ, ≥ 0.
       relative_damping: ρ ≥ 0, adds ρ λ̂ to δ, with λ̂ the largest |p·Ap|/p·p of recent solves, which fades by a tenth
-        per solve. The first solve takes the quotient of its first direction. Modes of A below λ̂/100 are more than half
-        damped at ρ = 0.01: right for joint training, wrong where the exact hypergradient is wanted.
+        per solve. The first solve has no earlier λ̂, so it uses |p·Ap|/p·p of its first search direction. Modes of A
+        below λ̂/100 are more than half damped at ρ = 0.01: right for joint training, wrong where the exact
+        hypergradient is wanted.
       warm_start: start from the previous solution, if its residual is below 3 ‖b‖. Measuring that takes one of
         ``max_products``, which must be at least 2; the first solve does without.
       preconditioner: from ``hg.preconditioners``, or None. With ``relative_damping`` the first solve takes one product
@@ -86,10 +88,12 @@ def cg(
 
     Returns:
       A ``LinearSolver``. x is the last accepted iterate: CG minimises ½ xᵀ(A+δI)x − bᵀx, which never grows from step to
-      step, while its residual may. At non-positive curvature the status is ``INDEFINITE``; x is where it started (0
-      without a warm start) if that is the first step. ``residual`` is the recurrence's. Where rounding may have moved
-      it away from ‖b − (A + δI) x‖ by more than itself or ``rtol`` (large κ in float32), one product on top of
-      ``max_products`` measures it. For up to five products with ``relative_damping`` ≥ 0.01 no product is spent on
+      step, while its residual may. If the curvature is not positive, the solver stops with status ``INDEFINITE``. If
+      this happens at the first step, x is the starting point: 0, or the previous solution with ``warm_start``.
+      ``residual`` is the recurrence's. If rounding errors may have changed this value by more than the value itself and
+      by more than ``rtol`` (for example with a large condition number κ in float32), the solver computes ‖b − (A + δI)
+      x‖ directly. This takes one product more than ``max_products``. For up to five products with ``relative_damping``
+      ≥ 0.01 no product is spent on
       that: ``residual`` is then at least the bound of its error, K ε/ρ, which is 4e-5 for the default in float32.
 
     Raises:

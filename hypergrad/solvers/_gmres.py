@@ -53,8 +53,9 @@ def gmres(
         (convolutions on CPU); 1 is a loop that stops early.
 
     Returns:
-      A ``LinearSolver``, whose ``residual`` is measured. It never grows from cycle to cycle: one that gains nothing (A
-      singular, or ``restart`` below the number of unknowns) is taken back and ends the solve.
+      A ``LinearSolver``, whose ``residual`` is measured. The residual never increases from one cycle to the next. If a
+      cycle does not reduce the residual (by at least 0.1 %; A is singular, or ``restart`` is smaller than the number of
+      unknowns), the solver discards this cycle and stops.
 
     Raises:
       ValueError: ``max_products`` too small, ``restart`` < 1, ``rtol`` < 0.

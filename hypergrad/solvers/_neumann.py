@@ -66,10 +66,12 @@ def neumann(
       num_terms: K ≥ 1, the number of terms. Only a solve with a ``tolerance`` stops earlier, where it is met.
       step_size: α > 0, in units of 1/A. None: 1/λ̂, λ̂ an estimate of A's largest |eigenvalue| by power
         iterations, 12 products at the first solve and 2 at each later one, which start from the direction in the
-        solver's state and so follow an A that changes. λ̂ ≤ |λ|max; the series converges while the estimate is
-        above half of it, and a solve that overshoots hands its residual, by then the top eigenvector, to the next.
+        solver's state and so follow an A that changes. λ̂ is at most |λ|max. The series converges if λ̂ is larger than
+        |λ|max/2. If the estimate is too small and the series diverges, its residual points along the eigenvector of the
+        largest |eigenvalue|; the next solve starts the power iteration from this residual.
       damping: δ ≥ 0 adds δI to A. Makes an indefinite A usable if δ exceeds its most negative eigenvalue.
-      preconditioner: from ``hg.preconditioners``, or None. Give it no ``step_size`` but None or about 1.
+      preconditioner: from ``hg.preconditioners``, or None. With a preconditioner, set ``step_size`` to None or to a
+        value close to 1.
       unroll: True or an int for a scan so unrolled (convolutions on CPU); 1 is a loop that stops early.
 
     Returns:

@@ -2,8 +2,8 @@
 
     s = α (b − A x) + β s;   x ← x + s                 α = 1/λ̂
 
-Use it where one product an outer step must do: the iteration goes on where the last solve ended, while weights and
-batches move (SOBA), so that over many outer steps it takes as many products as the system needs.
+Use it if you can afford only one product per outer step. Each solve continues from the result of the last solve, while
+weights and batches change (SOBA). Over many outer steps, the products add up to as many as the system needs.
 
 Reference: Dagréou, Ablin, Vaiter & Moreau, A framework for bilevel optimization that enables stochastic and global
 variance reduction algorithms, arXiv 2201.13409 (SOBA); Hao, Gong & Liu, arXiv 2401.09587.

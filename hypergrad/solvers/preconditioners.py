@@ -28,14 +28,14 @@ def jacobi() -> Preconditioner:
 
     Returns:
       A ``Preconditioner`` without a state, which takes no product. D is ``system.diagonal()``: with
-      ``hg.implicit(problem, solver, diagonal=...)`` an approximate diagonal of the inner Hessian. Where weights have
-      their own decays, the decays are one: a few large decays then no longer slow the solve.
+      ``hg.implicit(problem, solver, diagonal=...)`` an approximate diagonal of the inner Hessian. If each weight has
+      its own decay, use the decays as this diagonal. A few large decays then no longer slow down the solve.
 
     Raises:
       ValueError: at a solve, a system without a diagonal.
 
-    Valid when D approximates the diagonal of A, or the part of A that varies most from weight to weight. Entries of
-    D + δ below rounding size count as that.
+    Valid when D approximates the diagonal of A, or the part of A that varies most from weight to weight. Entries of D +
+    δ that are smaller than the rounding error are set to the size of the rounding error.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> d, b = jnp.array([1.0, 10.0, 100.0]), jnp.ones(3)
