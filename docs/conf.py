@@ -73,7 +73,7 @@ html_static_path: list[str] = []
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode, nb_execution_timeout, nb_execution_raise_on_error = "force", 120, True
-nb_execution_excludepatterns = ["recipes.md", "results.md", "optimizers.md"]
+nb_execution_excludepatterns = ["guides/*.md", "results.md", "optimizers.md"]
 autosummary_generate, autodoc_typehints = True, "none"
 autodoc_default_options = {"members": False, "undoc-members": False}
 napoleon_use_ivar, napoleon_use_rtype = True, False
@@ -82,9 +82,11 @@ copybutton_prompt_is_regexp = True
 suppress_warnings = ["config.cache"]
 
 
-def in_repository(_app: Any, _name: str, source: list[str]) -> None:
+def in_repository(_app: Any, name: str, source: list[str]) -> None:
     """Name files outside of this folder instead of linking to them: they are no pages of the site."""
-    source[0] = re.sub(r"\[([^]\n]+)\]\(\.\./([^)\s]+)\)", r"\1 (`\2` in the repository)", source[0])
+    root = "../" * (name.count("/") + 1)
+    text = source[0].replace(f"]({root}docs/", f"]({root[3:]}")  # from the notebook, which lies in examples/
+    source[0] = re.sub(rf"\[([^]\n]+)\]\({re.escape(root)}([^)\s]+)\)", r"\1 (`\2` in the repository)", text)
 
 
 def without_substitutions(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:

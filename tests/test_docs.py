@@ -8,10 +8,12 @@ import pytest
 from tests.test_architecture import public
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *GUIDES, *(ROOT / "examples").glob("*.md")])
 PAGES += [ROOT / "experiments" / "README.md"]
 MADE = {"docs/messages.md", "docs/getting_started.ipynb"}  # by docs/conf.py
-RUN = ["README.md", *(f"docs/{name}.md" for name in ("recipes", "migrate", "extending"))]
+RUN = ["README.md", *(f"docs/{name}.md" for name in ("verify", "migrate", "extending"))]
+RUN += [f"docs/guides/{path.name}" for path in GUIDES]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "README.md")) for n in RUN])
@@ -29,6 +31,21 @@ def anchors(path):
     return {
         re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", head).lower()).replace(" ", "-") for head in heads
     }
+
+
+DIFFS = re.findall(r"^```diff\n(.*?)^```", (ROOT / "docs/guides/frameworks.md").read_text(), re.M | re.S)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("diff", DIFFS, ids=["linen", "nnx", "equinox"])
+def test_the_loops_of_flax_and_equinox_run_before_and_after(diff):
+    setup = re.search(r"^```python\n(.*?)^```", (ROOT / "docs/guides/frameworks.md").read_text(), re.M | re.S)[1]
+    lines = diff.splitlines()
+    for other in "+-":
+        kept = "\n".join(line[1:] for line in lines if not line.startswith(other))
+        exec(compile(setup + kept, "frameworks.md", "exec"), {"__name__": "loop"})
+    added = [line for line in lines if line.startswith("+") and line[1:].strip()]
+    assert len(added) <= 10, "the loop of the library's own tutorial changes in ten lines at most"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -78,4 +95,5 @@ def test_pages_of_the_site_are_all_listed():
     index = (ROOT / "docs" / "index.md").read_text()
     listed = {line for block in re.findall(r"```\{toctree\}(.*?)```", index, re.S) for line in block.split("\n")}
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index", "messages"}
+    pages |= {f"guides/{path.stem}" for path in GUIDES}
     assert pages <= listed

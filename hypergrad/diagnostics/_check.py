@@ -225,13 +225,16 @@ def check_hypergrad(
     try:
         wide = case.in_float64(x64=jnp.result_type(float) == jnp.float64)
         with jax.enable_x64(True):
-            same = np.allclose(own, _values(wide), rtol=max(1e-4, 50 * float(jnp.finfo(precision).eps)), equal_nan=True)
+            values = _values(wide)
+            same = np.allclose(own, values, rtol=max(1e-4, 50 * float(jnp.finfo(precision).eps)), equal_nan=True)
             found = _check(wide, rtol, step, "", rounded) if same else None
         if found is not None and (found.verdict != _FAILED or _agree(case, wide)):
             return found
         what = "the losses have other values there"
         if found is not None:
             what = "the estimate is another there. Does the estimator take its losses from ctx.problem?"
+        elif not np.allclose(own, again := _values(case), rtol=1e-6, equal_nan=True):
+            return _random(_check(case, rtol, step, ""), own, again)
         note = f"not in float64: {what}"
     except Exception as error:  # what is wrong in itself raises again below
         note = f"not in float64: there they raise {type(error).__name__}: {str(error).splitlines()[0]:.120}"
@@ -605,6 +608,18 @@ def _not_finite(gradient: np.ndarray) -> _Reason:
         not np.isfinite(gradient).all(),
         "the estimate is not finite: look for inf or NaN in the losses and in their derivatives",
     )
+
+
+def _random(found: HypergradCheck, first: np.ndarray, second: np.ndarray) -> HypergradCheck:
+    """Return a failed check: the losses are random beside their key, and any agreement is by chance."""
+    place = int(np.argmax(np.abs(first - second)))
+    name = ("inner loss", "outer loss", "norm of the residual")[place]
+    reason = (
+        f"the {name} is no function of its arguments: with the same key it is {digits(first[place])} and "
+        f"{digits(second[place])}. Draw all random numbers from the key that the loss is given"
+    )
+    others = [text for text in found.reasons if "no function of its arguments" not in text]
+    return found._replace(verdict=_FAILED, reasons=(reason, *others))
 
 
 def _unrepeatable(case: _Case, ctx: Context, slope: np.ndarray) -> _Reason:
