@@ -1,6 +1,6 @@
 """Does ``check_hypergrad`` pass correct code and find bugs, on the models that people have?
 
-    python benchmarks/check_matrix.py [--quick] [--only cnn,mlp] [--out DIR]
+    python benchmarks/check_matrix.py [--quick] [--only cnn,mlp] [--bugs none,sign] [--out DIR]
 
 Models of 10,000 to 300,000 weights: a CNN with ReLU and max pooling, an MLP with batch normalisation and dropout, a
 transformer in bfloat16, an LSTM; one log decay per array of weights. Each is checked after a few hundred steps of Adam,
@@ -8,10 +8,12 @@ with ``implicit`` and its default solver, and with ``unrolled`` over a window of
 planted, one at a time.
 
 A cell says what the check said: for correct code "passed" is right, for a bug "FAILED", a refusal by ``ValueError``,
-or a verdict that names the cause. Writes ``check_matrix.json`` and ``check_matrix.md``.
+or a verdict that names the cause. Writes ``check_matrix.json`` and ``check_matrix.md``; with ``--bugs`` the cells that
+are not run again keep what the file has.
 """
 
 import argparse
+import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -302,18 +304,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small models, three bugs: does it run?")
     parser.add_argument("--only", default=",".join(MODELS), help="models, with a comma between")
+    parser.add_argument("--bugs", help="rows of the table, with a comma between; all if left out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=hg.OverfittingWarning)
-    record: dict[str, Any] = {**harness.circumstances(1), "models": {}}
+    kept = args.out / "check_matrix.json"
+    models = json.loads(kept.read_text())["models"] if args.bugs and kept.exists() else {}
+    record: dict[str, Any] = {**harness.circumstances(1), "models": models}
+    rows = args.bugs.split(",") if args.bugs else ["none", *BUGS]
     for name in ["lstm"] if args.quick else args.only.split(","):
-        found: dict[str, Any] = {"implicit": {}, "unrolled": {}}
-        for how, cells in found.items():
-            for bug in ("none", "sign", "stop_gradient") if args.quick else ("none", *BUGS):
+        found = models.setdefault(name, {"implicit": {}, "unrolled": {}})
+        for how in ("implicit", "unrolled"):
+            for bug in ("none", "sign", "stop_gradient") if args.quick else rows:
                 if applies(how, bug, name):
-                    cells[bug] = check(name, how, BUGS.get(bug), args.quick)
-                    print(name, how, bug, cells[bug], flush=True)
-        record["models"][name] = {"weights": found["implicit"]["none"]["weights"], **found}
+                    cell = found[how][bug] = check(name, how, BUGS.get(bug), args.quick)
+                    found["weights"] = cell["weights"]
+                    print(name, how, bug, cell, flush=True)
         harness.write(args.out, "check_matrix", record, report(record))
     return record
 
