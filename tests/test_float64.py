@@ -68,7 +68,15 @@ def sorted_and_solved(w, h, batch, key):
     return found.sum() + jnp.linalg.slogdet(matrix)[1]
 
 
-@pytest.mark.parametrize("loss", [scanned, counted, stable, ruled, masked, narrow, sorted_and_solved])
+def called_back(w, h, batch, key):
+    """A callback and a print, which see arrays of the user's dtypes."""
+    like = jax.ShapeDtypeStruct((), jnp.float32)
+    scale = jax.pure_callback(lambda x: np.asarray(2 * x, np.float32), like, jax.lax.stop_gradient(h))
+    jax.debug.print("{}", h, ordered=False)
+    return scale * (w**2).sum() + batch * 0.5
+
+
+@pytest.mark.parametrize("loss", [called_back, scanned, counted, stable, ruled, masked, narrow, sorted_and_solved])
 def test_values_gradients_and_products_are_those_of_the_loss(loss):
     key, batch, h = jax.random.key(1), jnp.array(2), jnp.array(0.7)
     inexact = 0.02 if loss is narrow else 2e-6

@@ -1,5 +1,6 @@
 """The check of ``implicit`` with too many weights to solve again: its formula at the weights given, part by part."""
 
+import dataclasses
 import math
 
 import jax
@@ -142,6 +143,13 @@ def test_a_stopped_gradient_is_refused_or_fails():
     found = checked(hg.implicit(problem, CG))
     assert found.verdict == "FAILED"
     assert "with its own q" in found.reasons[0]
+
+
+def test_what_the_estimator_refuses_is_refused_in_its_names():
+    problem = problem_of()
+    held = lambda w, h, batch, key: problem.inner_loss(w, jax.lax.stop_gradient(h), batch, key)  # noqa: E731
+    with pytest.raises(ValueError, match=r"got hyperparams leaf \['decay'\]"):
+        checked(hg.implicit(dataclasses.replace(problem, inner_loss=held), CG))
 
 
 def test_a_wrong_derivative_rule_is_named_with_its_loss():

@@ -367,7 +367,11 @@ def _check_linearized(
     """Check the formula of the implicit function theorem at the weights given."""
     before = case.context()
     marks = unknowns(case.estimator, before)
-    found = _linearized.with_solution(case.estimator, case.inner_optimizer, case.given, marks)
+    try:
+        found = _linearized.with_solution(case.estimator, case.inner_optimizer, case.given, marks)
+    except (TypeError, ValueError):
+        one_estimate(case.estimator, case.inner_optimizer)(*case.given)  # refuses in the user's own names
+        raise
     ctx, gradient, solve = case.context(found.at), found.estimate.hypergrad, found.solve
     claimed, damping = (math.nan, 0.0) if solve is None else (float(solve.residual), float(solve.damping))
     status = "" if solve is None else Status(int(solve.status)).name

@@ -22,7 +22,7 @@ from hypergrad.types import Batch, Hyperparams, ModelState, Params, PyTree
 
 __all__ = ["problem_in_float64", "to_float64"]
 
-_IN_OWN_DTYPES = {"bitcast_convert_type"}  # and random numbers, side effects, operations with other functions inside
+_IN_OWN_DTYPES = {"bitcast_convert_type", "shard_map"}  # and random numbers, side effects, other functions inside
 
 
 def to_float64(values: PyTree) -> PyTree:
@@ -68,7 +68,8 @@ class _Float64:
     def call(self, fn: Callable[..., Any], like: PyTree, args: PyTree) -> Any:
         """Return ``fn(*args)`` in float64, traced for arguments like ``like``."""
         with jax.enable_x64(self._x64):
-            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), like)
+            shapes = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf), like)
+            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
             closed, result = jax.make_jaxpr(fn, return_shape=True)(*shapes)
         return jax.tree.unflatten(jax.tree.structure(result), self.run(closed, *jax.tree.leaves(args)))
 
@@ -107,15 +108,20 @@ class _Float64:
             return self._with_forward_rule(eqn, debug_info)(*values)
         if "custom_vjp" in name:
             return self._with_reverse_rule(eqn, debug_info)(*values)
+        own = lambda: list(map(_widened, _in_own_dtypes(eqn, debug_info)(*values)))  # noqa: E731
+        if eqn.effects or name in _IN_OWN_DTYPES or name.startswith("random_"):
+            return own()
         if [(len(jaxpr.invars), len(jaxpr.outvars)) for jaxpr in inner] == [(len(eqn.invars), len(eqn.outvars))]:
             return self.run(_called(eqn), *values)
-        if inner or eqn.effects or name in _IN_OWN_DTYPES or name.startswith("random_"):
-            return list(map(_widened, _in_own_dtypes(eqn, debug_info)(*values)))
+        if inner:
+            return own()
         if name == "reduce_precision":
             return values
         wide = {key: _wide_parameter(key, value) for key, value in params.items()}
         found = eqn.primitive.bind(*values, **wide)
-        return list(found) if eqn.primitive.multiple_results else [found]
+        found = list(found) if eqn.primitive.multiple_results else [found]
+        fits = all(x.dtype == _wide(v.aval.dtype) for x, v in zip(found, eqn.outvars, strict=True) if _is_float(v.aval))
+        return found if fits else own()  # a callback's result has the dtype that it was declared with
 
     def _scan(self, eqn: Any, values: list[Any]) -> list[Any]:
         _, constants, carry, slices = dataflow.scan_parts(eqn, values)
