@@ -4,7 +4,7 @@
 
     φ(λ) = L_out(w_K(λ), λ)  for estimators that differentiate steps: the window is run again
     φ(λ) = L_out(w*(λ), λ)   for all others: the inner problem is solved again, to rounding, from the weights given;
-                             of a problem with a residual, r(w*(λ), λ) = 0 in place of the minimum
+                             for a problem with a residual, w*(λ) solves r(w, λ) = 0 and is not a minimum
     φ(λ) = L_out(w, λ) − ⟨q, ∇_w L_in(w, λ)⟩    for ``implicit`` with more than 2,000 weights: its formula at given w,
                              with its own solution q of H q = ∂L_out/∂w, whose residual is measured too
 
@@ -61,13 +61,13 @@ class HypergradCheck(NamedTuple):
         "inconclusive": some differences are too uncertain to judge, and no other one disagrees. "FAILED" otherwise.
       reasons: why it did not pass, most certain first; empty if passed.
       rows: one ``Direction`` for each leaf, and one more of random signs for each leaf of more than one number. With
-        more than four leaves, the first two rows move all leaves together. Rows that were not measured within the time
-        limit are omitted.
+        more than four leaves, the first two rows are for directions in which all leaves are moved together; the rows
+        for single leaves follow. Rows that were not measured within the time limit are omitted.
       rtol: the tolerance asked for.
-      step: the widest h of those taken, by which a leaf was moved relative to its root mean square.
+      step: the largest step size h that was used. A leaf is moved by h times its root mean square.
       dtype: of the lowest precision in which the losses compute during the check.
-      note: what was compared at which weights, why not in float64, what a lower precision changes, and how many leaves
-        were moved one by one, where that is to be said; empty otherwise.
+      note: remarks, if there are any, else empty: what was compared and at which weights; why the check did not run in
+        float64; what a lower precision changes; how many leaves were moved one by one.
       outer_loss: at the weights of the estimate.
       inner_gradient_norm: ‖∇_w L_in‖ there, over the weights that are trained, on the batch and with the key that the
         linear solve sees; of a problem with a residual ‖residual‖.
@@ -78,8 +78,8 @@ class HypergradCheck(NamedTuple):
         and with more than 2,000 weights.
       solver_error: ‖a − b‖/‖b‖ of the same two.
       kinks: how many weights of a leaf are at a kink of the inner loss (|w|, a norm at 0), by the leaf's path. Such a
-        weight stays at its kink when λ moves, and ``hg.implicit`` moves it. Looked for where a difference is uncertain,
-        since Newton's method ends at a kink; empty otherwise.
+        weight stays at its kink when λ moves, and ``hg.implicit`` moves it. Kinks are
+        searched for if a difference is uncertain, and always with more than 2,000 weights. Empty if there are none.
     """
 
     verdict: str

@@ -5,8 +5,9 @@
     φ(λ) = L_out(w, λ) − ⟨q, c(w, λ)⟩      at fixed w and q has the hypergradient as its derivative
     ‖b − (∂c/∂w)ᵀ q‖/‖b‖                   tells whether q solves the system of these weights, this batch and this key
 
-q is the estimator's own: with c + μ in place of c, its hypergradient in μ is −q at μ = 0. What it costs is an estimate
-and a few gradients, whatever the number of weights.
+q is the solution that the estimator itself computed. To read it out, c is replaced by c + μ, with μ as an additional
+hyperparameter: at μ = 0 the estimator's hypergradient with respect to μ is −q. What it costs is an estimate and a few
+gradients, whatever the number of weights.
 
 Reference: Lorraine, Vicol & Duvenaud, arXiv 1911.02590 (the formula).
 """

@@ -34,10 +34,10 @@ def plot_trajectories(
 ) -> Any:
     """Draw how hyperparameters moved during a run.
 
-    Up to three panels are drawn. Positive leaves with values above 1, or with values that differ by a factor of 10 or
-    more, share a panel with a logarithmic axis. Other leaves with values in [0, 1] share a panel with a linear axis.
-    All remaining leaves share a third panel. A leaf of several numbers is drawn as their median with the range from the
-    10th to the 90th percentile. A panel of more than 30 leaves is a heat map of their medians, sorted by the last one.
+    Each leaf goes to one of up to three panels. Logarithmic axis: all values are positive, and the largest is above 1
+    or at least 10 times the smallest. Linear axis from 0 to 1: any other leaf with all values in [0, 1]. Linear axis:
+    all remaining leaves. A leaf of several numbers is drawn as their median with the range from the 10th to the 90th
+    percentile. A panel of more than 30 leaves is a heat map of their medians, sorted by the last one.
 
     Args:
       steps: places on the horizontal axis, one per snapshot.

@@ -63,8 +63,9 @@ class SolverRow(NamedTuple):
       cosine: of its hypergradient with that of the converged solve.
       norm_ratio: its norm over that of the converged one.
       first_cosine: the cosine after the first solve, without a warm start.
-      damping_cosine: cosine between two converged hypergradients: the one with damping ``reference_damping``, and the
-        one with the smallest damping that converged. It is 1 if the damping does not change the direction.
+      damping_cosine: cosine between two converged hypergradients: one solved with ``reference_damping``, and one solved
+        with the smallest damping for which any converged solve was found (0 if H is positive definite). It is 1 if
+        ``reference_damping`` does not change the direction.
       milliseconds: per hypergradient, the median of the solves after the first.
       mebibytes: scratch memory of the compiled hypergradient; NaN where the device does not tell.
     """
@@ -170,11 +171,12 @@ def compare_solvers(
       ValueError: as for ``hg.value_and_hypergrad``.
 
     Valid for this point and this batch. Here, all five solves of a warm-started solver use the same linear system.
-    During training the system changes between solves. Therefore expect a cosine between ``first_cosine`` and ``cosine``
-    in training. The reference is a factorisation for up to 3,000 weights, and an iteration of up to 500 products
-    beyond. If H is not positive definite, the exact solution is not useful for training. The reference is then a damped
-    solve. The damping is 0.001, 0.01, 0.03, 0.1 or 0.3 times the largest curvature: the smallest value with which the
-    solve converges. In the middle of training a low cosine need not mean a bad result.
+    During training the system changes between solves, so a warm start helps less: expect an accuracy there between the
+    value in ``first_cosine`` (no warm start) and the value in ``cosine`` (last solve). The reference is a factorisation
+    for up to 3,000 weights, and an iteration of up to 500 products beyond. If H is not positive definite, the exact
+    solution is not useful for training. The reference is then a damped solve. The damping is 0.001, 0.01, 0.03, 0.1 or
+    0.3 times the largest curvature: the smallest value with which the solve converges. In the middle of training a low
+    cosine need not mean a bad result.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: 0.5 * jnp.sum(jnp.exp(h) * w**2 - 2 * w)           # w* = exp(-h)

@@ -150,11 +150,12 @@ def best_response(estimator: Estimator, inner_optimizer: Any = None) -> Callable
     ``params``. ``unrolled`` runs the window from a fresh optimizer state and returns the weights that it reaches,
     differentiable in both. ``direct`` applies the response: of response parameters it returns the model's weights,
     differentiable in both (with an optimizer, which trains the response first, in the hyperparameters). Call it inside
-    the loss of another problem. For two training stages, call it in an outer loss that fine-tunes the weights. For
-    three levels, call it in an inner loss. You can differentiate the function with ``jax.grad``, ``jax.jvp`` and their
-    compositions, and use it inside other ``hg`` functions. For ``hg.unrolled``, only ``checkpoint_every`` and
-    ``unroll`` of the ``mode`` have an effect. A ``mode`` with ``truncate`` smaller than the window is an error. Unlike
-    in an estimate, a hyperparameter that has no effect is not refused: its derivative is zero.
+    a loss of another problem. For two training stages, the outer loss calls it: the call does the fine-tuning, and the
+    outer loss is evaluated at the weights that it returns. For three levels, the inner loss calls it: the call solves
+    the lowest level. You can differentiate the function with ``jax.grad``, ``jax.jvp`` and their compositions, and use
+    it inside other ``hg`` functions. For ``hg.unrolled``, only ``checkpoint_every`` and ``unroll`` of the ``mode`` have
+    an effect. A ``mode`` with ``truncate`` smaller than the window is an error. Unlike in an estimate, a hyperparameter
+    that has no effect is not refused: its derivative is zero.
 
     Args:
       estimator: ``hg.implicit(...)``, ``hg.unrolled(...)`` or ``hg.direct(...)``.

@@ -82,8 +82,9 @@ def implicit(
       taken on the call's ``solve_batch``, or on the inner batch, the last of a window. Every product of a solve shares
       one batch (but for ``hg.FreshBatches``), one random key and one model state. Matrix products run in full float32
       precision, also where the default of the device is lower (TF32), unless ``jax_default_matmul_precision`` is set.
-      If ``solver`` is None, ``hg.best_response`` uses ``hg.solvers.cg(100)`` instead of three damped products
-      (``gmres(50, 25)`` for a problem with a residual), because it cannot continue from an earlier solve.
+      If ``solver`` is None, ``hg.best_response`` uses ``hg.solvers.cg(100)``, or ``gmres(50, 25)`` for a problem with a
+      residual. It does not use the default of three damped products, because those rely on a warm start and
+      ``hg.best_response`` keeps no solver state between calls.
 
     Raises:
       TypeError: wrong ``problem``, ``solver`` or ``diagonal``.

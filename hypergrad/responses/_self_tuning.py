@@ -153,12 +153,13 @@ def self_tuning(
     Valid when the best response is close to one gate per output unit near λ, and the loss of each example depends on
     its own hyperparameters alone (batch statistics mix examples, an error of second order in σ). A penalty on weights
     sees the weights at the centre: mark its hyperparameters False in ``per_example``. Call the model on the batch, not
-    under ``jax.vmap`` over examples. With the linearized variant, call the model outside of all JAX transformations.
-    The response is trained on the outputs that the model returns, not on values stored with ``self.sow``. If the loss
-    penalizes activations, return them from the model. The value of its inner loss is the loss of the weights; the
-    response contributes a gradient only. Models are located by the array objects of ``params``, or by their structure
-    if the loss changes the arrays (a cast, weight drop): run a second model of the same structure under
-    ``disable_self_tuning()``.
+    under ``jax.vmap`` over examples. With the linearized variant, call the model directly in the loss: do not put the
+    call inside a JAX transformation of your own (``jax.vmap``, ``jax.checkpoint``, ``lax.scan``, ...). The library may
+    still jit and differentiate the loss. The response is trained on the outputs that the model returns, not on values
+    stored with ``self.sow``, so if the loss penalizes activations, return them from the model. The value of its inner
+    loss is the loss of the weights; the response contributes a gradient only. Models are located by the array objects
+    of ``params``, or by their structure if the loss changes the arrays (a cast, weight drop): run a second model of the
+    same structure under ``disable_self_tuning()``.
 
     >>> import flax.linen as nn, hypergrad as hg, jax, jax.numpy as jnp
     >>> model, x = nn.Dense(2), jnp.ones((4, 3))

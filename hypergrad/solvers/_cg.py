@@ -90,10 +90,10 @@ def cg(
       A ``LinearSolver``. x is the last accepted iterate: CG minimises ½ xᵀ(A+δI)x − bᵀx, which never grows from step to
       step, while its residual may. If the curvature is not positive, the solver stops with status ``INDEFINITE``. If
       this happens at the first step, x is the starting point: 0, or the previous solution with ``warm_start``.
-      ``residual`` is the recurrence's. If rounding errors may have changed this value by more than the value itself and
-      by more than ``rtol`` (for example with a large condition number κ in float32), the solver computes ‖b − (A + δI)
-      x‖ directly. This takes one product more than ``max_products``. For up to five products with ``relative_damping``
-      ≥ 0.01 no product is spent on
+      ``residual`` is the recurrence's. If the estimated rounding error of this value is larger than both the value
+      itself and ``rtol`` (for example with a large condition number κ in float32), the solver computes ‖b − (A + δI) x‖
+      directly. This needs one extra product, on top of ``max_products``. For up to five products with
+      ``relative_damping`` ≥ 0.01 no product is spent on
       that: ``residual`` is then at least the bound of its error, K ε/ρ, which is 4e-5 for the default in float32.
 
     Raises:

@@ -54,8 +54,8 @@ def gmres(
 
     Returns:
       A ``LinearSolver``, whose ``residual`` is measured. The residual never increases from one cycle to the next. If a
-      cycle does not reduce the residual (by at least 0.1 %; A is singular, or ``restart`` is smaller than the number of
-      unknowns), the solver discards this cycle and stops.
+      cycle reduces the residual by less than 0.1 %, the solver discards this cycle and stops. This happens when A is
+      singular, and it can happen when ``restart`` is smaller than the number of unknowns.
 
     Raises:
       ValueError: ``max_products`` too small, ``restart`` < 1, ``rtol`` < 0.
