@@ -333,8 +333,9 @@ def warn_of_overfitting(problem: BilevelProblem, hyperparams: Hyperparams, outer
     examples = f"{found:,} validation examples" if known else f"outer batches of size {found:,}"
     warnings.warn(
         f"{count:,} hyperparameters are learned from {examples} without a prior: they can fit the noise of the "
-        "validation set. Add a prior, hg.with_prior(problem, hg.priors.normal(start, 1.0), num_examples=...); or learn "
-        "fewer, such as one per layer or group; or keep a third split, and stop where its loss rises. If the whole "
+        "validation set. Keep a third split, and stop where its loss rises; or learn fewer, such as one per layer or "
+        "group; or add a prior, hg.with_prior(problem, hg.priors.normal(start, scale), num_examples=...), and choose "
+        "its scale on the third split: a narrow prior keeps weights of examples from being learned. If the whole "
         "validation set is larger than that, ignore hg.OverfittingWarning.",
         OverfittingWarning,
         stacklevel=2,

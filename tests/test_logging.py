@@ -36,12 +36,12 @@ def test_scalars_are_the_figures_of_the_info():
     found = hg.diagnostics.scalars(last)
     assert found == hg.diagnostics.scalars(last.info)
     assert all(type(value) is float for value in found.values())
-    assert found["outer_step"] == 4.0
+    assert found["step"] == 4.0
     assert found["outer_loss"] == float(last.info.outer_loss)
     assert found["solver/residual"] == float(last.info.solver.residual)
     assert found["num_skipped"] == 0.0
     assert set(found) == {
-        *("outer_step", "outer_loss", "inner_loss", "hypergrad_norm", "skip_reason", "num_skipped"),
+        *("step", "outer_loss", "inner_loss", "hypergrad_norm", "skip_reason", "num_skipped"),
         *(f"solver/{name}" for name in hg.SolveInfo._fields),
     }
 

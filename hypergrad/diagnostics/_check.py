@@ -112,7 +112,9 @@ class HypergradCheck(NamedTuple):
             figures = row.estimated, measured, row.uncertainty, error
             lines.append((readable(row.leaf) or "hyperparams", row.kind, *map(digits, figures)))
         note = f"\n{self.note}" if self.note else ""
-        return f"{head}{note}\n{table(lines)}{self._solver()}" + "".join(f"\n- {reason}" for reason in self.reasons)
+        legend = "\nalong: in the direction of the estimate; random: along random signs; ±: how uncertain measured is"
+        reasons = "".join(f"\n- {reason}" for reason in self.reasons)
+        return f"{head}{note}\n{table(lines)}{legend}{self._solver()}{reasons}"
 
     def _solver(self) -> str:
         if math.isnan(self.solver_cosine):
@@ -213,6 +215,7 @@ def check_hypergrad(
     if step is not None:
         validate.number("step", step, low=0.0, strict=True)
     model_state = check_model_state(estimator.problem, model_state)
+    inner_batch, outer_batch = jax.tree.map(_as_jax, (inner_batch, outer_batch))
     given = variables, inner_batch, outer_batch, validate.as_key(key), model_state
     if any(tree.is_traced(leaf) for leaf in jax.tree.leaves(given)):
         fix = "Call check_hypergrad outside jax.jit and other transformations: it compiles what it needs itself."
@@ -239,6 +242,11 @@ def check_hypergrad(
     except Exception as error:  # what is wrong in itself raises again below
         note = f"not in float64: there they raise {type(error).__name__}: {str(error).splitlines()[0]:.120}"
     return _check(case, rtol, step, note)
+
+
+def _as_jax(leaf: Any) -> Any:
+    """Return a NumPy array as a JAX array, with the integers of the user's setting also where float64 is enabled."""
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf
 
 
 class _Case(NamedTuple):
@@ -358,7 +366,7 @@ def _check(case: _Case, rtol: float, step: float | None, note: str, rounded: _Ro
         return found._replace(verdict=_FAILED, reasons=(reason,))
     if agrees:
         return found
-    return _explained(case, ctx, reference, found, flat(gradient), slope, solve)
+    return _explained(case, ctx, reference, found, flat(gradient), slope, solve, flat(own.hypergrad))
 
 
 def _check_linearized(
@@ -509,8 +517,12 @@ def _explained(
     gradient: np.ndarray,
     slope: np.ndarray,
     solve: SolveInfo | None,
+    own: np.ndarray,
 ) -> HypergradCheck:
-    """Return a check that did not pass, with verdict and reasons; ``solve`` is that at the optimum if there is one."""
+    """Return a check that did not pass, with verdict and reasons.
+
+    ``solve`` is that at the optimum if there is one, ``own`` the hypergradient by the estimator's own solver.
+    """
     rtol, key, response = found.rtol, ctx.keys.solve, case.estimator.problem.response is not None
     other = ctx if key is None else ctx._replace(keys=ctx.keys._replace(solve=jax.random.fold_in(key, 1)))
     redrawn = float(np.nan_to_num(align(_condition(case, other), slope).error))
@@ -535,6 +547,12 @@ def _explained(
     still = bool(still and not flat(outer_slope(ctx.at.params)).any() and flat(outer_slope(nearby)).any())
     reasons = [  # most certain first; from "broke down" on, a difference that can be trusted disagrees
         _Reason(bool(found.kinks), _kinked(found.kinks), _KINKED, ends=not wrong),
+        _Reason(
+            bool(np.isfinite(own).all() and not np.isfinite(gradient).all()),
+            "inconclusive: H is singular at these weights (no decay, dead units). There is no converged solve, and no "
+            "unique inner solution: add a decay to the inner loss",
+            _INCONCLUSIVE,
+        ),
         _not_finite(gradient),
         _Reason(
             still and not response,

@@ -28,11 +28,12 @@ def scalars(info: HypergradInfo | BilevelState) -> dict[str, float]:
       info: ``state.info`` of ``hg.bilevel`` or its state, or the info of a functional call.
 
     Returns:
-      ``outer_step`` (the call that made it), ``outer_loss``, ``inner_loss``, ``hypergrad_norm``, ``skip_reason`` (the
-      number of a ``hg.SkipReason``), ``num_skipped``, and for each linear solve ``solver/num_products``,
-      ``solver/residual``, ``solver/undamped_residual``, ``solver/damping`` and ``solver/status``; with several solves
-      their places come between, ``solver/0/residual``. Figures that are not known (NaN: the inner loss of given
-      gradients, a residual that was not measured) are left out. Empty before the first outer step.
+      ``step`` (the call of ``update`` that made it), ``outer_loss``, ``inner_loss``, ``hypergrad_norm``,
+      ``skip_reason`` (the number of a ``hg.SkipReason``), ``num_skipped``, and for each linear solve
+      ``solver/num_products``, ``solver/residual``, ``solver/undamped_residual``, ``solver/damping`` and
+      ``solver/status``; with several solves their places come between, ``solver/0/residual``. Figures that are not
+      known (NaN: the inner loss of given gradients, a residual that was not measured) are left out. Empty before the
+      first outer step.
 
     Raises:
       TypeError: not an info, or traced values: call it outside ``jax.jit``.
@@ -52,7 +53,7 @@ def scalars(info: HypergradInfo | BilevelState) -> dict[str, float]:
     if not made:
         return {}
     found = {
-        "outer_step": info.step,
+        "step": info.step,
         "outer_loss": info.outer_loss,
         "inner_loss": info.inner_loss,
         "hypergrad_norm": info.hypergrad_norm,
@@ -104,10 +105,10 @@ def progress(total: int, **options: Any) -> Iterator[Callable[..., None]]:
         def show(info: HypergradInfo | BilevelState, advance: int = 1) -> None:
             nonlocal last, since, pace
             found = scalars(info)
-            if found and found["outer_step"] != last:
+            if found and found["step"] != last:
                 now = time.perf_counter()
                 pace = math.nan if last < 0 else now - since
-                last, since = int(found["outer_step"]), now
+                last, since = int(found["step"]), now
             shown = {}
             if found:
                 shown["outer loss"] = f"{found['outer_loss']:.4g}" if "outer_loss" in found else "nan"

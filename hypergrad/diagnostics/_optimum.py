@@ -20,7 +20,7 @@ import optax
 from jax import lax
 
 from hypergrad import curvature, data, dataflow, solvers, tree, validate
-from hypergrad.diagnostics._base import unknowns
+from hypergrad.diagnostics._base import digits, unknowns
 from hypergrad.estimators import implicit
 from hypergrad.problem import BilevelParams, BilevelProblem, check_model_state, check_problem, check_variables
 from hypergrad.training import Context, Trained, inner_loss_fn, residual_fn, split_keys
@@ -55,6 +55,14 @@ class Optimum(NamedTuple):
     num_steps: Array
     num_products: Array
     converged: Array
+
+    def __str__(self) -> str:
+        """Return what was reached, without the weights."""
+        end = "converged" if self.converged else "not converged: more products, or more decay in the loss"
+        return (
+            f"inner problem {end}: gradient norm {digits(float(self.gradient_norm))} after {int(self.num_steps)} steps "
+            f"and {int(self.num_products):,} Hessian products"
+        )
 
 
 def solve_inner(
@@ -97,6 +105,8 @@ def solve_inner(
     >>> found = hg.diagnostics.solve_inner(problem, hg.BilevelParams(jnp.zeros(2), jnp.zeros(2)), ())
     >>> found.params.tolist(), bool(found.converged)
     ([1.0, 1.0], True)
+    >>> print(found)
+    inner problem converged: gradient norm 0 after 2 steps and 2 Hessian products
 
     Reference: Nocedal & Wright, Numerical Optimization, 2nd ed. 2006, ch. 7.1.
     """

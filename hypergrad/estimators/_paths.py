@@ -30,12 +30,13 @@ ZERO_GRADIENT_HINTS = {
         "the inner steps, differentiably",
         "Make inner_optimizer a function that builds the optimizer from the constrained hyperparameters. An optimizer "
         "that takes signs (optax.lion, sign_sgd) passes no derivative of the loss: only its rate and decay have one. "
+        "A dropout rate or a noise level may have no derivative: use hg.responses.self_tuning with hg.direct. "
         "What enters the optimizer's initial state alone (optax.inject_hyperparams) does not act on a given state.",
     ),
     "direct": (
         "the inner loss, by which a response would learn it",
-        "Learn a response to it first (hg.responses.with_response, self_tuning). A learning rate, momentum or "
-        "decoupled decay acts through the optimizer, which no response sees: use hg.unrolled for it.",
+        "The inner loss must use it; learn a response to it (hg.responses.with_response, self_tuning). A learning "
+        "rate, momentum or decoupled decay acts through the optimizer, which no response sees: use hg.unrolled for it.",
     ),
 }
 
