@@ -221,3 +221,31 @@ def test_the_solution_of_an_estimate_solves_its_system():
         assert (
             _linearized.measured_residual(parts, jax.tree.map(lambda q: q * math.inf, found.solution), 0.0) == math.inf
         )
+
+
+def test_a_leaf_that_the_outer_loss_does_not_differentiate_is_found():
+    """``stop_gradient`` on all weights of a leaf: the gradient there is zero, and the loss changes."""
+    problem = problem_of()
+
+    def split(w):
+        return {"w": jnp.concatenate([w["first"], w["rest"]])}
+
+    def inner(w, h, batch, key):
+        return problem.inner_loss(split(w), h, batch, key)
+
+    def outer(w, h, batch, key):
+        return problem.outer_loss(split({**w, "first": jax.lax.stop_gradient(w["first"])}), h, batch, key)
+
+    at, inner_batch, outer_batch = data_and_weights()
+    at = at._replace(params={"first": at.params["w"][:200], "rest": at.params["w"][200:]})
+    found = check(hg.implicit(hg.BilevelProblem(inner, outer), CG), at, inner_batch, outer_batch, key=KEY)
+    assert found.verdict == "FAILED"
+    assert found.reasons[0].startswith("jax.grad of the outer loss in the weights is not its derivative")
+
+
+def test_labels_in_numpy_integers_are_taken_as_in_training():
+    at, (x, y), (x2, y2) = data_and_weights()
+    batches = (np.asarray(x), np.asarray(y, np.int64)), (np.asarray(x2), np.asarray(y2, np.int64))
+    found = check(hg.implicit(problem_of(), CG), at, *batches, key=KEY)
+    assert found.passed, str(found)
+    assert found.dtype == "float64"

@@ -49,6 +49,7 @@ _ENDS = {
     "TRUNCATED": "stopped after its products",
     "INDEFINITE": "stopped at negative curvature",
 }
+_FOR_DIFFERENCES = 20.0  # seconds
 _FEW_WEIGHTS = 2000  # up to here the inner problem is solved again
 
 
@@ -112,7 +113,9 @@ class HypergradCheck(NamedTuple):
             figures = row.estimated, measured, row.uncertainty, error
             lines.append((readable(row.leaf) or "hyperparams", row.kind, *map(digits, figures)))
         note = f"\n{self.note}" if self.note else ""
-        legend = "\nalong: in the direction of the estimate; random: along random signs; ±: how uncertain measured is"
+        legend = (
+            "\nalong: the direction of the estimate; random: random signs; ± (uncertainty of measured), error: relative"
+        )
         reasons = "".join(f"\n- {reason}" for reason in self.reasons)
         return f"{head}{note}\n{table(lines)}{legend}{self._solver()}{reasons}"
 
@@ -171,6 +174,7 @@ def check_hypergrad(
       model_state: of a stateful problem.
       rtol: the error up to which a direction agrees.
       max_seconds: after which no further solve begins; what was measured by then is judged. ``math.inf`` for no limit.
+        With more than 2,000 weights differences take at most 20 s more, if compilation was longer than that.
       progress: called with a line of text as the check goes on, e.g. ``print``.
       step: h; None: 1e-3, and where the difference is uncertain or disagrees 1e-5, 1e-7, then 3e-2; where not all is
         computed in float64 1e-2, 3e-2, 1e-1.
@@ -221,12 +225,12 @@ def check_hypergrad(
         fix = "Call check_hypergrad outside jax.jit and other transformations: it compiles what it needs itself."
         raise TypeError(validate.message("arrays to check at", "traced values", fix))
     budget = Budget(time.perf_counter() + max_seconds, say)
-    case = _Case(estimator, inner_optimizer, given, budget)
+    case = _Case(estimator, inner_optimizer, given, budget, x64=jnp.result_type(float) == jnp.float64)
     budget.say("the estimate")
     own, precision = _values(case), _precision(case)
-    rounded = _Rounded.of(case, precision)
+    rounded = functools.partial(_rounding, case, precision)
     try:
-        wide = case.in_float64(x64=jnp.result_type(float) == jnp.float64)
+        wide = case.in_float64()
         with jax.enable_x64(True):
             values = _values(wide)
             same = np.allclose(own, values, rtol=max(1e-4, 50 * float(jnp.finfo(precision).eps)), equal_nan=True)
@@ -240,7 +244,7 @@ def check_hypergrad(
             return _random(_check(case, rtol, step, ""), own, again)
         note = f"not in float64: {what}"
     except Exception as error:  # what is wrong in itself raises again below
-        note = f"not in float64: there they raise {type(error).__name__}: {str(error).splitlines()[0]:.120}"
+        note = f"not in float64: there they raise {type(error).__name__}: {str(error).splitlines()[0]:.200}"
     return _check(case, rtol, step, note)
 
 
@@ -256,11 +260,12 @@ class _Case(NamedTuple):
     inner_optimizer: Any
     given: tuple[BilevelParams, Batch, Batch, Array | None, ModelState]
     budget: Budget
+    x64: bool  # whether the user has enabled float64
 
-    def in_float64(self, *, x64: bool) -> "_Case":
-        """Return the same case with float64 arrays but for the batches; ``x64`` is whether the user enabled them."""
+    def in_float64(self) -> "_Case":
+        """Return the same case with float64 arrays, but for the batches."""
         variables, inner_batch, outer_batch, key, model_state = self.given
-        problem = _float64.problem_in_float64(self.estimator.problem, *variables, model_state, x64=x64)
+        problem = _float64.problem_in_float64(self.estimator.problem, *variables, model_state, x64=self.x64)
         with jax.enable_x64(True):
             at, state = _float64.to_float64(variables), _float64.to_float64(model_state)
         wide = self._replace(estimator=self.estimator._replace(problem=problem))
@@ -282,27 +287,23 @@ class _Case(NamedTuple):
         return Context(self.estimator.problem, hyperparams, *ends)
 
 
-class _Rounded(NamedTuple):
-    """The estimate in the user's own precision, where it is lower than float32."""
-
-    precision: str
-    hypergrad: Hyperparams
-
-    @classmethod
-    def of(cls, case: _Case, precision: Any) -> "_Rounded | None":
-        if jnp.finfo(precision).bits >= 32:
-            return None
-        return cls(str(precision), one_estimate(case.estimator, case.inner_optimizer)(*case.given)[0].hypergrad)
-
-    def note(self, exact: Hyperparams) -> str:
-        far = align(self.hypergrad, exact)
-        return (
-            f"the losses compute in {self.precision}: there the hypergradient differs from the one in float64, which "
-            f"is checked, by {digits(far.error)} of its norm (cosine {digits(far.cosine)})"
-        )
+def _rounding(case: _Case, precision: Any, exact: Hyperparams) -> str:
+    """Say how far the estimate in a precision lower than float32 is from the ``exact`` one, if there is time."""
+    if jnp.finfo(precision).bits >= 32 or not case.budget.seconds_left():
+        return ""
+    case.budget.say(f"the estimate in {precision}")
+    with jax.enable_x64(case.x64):
+        own, _ = one_estimate(case.estimator, case.inner_optimizer)(*case.given)
+    far = align(own.hypergrad, exact)
+    return (
+        f"the losses compute in {precision}: there the hypergradient differs from the checked one in float64 "
+        f"by {digits(far.error)} of its norm (cosine {digits(far.cosine)})"
+    )
 
 
-def _check(case: _Case, rtol: float, step: float | None, note: str, rounded: _Rounded | None = None) -> HypergradCheck:
+def _check(
+    case: _Case, rtol: float, step: float | None, note: str, rounded: Callable[[Hyperparams], str] = lambda _: ""
+) -> HypergradCheck:
     if case.is_large():
         return _check_linearized(case, rtol, step, note, rounded)
     estimate, at = one_estimate(case.estimator, case.inner_optimizer)(*case.given)
@@ -344,7 +345,7 @@ def _check(case: _Case, rtol: float, step: float | None, note: str, rounded: _Ro
         rtol=rtol,
         step=max((difference.step for _, difference in measured), default=0.0),
         dtype=precision,
-        note=_noted(note, rounded.note(own.hypergrad) if rounded else "", _cut_off(rows, ctx)),
+        note=_noted(note, rounded(own.hypergrad), _cut_off(rows, ctx)),
         outer_loss=float(estimate.value),
         inner_gradient_norm=float(np.linalg.norm(slope)),
         error_at_optimum=max(errors, default=math.nan),
@@ -370,7 +371,7 @@ def _check(case: _Case, rtol: float, step: float | None, note: str, rounded: _Ro
 
 
 def _check_linearized(
-    case: _Case, rtol: float, step: float | None, note: str, rounded: _Rounded | None
+    case: _Case, rtol: float, step: float | None, note: str, rounded: Callable[[Hyperparams], str]
 ) -> HypergradCheck:
     """Check the formula of the implicit function theorem at the weights given."""
     before = case.context()
@@ -387,15 +388,21 @@ def _check_linearized(
     case.budget.say("the residual of its linear solve")
     parts = _linearized.parts(ctx, marks)
     residual = _linearized.measured_residual(parts, found.solution, damping)
-    reference = _linearized.linearized(parts, found.solution, case.budget)
+    slope = flat(parts.condition(parts.weights, ctx.hyperparams))
+    # Compiled, a difference takes milliseconds: however long the compilation took, some are measured.
+    budget = case.budget.with_at_least(_FOR_DIFFERENCES)
+    reference = _linearized.linearized(parts, found.solution, budget)
     measured = _differences.measure(reference, [gradient], steps, rtol=rtol, epsilon=epsilon)
     rows = [_differences.direction(gradient, *pair, rtol) for pair in measured]
-    slope = flat(parts.condition(parts.weights, ctx.hyperparams))
     where = (
         f"{_count(marks, ctx):,} weights: the formula of the implicit function theorem was compared at the weights "
         f"given, where ‖{_name(ctx)}‖ = {digits(float(np.linalg.norm(slope)))} (0 at a solution). Its linear solve "
         f"{_ENDS.get(status, 'ended')} with a residual of {digits(residual)}"
     )
+    if residual > _BROKEN:
+        where += (
+            f". The guard skips steps above {_BROKEN:g}: pass a larger solve_batch, or give the solver more damping"
+        )
     check = HypergradCheck(
         verdict=_PASSED,
         reasons=(),
@@ -403,7 +410,7 @@ def _check_linearized(
         rtol=rtol,
         step=max((difference.step for _, difference in measured), default=0.0),
         dtype=precision,
-        note=_noted(where, note, rounded.note(gradient) if rounded else "", _cut_off(rows, ctx)),
+        note=_noted(where, note, rounded(gradient), _cut_off(rows, ctx)),
         outer_loss=float(found.estimate.value),
         inner_gradient_norm=float(np.linalg.norm(slope)),
         error_at_optimum=math.nan,
@@ -428,7 +435,7 @@ def _check_linearized(
             "bijector), or the outer loss does not use the weights",
         ),
         _unrepeatable(case, ctx, slope),
-        *_wrong_rules(ctx, steps, epsilon, rtol, case.budget),
+        *_wrong_rules(ctx, steps, epsilon, rtol, budget),
         _broke_down(status, residual, rtol, in_training=bool(flat(found.solution).any())),
         _Reason(
             differs,
@@ -656,9 +663,8 @@ def _unrepeatable(case: _Case, ctx: Context, slope: np.ndarray) -> _Reason:
 
 def _broke_down(status: str, residual: float, rtol: float, *, in_training: bool = False) -> _Reason:
     """``in_training``: H may be indefinite, and a solve that stopped there is used if the guard lets it pass."""
-    broken = residual > (_BROKEN if in_training else 1)
     return _Reason(
-        broken
+        (residual > 1 and not in_training)
         or status in ("DIVERGED", "NOT_FINITE")
         or (status == "INDEFINITE" and residual > rtol and not in_training),
         f"the linear solve broke down ({status}, residual {digits(residual)}): H is singular or indefinite here, "
@@ -668,24 +674,28 @@ def _broke_down(status: str, residual: float, rtol: float, *, in_training: bool 
 
 
 def _wrong_rules(ctx: Context, steps: Sequence[float], epsilon: float, rtol: float, budget: Budget) -> list[_Reason]:
-    """Return one row for each loss: does its gradient in the weights agree with differences of the loss?"""
+    """Return one row for each loss: does its gradient in the weights agree with differences of the loss?
+
+    Not along leaves that do not train: where the inner loss has no gradient, e.g. frozen by ``stop_gradient``.
+    """
     inner, outer = inner_loss_fn(ctx), outer_loss_fn(ctx)
     losses = {"inner": lambda w: inner(w, ctx.hyperparams), "outer": lambda w: outer(w, ctx.hyperparams)[0]}
-    if ctx.problem.residual is not None:
+    marks = jax.tree.map(lambda _: True, ctx.at.params)
+    if ctx.problem.residual is None:
+        marks = jax.tree.map(lambda g: bool(jnp.any(g)), jax.jit(jax.grad(losses["inner"]))(ctx.at.params))
+    else:
         del losses["inner"]
     rows = []
     for name, loss in losses.items():
         budget.say(f"the gradient of the {name} loss")
-        row = _linearized.rule_error(loss, ctx.at.params, steps, rtol=rtol, epsilon=epsilon, budget=budget)
+        row = _linearized.rule_error(loss, ctx.at.params, marks, steps, rtol=rtol, epsilon=epsilon)
         wrong = row is not None and row.uncertainty <= rtol < row.error
-        figures = (
-            "" if row is None else f"{digits(row.estimated)} along random signs, by differences {digits(row.measured)}"
-        )
+        figures = "" if row is None else f"{digits(row.estimated)}, by differences {digits(row.measured)}"
         rows.append(
             _Reason(
                 wrong,
-                f"jax.grad of the {name} loss in the weights is not its derivative: {figures}. Look for a custom "
-                "derivative rule (a straight-through estimator is one) or a stop_gradient",
+                f"jax.grad of the {name} loss in the weights is not its derivative: along random signs {figures}. Look "
+                "for a custom derivative rule (a straight-through estimator is one) or a stop_gradient",
                 ends=False,
             )
         )
@@ -754,9 +764,9 @@ def _uncertain(vague: list[Direction], reference: Reference, dtype: str, *, has_
     if not vague:
         return ""
     cause = (
-        "for a kink (ReLU, hinge, absolute error), an unbounded loss, or a step that leaves the losses' domain: try a "
-        "smooth activation or loss, more decay, a bijector, or another step; or give the condition that the solution "
-        "meets at a kink to hg.with_residual"
+        "for a kink (ReLU, hinge, absolute error, a whole number of steps), an unbounded loss, or a step that leaves "
+        "the losses' domain: try other values, a smooth activation or loss, more decay, a bijector, another step; or "
+        "give the condition that the solution meets at a kink to hg.with_residual"
     )
     if dtype != "float64":
         cause = f"for the rounding of {dtype}, in which the losses compute, or {cause}"
@@ -777,6 +787,8 @@ def _uncertain(vague: list[Direction], reference: Reference, dtype: str, *, has_
     if optimum is not None and not optimum.converged:
         spent = f"{int(optimum.num_products):,} Hessian products"
         return f"inconclusive: from these weights {spent} led to no inner solution to rounding, {cause}"
+    if math.isnan(worst.uncertainty) and not reference.budget.seconds_left():
+        return f"inconclusive: the time was over before {leaf} was measured. Pass a larger max_seconds"
     if math.isnan(worst.uncertainty):
         return f"inconclusive: near this {leaf} φ is not finite or no inner solution was found, {cause}"
     change = digits(worst.uncertainty)

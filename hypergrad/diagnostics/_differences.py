@@ -69,6 +69,10 @@ class Budget(NamedTuple):
         """Return the seconds that are left; 0 where there are none."""
         return max(self.deadline - time.perf_counter(), 0.0)
 
+    def with_at_least(self, seconds: float) -> "Budget":
+        """Return a budget with that many seconds left, or more."""
+        return self._replace(deadline=max(self.deadline, time.perf_counter() + seconds))
+
 
 class Probe(NamedTuple):
     """A direction in which one leaf of the hyperparameters moves, or all of them together.
@@ -317,10 +321,10 @@ def _probes(hyperparams: Hyperparams, gradient: Hyperparams) -> list[Probe]:
     return [*joint, *found]
 
 
-def together(values: PyTree, gradient: PyTree) -> Probe | None:
-    """Return random signs on the leaves of ``values`` whose gradient is not zero, in proportion to their sizes."""
+def together(values: PyTree, marks: PyTree) -> Probe | None:
+    """Return random signs on the marked leaves of ``values``, in proportion to their sizes; None without any."""
     rng, leaves = np.random.default_rng(0), jax.tree.leaves(values)
-    moving = [place for place, leaf in enumerate(jax.tree.leaves(gradient)) if np.asarray(leaf).any()]
+    moving = [place for place, mark in enumerate(jax.tree.leaves(marks)) if mark]
     signs = {place: rng.choice([-1.0, 1.0], np.shape(leaves[place])) for place in moving}
     return _joint("random", signs, [_spread(leaf) for leaf in leaves]) if moving else None
 

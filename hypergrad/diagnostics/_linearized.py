@@ -150,24 +150,17 @@ def measured_residual(of: Parts, solution: Params, damping: float) -> float:
 
 
 def rule_error(
-    fn: Callable[[Params], Array],
-    params: Params,
-    steps: Sequence[float],
-    *,
-    rtol: float,
-    epsilon: float,
-    budget: Budget,
+    fn: Callable[[Params], Array], params: Params, marks: PyTree, steps: Sequence[float], *, rtol: float, epsilon: float
 ) -> Direction | None:
-    """Compare ``jax.grad(fn)`` with differences of ``fn``, along random signs on the leaves whose gradient is not zero.
+    """Compare ``jax.grad(fn)`` with differences of ``fn``, along random signs on the marked leaves; None without any.
 
-    They differ where a custom derivative rule or ``stop_gradient`` makes the gradient another function's. None where no
-    leaf has a gradient.
+    They differ where a custom derivative rule or ``stop_gradient`` makes the gradient another function's.
     """
     gradient = jax.jit(jax.grad(fn))(params)
-    probe = _differences.together(params, gradient)
+    probe = _differences.together(params, marks)
     if probe is None:
         return None
     compiled = jax.jit(fn)
-    reference = _differences.of_function(compiled, params, budget)
+    reference = _differences.of_function(compiled, params, Budget())
     ((_, found),) = _differences.measure(reference, [gradient], steps, rtol=rtol, epsilon=epsilon, probes=[probe])
     return _differences.direction(gradient, probe, found, rtol)
