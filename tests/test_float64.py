@@ -76,7 +76,12 @@ def called_back(w, h, batch, key):
     return scale * (w**2).sum() + batch * 0.5
 
 
-@pytest.mark.parametrize("loss", [called_back, scanned, counted, stable, ruled, masked, narrow, sorted_and_solved])
+SLOW = [called_back, counted, stable, sorted_and_solved]
+
+
+@pytest.mark.parametrize(
+    "loss", [masked, narrow, ruled, scanned, *(pytest.param(loss, marks=pytest.mark.slow) for loss in SLOW)]
+)
 def test_values_gradients_and_products_are_those_of_the_loss(loss):
     key, batch, h = jax.random.key(1), jnp.array(2), jnp.array(0.7)
     inexact = 0.02 if loss is narrow else 2e-6
@@ -120,6 +125,7 @@ def test_a_straight_through_estimator_keeps_its_rule():
     assert slope.tolist() == [2.0] * 4
 
 
+@pytest.mark.slow
 def test_batch_statistics_and_a_bfloat16_network_are_followed():
     class Net(nn.Module):
         @nn.compact

@@ -11,6 +11,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.diagnostics import _float64, _linearized
+from hypergrad.diagnostics._kinks import weights_at_kinks
 from hypergrad.training import Context, Trained, split_keys
 
 check = hg.diagnostics.check_hypergrad
@@ -145,6 +146,7 @@ def test_a_stopped_gradient_is_refused_or_fails():
     assert "with its own q" in found.reasons[0]
 
 
+@pytest.mark.slow
 def test_what_the_estimator_refuses_is_refused_in_its_names():
     problem = problem_of()
     held = lambda w, h, batch, key: problem.inner_loss(w, jax.lax.stop_gradient(h), batch, key)  # noqa: E731
@@ -168,9 +170,13 @@ def test_weights_at_a_kink_are_found():
 
 def test_a_narrow_bend_is_no_kink():
     """Away from a solution, where a weight in the bend of a smoothed |w| has a gradient."""
-    bend = lambda loss, w, h, batch: loss + hg.penalties.l1(w["w"], jnp.exp(h["decay"]))  # noqa: E731
-    found = checked(hg.implicit(problem_of(bend), CG))
-    assert found.passed, str(found)
+    target = jnp.linspace(-0.3, 0.3, 40)
+    bend = jax.jit(jax.grad(lambda w: hg.penalties.l1(w, 0.5) + 0.5 * ((w - target) ** 2).sum()))
+    kink = jax.jit(jax.grad(lambda w: 0.5 * jnp.abs(w).sum() + 0.5 * ((w - target) ** 2).sum()))
+    weights = jnp.linspace(-0.1, 0.1, 40).at[:5].set(2e-4)
+    with jax.enable_x64(True):
+        assert weights_at_kinks(bend, weights.astype(float), 2e-16) == {}
+        assert weights_at_kinks(kink, weights.astype(float), 2e-16)[""] >= 5
 
 
 @pytest.mark.slow
@@ -223,6 +229,7 @@ def test_the_solution_of_an_estimate_solves_its_system():
         )
 
 
+@pytest.mark.slow
 def test_a_leaf_that_the_outer_loss_does_not_differentiate_is_found():
     """``stop_gradient`` on all weights of a leaf: the gradient there is zero, and the loss changes."""
     problem = problem_of()
@@ -243,6 +250,7 @@ def test_a_leaf_that_the_outer_loss_does_not_differentiate_is_found():
     assert found.reasons[0].startswith("jax.grad of the outer loss in the weights is not its derivative")
 
 
+@pytest.mark.slow
 def test_labels_in_numpy_integers_are_taken_as_in_training():
     at, (x, y), (x2, y2) = data_and_weights()
     batches = (np.asarray(x), np.asarray(y, np.int64)), (np.asarray(x2), np.asarray(y2, np.int64))
