@@ -67,9 +67,10 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build"]
-html_theme, html_title = "furo", "hypergrad"
-html_static_path: list[str] = []
+exclude_patterns, templates_path = ["_build", "_templates"], ["_templates"]
+html_theme, html_title, html_show_copyright = "furo", "hypergrad", False
+html_static_path, html_css_files = ["_static"], ["wide.css"]
+napoleon_custom_sections = ["Returns", "Yields"]  # sentences: what stands before a colon is no type
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode, nb_execution_timeout, nb_execution_raise_on_error = "force", 120, True
