@@ -61,6 +61,20 @@ def narrow(w, h, batch, key):
     return jnp.tanh(table @ w.astype(jnp.bfloat16)).astype(jnp.float32).sum() * h + jnp.asarray(h, jnp.float16) ** 2
 
 
+def scattered(w, h, batch, key):
+    """Scatters, a checkpointed function in a jitted one with a print, a reduction with a function of its own."""
+
+    @jax.jit
+    def printed(x):
+        jax.debug.print("{}", x[0])
+        return jnp.tanh(x.astype(jnp.bfloat16)).astype(jnp.float32) * 0 + jnp.tanh(x)
+
+    rows = jnp.zeros(3).at[jnp.array([0, 2, 0, 1])].add(w**2 * h)
+    spread = jnp.ones(4).at[jnp.array([1, 3])].set(printed(w)[:2])
+    total = lax.reduce(jax.checkpoint(jnp.sin)(spread), -jnp.inf, jnp.logaddexp, (0,))
+    return jax.ops.segment_max(rows, jnp.array([0, 0, 1]), 2).sum() + total
+
+
 def sorted_and_solved(w, h, batch, key):
     """Operations with functions inside that are computed in their own dtype, and complex numbers."""
     matrix = jnp.eye(4) + 0.1 * jnp.outer(w, w)
@@ -76,7 +90,7 @@ def called_back(w, h, batch, key):
     return scale * (w**2).sum() + batch * 0.5
 
 
-SLOW = [called_back, counted, stable, sorted_and_solved]
+SLOW = [called_back, scattered, counted, stable, sorted_and_solved]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_few_damped_products_pass_with_the_residual_that_they_leave(solver):
     found = checked(hg.implicit(problem_of(), solver))
     assert found.passed, str(found)
     assert 1e-6 < found.residual < 1
-    assert "stopped after its products" in found.note
+    assert "used all its products" in found.note
 
 
 def negated(estimator, state, ctx):
@@ -257,3 +257,41 @@ def test_labels_in_numpy_integers_are_taken_as_in_training():
     found = check(hg.implicit(problem_of(), CG), at, *batches, key=KEY)
     assert found.passed, str(found)
     assert found.dtype == "float64"
+
+
+@jax.custom_vjp
+def squared(x):
+    return x**2
+
+
+squared.defvjp(lambda x: (x**2, x), lambda x, ct: (2 * ct * jax.lax.stop_gradient(x),))
+
+
+def test_a_wrong_second_derivative_is_named():
+    """A rule that is right once and wrong twice: the solve takes wrong products."""
+    problem = problem_of(lambda loss, w, h, batch: loss + squared(batch[0] @ w["w"]).mean())
+    found = checked(hg.implicit(problem, CG))
+    assert found.verdict == "FAILED"
+    assert found.reasons[0].startswith("jax.grad of ∇_w L_in along q in the weights is not its derivative")
+
+
+@pytest.mark.slow
+def test_an_estimator_that_reads_the_hyperparameters_is_checked_at_a_solution():
+    def with_reading(estimator, state, ctx):
+        assert ctx.hyperparams["decay"].shape == (CLASSES,)
+        return estimator.estimate(state, ctx)
+
+    found = checked(wrong(hg.implicit(problem_of(), CG), with_reading), max_seconds=20.0)
+    assert "the formula of the implicit function theorem" not in found.note
+
+
+@pytest.mark.slow
+def test_an_ill_conditioned_solve_in_float32_is_no_failure():
+    """A linear solve inside keeps float32; its rounding is no other system."""
+
+    def inner_change(loss, w, h, batch):
+        jax.debug.callback(lambda x: None, h["shift"])
+        return loss + 1e-4 * jnp.linalg.solve(jnp.eye(CLASSES), w["w"].T @ w["w"]).trace()
+
+    found = checked(hg.implicit(problem_of(inner_change), hg.solvers.cg(300)))
+    assert "solves another system" not in str(found)

@@ -4,10 +4,12 @@
 
 The jaxpr is made in the user's dtypes: masks and noise are those that training draws, and a model that is fixed to
 float32 or bfloat16 needs no change. Integers, bits and keys are computed as they are. An operation that is not known
-here (a callback, a kernel) gets its arguments in its own dtypes. Custom derivative rules stay in force.
+here (a callback, a kernel, a linear solve) gets its arguments in its own dtypes. Custom derivative rules and
+``jax.checkpoint`` stay in force.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +24,15 @@ from hypergrad.types import Batch, Hyperparams, ModelState, Params, PyTree
 
 __all__ = ["problem_in_float64", "to_float64"]
 
-_IN_OWN_DTYPES = {"bitcast_convert_type", "shard_map"}  # and random numbers, side effects, other functions inside
+_CALLS = {"jit", "pjit", "closed_call", "core_call"}
+_SCATTERS = {
+    "scatter": lax.scatter,
+    "scatter-add": lax.scatter_add,
+    "scatter-sub": lax.scatter_sub,
+    "scatter-mul": lax.scatter_mul,
+    "scatter-min": lax.scatter_min,
+    "scatter-max": lax.scatter_max,
+}
 
 
 def to_float64(values: PyTree) -> PyTree:
@@ -68,8 +78,7 @@ class _Float64:
     def call(self, fn: Callable[..., Any], like: PyTree, args: PyTree) -> Any:
         """Return ``fn(*args)`` in float64, traced for arguments like ``like``."""
         with jax.enable_x64(self._x64):
-            shapes = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf), like)
-            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
+            shapes = jax.eval_shape(lambda *given: given, *like)  # weak types of Python numbers stay weak
             closed, result = jax.make_jaxpr(fn, return_shape=True)(*shapes)
         return jax.tree.unflatten(jax.tree.structure(result), self.run(closed, *jax.tree.leaves(args)))
 
@@ -108,12 +117,16 @@ class _Float64:
             return self._with_forward_rule(eqn, debug_info)(*values)
         if "custom_vjp" in name:
             return self._with_reverse_rule(eqn, debug_info)(*values)
-        own = lambda: list(map(_widened, _in_own_dtypes(eqn, debug_info)(*values)))  # noqa: E731
-        if eqn.effects or name in _IN_OWN_DTYPES or name.startswith("random_"):
-            return own()
-        if [(len(jaxpr.invars), len(jaxpr.outvars)) for jaxpr in inner] == [(len(eqn.invars), len(eqn.outvars))]:
+        if name in _CALLS:
             return self.run(_called(eqn), *values)
-        if inner:
+        if name in ("remat2", "remat", "checkpoint"):
+            run = functools.partial(self.run, _called(eqn))
+            return jax.checkpoint(run, policy=params["policy"], prevent_cse=params["prevent_cse"])(*values)
+        if name.replace("_", "-") in _SCATTERS:
+            kept = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
+            return [_SCATTERS[name.replace("_", "-")](*values, **{key: params[key] for key in kept})]
+        own = lambda: list(map(_widened, _in_own_dtypes(eqn, debug_info)(*values)))  # noqa: E731
+        if inner or eqn.effects or name == "bitcast_convert_type" or name.startswith("random_"):
             return own()
         if name == "reduce_precision":
             return values

@@ -25,6 +25,7 @@ import numpy as np
 
 from hypergrad import tree
 from hypergrad.diagnostics._base import flat
+from hypergrad.diagnostics._differences import Budget
 from hypergrad.types import Params
 
 __all__ = ["weights_at_kinks"]
@@ -35,12 +36,18 @@ _DIRECTIONS = 16  # of the jumps of ReLUs along one of them half have the sign o
 _MOST, _EQUAL, _STEEP = 0.5, 0.25, 0.1  # |k| ≥ ½|j|, |k(ε) − k(2ε)| ≤ ¼|k|, and |∇f| ≥ |k|/10
 
 
-def weights_at_kinks(gradient: Callable[[Params], Params], params: Params, epsilon: float) -> dict[str, int]:
+def weights_at_kinks(
+    gradient: Callable[[Params], Params],
+    params: Params,
+    epsilon: float,
+    budget: Budget = Budget(),  # noqa: B008
+) -> dict[str, int]:
     """Return how many weights of each leaf are at a kink of the loss, by the paths of leaves that have some.
 
     ``gradient`` is that of the loss, compiled; ``epsilon`` the precision in which it computes. Empty where it leaves no
     room between the weights' size and rounding, as bfloat16. A bend narrower than ε, at whose bottom the gradient is
-    zero, is smooth, not a kink: away from the smallest ε only weights with a gradient count.
+    zero, is smooth, not a kink: away from the smallest ε only weights with a gradient count. Empty as well where the
+    time is over.
     """
     sizes = _SIZES[_ABOVE_ROUNDING * epsilon <= _SIZES]
     if len(sizes) < 3:
@@ -61,18 +68,20 @@ def weights_at_kinks(gradient: Callable[[Params], Params], params: Params, epsil
             gradient(jax.tree.unflatten(structure, [jnp.asarray(x.reshape(w.shape), w.dtype) for x, w in rows]))
         )
 
-    def held(weights: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    def along_all(weights: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         here, rng = gradient_at(weights), np.random.default_rng(0)
         held = np.ones((len(sizes), len(weights)), bool)
         for _ in range(_DIRECTIONS):
+            if not budget.seconds_left():
+                return np.zeros_like(held)
             held &= _along(gradient_at, weights, here, width, sizes, rng.choice([-1.0, 1.0], len(weights)))
             if not held.any():  # as a rule after a few
                 break
         return held
 
-    found = held(weights, sizes).any(axis=0)
+    found = along_all(weights, sizes).any(axis=0)
     if found.any():
-        found &= held(np.where(found, 0.0, weights), sizes[-3:])[-1]
+        found &= along_all(np.where(found, 0.0, weights), sizes[-3:])[-1]
     counts = [int(leaf.sum()) for leaf in np.split(found, places)]
     return {name: count for name, count in zip(tree.leaf_names(params), counts, strict=True) if count}
 
