@@ -155,11 +155,13 @@ def _one_leaf(tree: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _other_batch(estimator: hg.Estimator) -> hg.Estimator:
-    def estimate(state: Any, ctx: hg.Context) -> hg.Estimate:
-        moved = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=-1) if leaf.ndim > 2 else leaf, ctx.inner_batches)
-        return estimator.estimate(state, ctx._replace(inner_batches=moved))
+    def moved(ctx: hg.Context) -> hg.Context:
+        batches = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=-1) if leaf.ndim > 2 else leaf, ctx.inner_batches)
+        return ctx._replace(inner_batches=batches)
 
-    return estimator._replace(estimate=estimate, reference=None)
+    wrapped = estimator._replace(estimate=lambda state, ctx: estimator.estimate(state, moved(ctx)), reference=None)
+    train = estimator.train
+    return wrapped if train is None else wrapped._replace(train=lambda state, ctx: train(state, moved(ctx)))
 
 
 def _own_key(estimator: hg.Estimator) -> hg.Estimator:
