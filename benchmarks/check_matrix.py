@@ -286,7 +286,10 @@ def applies(how: str, bug: str, name: str) -> bool:
 
 def report(record: dict[str, Any]) -> str:
     """Return the record as Markdown."""
-    parts = ["# What check_hypergrad says of correct code and of thirteen bugs"]
+    parts = [
+        "# What check_hypergrad says of correct code and of thirteen bugs",
+        "An empty cell was not run, or the bug cannot be in that model.",
+    ]
     for how in ("implicit", "unrolled"):
         names = list(record["models"])
         lines = [("", *(f"{name}, {record['models'][name]['weights']:,} weights" for name in names))]
