@@ -588,7 +588,7 @@ MUTANTS = [
         "diagnostics/_kinks.py",
         "& rises & jump & steep",
         "& rises & steep",
-        "test_check_hypergrad.py -k kink",
+        "test_linearized.py -k bend",
         "smooth losses have kinks",
     ),
     Mutant(

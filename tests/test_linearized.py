@@ -174,7 +174,10 @@ def test_a_narrow_bend_is_no_kink():
     bend = jax.jit(jax.grad(lambda w: hg.penalties.l1(w, 0.5) + 0.5 * ((w - target) ** 2).sum()))
     kink = jax.jit(jax.grad(lambda w: 0.5 * jnp.abs(w).sum() + 0.5 * ((w - target) ** 2).sum()))
     weights = jnp.linspace(-0.1, 0.1, 40).at[:5].set(2e-4)
+    at_zero = target.at[:5].set(0.0)
+    smooth = jax.jit(jax.grad(lambda w: 0.5 * ((w - at_zero) ** 2).sum()))
     with jax.enable_x64(True):
+        assert weights_at_kinks(smooth, at_zero.astype(float), 2e-16) == {}
         assert weights_at_kinks(bend, weights.astype(float), 2e-16) == {}
         assert weights_at_kinks(kink, weights.astype(float), 2e-16)[""] >= 5
 
