@@ -58,10 +58,10 @@ problem = hg.responses.perturbed(problem, scale=1.0)
 def run(first_rate, steps, tune):  # to the test loss at the end, and the rates after every 20 steps
     params = model.init(jax.random.key(0), x[:1])["params"]
     rates = hg.unconstrain(bounds, dict.fromkeys(("first", "second", "last"), jnp.array(first_rate)))
-    own_rates = {"weights": optax.adam(1e-3), "response": optax.adam(3e-3)}
+    inner = optax.partition({"weights": optax.adam(1e-3), "response": optax.adam(3e-3)}, hg.responses.optimizer_labels)
     tx = hg.bilevel(
         hg.direct(problem),
-        inner_optimizer=optax.partition(own_rates, hg.responses.optimizer_labels),
+        inner_optimizer=inner,
         outer_optimizer=optax.adam(0.03 if tune else 0.0),
         every=lambda n: (n > 200) & (n % 5 == 0),  # first the response learns
     )
