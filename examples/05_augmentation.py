@@ -23,7 +23,7 @@ images, labels = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(labels))
 x, y = jnp.asarray(images[order] / 16.0, jnp.float32).reshape(-1, 8, 8), jnp.asarray(labels[order])
 train, valid, test = (x[:200], y[:200]), (x[200:600], y[200:600]), (x[600:], y[600:])
-layers = [lambda x: x.reshape(len(x), -1), nn.Dense(128), nn.relu, nn.Dense(128), nn.relu, nn.Dense(10)]
+layers: Any = [lambda x: x.reshape(len(x), -1), nn.Dense(128), nn.relu, nn.Dense(128), nn.relu, nn.Dense(10)]
 classifier: Any = nn.Sequential(layers)
 
 
