@@ -109,7 +109,7 @@ def without_one_leaf(estimator, state, ctx):
         (negated, "solves another system"),
         pytest.param(scaled, "solves another system", marks=pytest.mark.slow),
         pytest.param(with_another_mask, "solves another system", marks=pytest.mark.slow),
-        (without_one_leaf, "with its own q"),
+        pytest.param(without_one_leaf, "with its own q", marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_estimator_fails(change, reason):
@@ -160,6 +160,7 @@ def test_a_wrong_derivative_rule_is_named_with_its_loss():
     assert found.reasons[0].startswith("jax.grad of the outer loss in the weights is not its derivative")
 
 
+@pytest.mark.slow
 def test_weights_at_a_kink_are_found():
     at, inner_batch, outer_batch = data_and_weights()
     at = at._replace(params={"w": at.params["w"].at[:300].set(0.0)})
