@@ -666,8 +666,8 @@ def _random(found: HypergradCheck, first: np.ndarray, second: np.ndarray) -> Hyp
     place = int(np.argmax(np.abs(first - second)))
     name = ("inner loss", "outer loss", "norm of the residual")[place]
     reason = (
-        f"the {name} is no function of its arguments: with the same key it is {digits(first[place])} and "
-        f"{digits(second[place])}. Draw all random numbers from the key that the loss is given"
+        f"the {name} is no function of its arguments: with the same key it is {first[place]:.9g} and "
+        f"{second[place]:.9g}. Draw all random numbers from the key that the loss is given"
     )
     others = [text for text in found.reasons if "no function of its arguments" not in text]
     return found._replace(verdict=_FAILED, reasons=(reason, *others))
