@@ -41,8 +41,6 @@ _PASSED, _FAILED, _INCONCLUSIVE = "passed", "FAILED", "inconclusive"
 _BROKEN = 3.0  # the residual from which the guard skips a step: such a solve is a failure
 _UNSOLVED = "not at a solution of the inner problem"
 _KINKED = "at a kink of the inner loss"
-
-
 _SMALL = 0.3  # of the gradient's norm: a leaf that may be too small to be judged by itself
 _ENDS = {
     "CONVERGED": "converged",
@@ -79,8 +77,8 @@ class HypergradCheck(NamedTuple):
         and with more than 2,000 weights.
       solver_error: ‖a − b‖/‖b‖ of the same two.
       kinks: how many weights of a leaf are at a kink of the inner loss (|w|, a norm at 0), by the leaf's path. Such a
-        weight stays at its kink when λ moves, and ``hg.implicit`` moves it. Kinks are
-        searched for if a difference is uncertain, and always with more than 2,000 weights. Empty if there are none.
+        weight stays at its kink when λ moves, and ``hg.implicit`` moves it. Kinks are searched for
+        if a difference is uncertain, and always with more than 2,000 weights. Empty if there are none.
     """
 
     verdict: str
@@ -348,14 +346,9 @@ def _check(
     rows, *others = [[_differences.direction(each, *pair, rtol) for pair in measured] for each in estimates]
     errors = [row.error for there in others for row in there if row.uncertainty <= rtol]
     slope = _condition(case, ctx)
-    found = HypergradCheck(
-        verdict=_PASSED,
-        reasons=(),
-        rows=tuple(rows),
-        rtol=rtol,
-        step=max((difference.step for _, difference in measured), default=0.0),
+    found, judged = _compared(measured, rows, gradient, rtol, (note, rounded(own.hypergrad), _cut_off(rows, ctx)))
+    found = found._replace(
         dtype=precision,
-        note=_noted(note, rounded(own.hypergrad), _cut_off(rows, ctx)),
         outer_loss=float(estimate.value),
         inner_gradient_norm=float(np.linalg.norm(slope)),
         error_at_optimum=max(errors, default=math.nan),
@@ -363,11 +356,6 @@ def _check(
         solver_cosine=of_solver.cosine,
         solver_error=of_solver.error,
     )
-    lost = _lost_in_rounding(found.rows, gradient, rtol)
-    if lost:
-        small = f"{len(lost)} leaves have too small a derivative to be judged one by one; all together agree"
-        found = found._replace(note=_noted(found.note, small))
-    judged = [row for row in found.rows if row.leaf not in lost]
     agrees = all(row.error <= rtol and row.uncertainty <= rtol for row in judged) and flat(gradient).any()
     if agrees and of_solver.cosine <= 0:
         reason = (
@@ -414,30 +402,25 @@ def _check_linearized(
         where += (
             f". The guard skips steps above {_BROKEN:g}: pass a larger solve_batch, or give the solver more damping"
         )
-    check = HypergradCheck(
-        verdict=_PASSED,
-        reasons=(),
-        rows=tuple(rows),
-        rtol=rtol,
-        step=max((difference.step for _, difference in measured), default=0.0),
+    notes = where, note, rounded(gradient), _cut_off(rows, ctx)
+    check, judged = _compared(measured, rows, gradient, rtol, notes)
+    check = check._replace(
         dtype=precision,
-        note=_noted(where, note, rounded(gradient), _cut_off(rows, ctx)),
         outer_loss=float(found.estimate.value),
         inner_gradient_norm=float(np.linalg.norm(slope)),
-        error_at_optimum=math.nan,
         residual=residual,
     )
     case.budget.say("the gradient of the inner gradient along q")
+    along = lambda w: tree.vdot(found.solution, parts.condition(w, ctx.hyperparams))  # noqa: E731
     second = _linearized.rule_error(
-        lambda w: tree.vdot(found.solution, parts.condition(w, ctx.hyperparams)),
+        along,
+        parts.transposed(parts.weights, found.solution),
         parts.weights,
         jax.tree.map(lambda _: True, parts.weights),
         steps,
         rtol=rtol,
         epsilon=epsilon,
     )
-    lost = _lost_in_rounding(check.rows, gradient, rtol)
-    judged = [row for row in rows if row.leaf not in lost]
     vague = [row for row in judged if not row.uncertainty <= rtol]
     wrong = [row for row in judged if row.uncertainty <= rtol < row.error]
     entries, kinks = flat(gradient), dict[str, int]()
@@ -483,6 +466,34 @@ def _check_linearized(
 
 def _noted(*notes: str) -> str:
     return "\n".join(filter(None, notes))
+
+
+def _compared(
+    measured: Sequence[tuple[Any, Any]],
+    rows: Sequence[Direction],
+    gradient: Hyperparams,
+    rtol: float,
+    notes: Sequence[str],
+) -> tuple[HypergradCheck, list[Direction]]:
+    """Return a passed check of ``rows``, and those to judge: all but the leaves that are lost in rounding."""
+    lost = _lost_in_rounding(rows, gradient, rtol)
+    small = (
+        f"{len(lost)} leaves have too small a derivative to be judged one by one; all together agree" if lost else ""
+    )
+    found = HypergradCheck(
+        verdict=_PASSED,
+        reasons=(),
+        rows=tuple(rows),
+        rtol=rtol,
+        step=max((difference.step for _, difference in measured), default=0.0),
+        dtype="",
+        note=_noted(*notes, small),
+        outer_loss=math.nan,
+        inner_gradient_norm=math.nan,
+        error_at_optimum=math.nan,
+        residual=math.nan,
+    )
+    return found, [row for row in rows if row.leaf not in lost]
 
 
 def _lost_in_rounding(rows: Sequence[Direction], gradient: Hyperparams, rtol: float) -> set[str]:
@@ -702,15 +713,16 @@ def _wrong_rules(ctx: Context, steps: Sequence[float], epsilon: float, rtol: flo
     """
     inner, outer = inner_loss_fn(ctx), outer_loss_fn(ctx)
     losses = {"inner": lambda w: inner(w, ctx.hyperparams), "outer": lambda w: outer(w, ctx.hyperparams)[0]}
-    marks = jax.tree.map(lambda _: True, ctx.at.params)
-    if ctx.problem.residual is None:
-        marks = jax.tree.map(lambda g: bool(jnp.any(g)), jax.jit(jax.grad(losses["inner"]))(ctx.at.params))
-    else:
+    if ctx.problem.residual is not None:
         del losses["inner"]
+    gradients = {name: jax.jit(jax.grad(loss))(ctx.at.params) for name, loss in losses.items()}
+    marks = jax.tree.map(lambda _: True, ctx.at.params)
+    if "inner" in gradients:
+        marks = jax.tree.map(lambda g: bool(jnp.any(g)), gradients["inner"])
     rows = []
     for name, loss in losses.items():
         budget.say(f"the gradient of the {name} loss")
-        row = _linearized.rule_error(loss, ctx.at.params, marks, steps, rtol=rtol, epsilon=epsilon)
+        row = _linearized.rule_error(loss, gradients[name], ctx.at.params, marks, steps, rtol=rtol, epsilon=epsilon)
         rows.append(_wrong_rule(f"the {name} loss", row, rtol))
     return rows
 

@@ -150,17 +150,23 @@ def measured_residual(of: Parts, solution: Params, damping: float) -> float:
 
 
 def rule_error(
-    fn: Callable[[Params], Array], params: Params, marks: PyTree, steps: Sequence[float], *, rtol: float, epsilon: float
+    fn: Callable[[Params], Array],
+    gradient: Params,
+    params: Params,
+    marks: PyTree,
+    steps: Sequence[float],
+    *,
+    rtol: float,
+    epsilon: float,
 ) -> Direction | None:
-    """Compare ``jax.grad(fn)`` with differences of ``fn``, along random signs on the marked leaves; None without any.
+    """Compare ``gradient``, that of ``fn``, with differences of ``fn`` along random signs on the marked leaves.
 
-    They differ where a custom derivative rule or ``stop_gradient`` makes the gradient another function's.
+    None without marked leaves. They differ where a custom derivative rule or ``stop_gradient`` makes the gradient
+    another function's.
     """
-    gradient = jax.jit(jax.grad(fn))(params)
     probe = _differences.together(params, marks)
     if probe is None:
         return None
-    compiled = jax.jit(fn)
-    reference = _differences.of_function(compiled, params, Budget())
+    reference = _differences.of_function(jax.jit(fn), params, Budget())
     ((_, found),) = _differences.measure(reference, [gradient], steps, rtol=rtol, epsilon=epsilon, probes=[probe])
     return _differences.direction(gradient, probe, found, rtol)
