@@ -600,7 +600,7 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/_kinks.py",
-        "found &= held(np.where(found, 0.0, weights), sizes[-3:])[-1]",
+        "found &= along_all(np.where(found, 0.0, weights), sizes[-3:])[-1]",
         "pass",
         "test_linearized.py -k bend",
         "narrow bends are kinks",
@@ -629,8 +629,8 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/_check.py",
-        "differs = math.isfinite(claimed) and abs(residual - claimed) > rtol * max(1.0, claimed)",
-        "differs = False",
+        "abs(residual - claimed) > rtol * max(1.0, claimed)",
+        "False",
         "test_linearized.py",
         "what the solve claims is believed",
     ),
