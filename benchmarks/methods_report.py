@@ -1,6 +1,6 @@
-"""Turn the results of ``methods.py`` into Markdown: a file of their own, and the table of README.
+"""Turn the results of ``methods.py`` into Markdown: a file of their own, the table of README and that of the docs.
 
-``python benchmarks/methods_report.py`` prints README's table, from results/methods.json and self_tuning_cost.json.
+``python benchmarks/methods_report.py`` prints both tables, from results/methods.json and self_tuning_cost.json.
 """
 
 import json
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import report
 
 RESULTS = Path(__file__).parent / "results"
-HEAD = ("method", "tunes", "how many", "cost", "memory", "direction, length", "beware")
+README_HEAD = ("method", "hyperparameters", "time", "memory", "what to know")
+DOCS_HEAD = ("method", "time", "memory", "cosine", "length")
 
 
 class Row(NamedTuple):
@@ -19,22 +20,26 @@ class Row(NamedTuple):
 
     title: str
     measured: str  # its candidate in the results
-    tunes: str
-    how_many: str
-    beware: str
+    hyperparams: str
+    note: str
 
 
-_LOSS, _ALL, _MILLIONS = "what enters the training loss", "also rates, schedules, momenta", "millions"
-ROWS = (
-    Row("`implicit`, the default", "implicit, default", _LOSS, _MILLIONS, "damped: for weights in training"),
-    Row("`implicit`, `identity()`", "implicit, identity", _LOSS, _MILLIONS, "a baseline: length says nothing"),
-    Row("`implicit`, `neumann(5)`", "implicit, neumann 5", _LOSS, _MILLIONS, "short: use Adam outside"),
-    Row("`implicit`, `neumann(20)`", "implicit, neumann 20", _LOSS, _MILLIONS, "weights near the optimum"),
-    Row("`implicit`, `cg(10)`", "implicit, cg 10", _LOSS, _MILLIONS, "stops where H is indefinite: `damping`"),
-    Row("`unrolled`, K = 10", "unrolled 10, reverse", _ALL, _MILLIONS, "short windows shrink learning rates"),
-    Row("`unrolled`, K = 50", "unrolled 50, reverse", _ALL, _MILLIONS, "`eps_root` for Adam; chaos when long"),
-    Row("`unrolled`, K = 10, `forward()`", "unrolled 10, forward", _ALL, "one to some; cost for each", "the same"),
+_STEPS = "millions, also of the optimizer"
+README = (
+    Row("`implicit`", "implicit, default", "millions, in the training loss", "assumes weights near their optimum"),
+    Row("`unrolled`, 10 steps", "unrolled 10, reverse", _STEPS, "short windows learn rates that are too small"),
+    Row("`unrolled`, 50 steps", "unrolled 50, reverse", _STEPS, "long windows can be chaotic"),
+    Row("`unrolled`, 10 steps, `forward()`", "unrolled 10, forward", "a few", "time for one; grows with their number"),
 )
+DOCS = {
+    "`implicit`, the default": "implicit, default",
+    "`implicit`, `identity()`": "implicit, identity",
+    "`implicit`, `neumann(5)`": "implicit, neumann 5",
+    "`implicit`, `neumann(20)`": "implicit, neumann 20",
+    "`implicit`, `cg(10)`": "implicit, cg 10",
+    "`unrolled`, 10 steps": "unrolled 10, reverse",
+    "`unrolled`, 50 steps": "unrolled 50, reverse",
+}
 
 
 def methods(record: dict[str, Any]) -> str:
@@ -64,42 +69,44 @@ def methods(record: dict[str, Any]) -> str:
 
 
 def readme_table(found: dict[str, Any], self_tuning: dict[str, Any]) -> str:
-    """Return README's table: which method when."""
-    small, large = (found["networks"][name]["candidates"] for name in ("mlp256", "mlp1024"))
-    rows = [_line(row, small, large, found["goodness"]["methods"]) for row in ROWS]
+    """Return README's table: what one hypergradient costs."""
+    rows: list[Sequence[str]] = [(row.title, row.hyperparams, *_cost(found, row.measured), row.note) for row in README]
     steps = [self_tuning["networks"][name]["candidates"] for name in ("mlp256", "mlp1024")]
     times = " / ".join(f"{one['Delta-STN step']['in_plain_steps']:.1f}" for one in steps)
     each = " / ".join(f"{one['Delta-STN hypergradient']['in_plain_steps']:.1f}" for one in steps)
     rows.append(
         (
             "`direct`, self-tuning",
-            "what enters the training loss, differentiably or not",
-            "up to some dozens",
-            f"{each} steps; every training step costs {times}",
-            "two",
-            "as far as it has learned",
-            "train the response before λ moves",
+            "dozens, also dropout rates",
+            f"{each} steps",
+            "a second copy of the weights",
+            f"every training step takes {times} plain ones",
         )
     )
-    return report.table(HEAD, rows)
+    return report.table(README_HEAD, rows)
 
 
-def _line(row: Row, small: dict[str, Any], large: dict[str, Any], goodness: dict[str, Any]) -> Sequence[str]:
-    """Return one line."""
-    cost, memory = (
-        " / ".join(f"{one[row.measured][what]:.{digits}f}" for one in (small, large))
-        for what, digits in (("in_gradients", 0), ("scratch_copies", 0))
-    )
-    good = goodness.get(row.measured)
-    said = f"{good['cosine']:.2f}, {good['norm_ratio']:.2f}" if good else "as in reverse"
-    return (row.title, row.tunes, row.how_many, cost, memory, said, row.beware)
+def docs_table(found: dict[str, Any]) -> str:
+    """Return the table of the docs: what each solver and window costs, and how near it comes."""
+    good = found["goodness"]["methods"]
+    rows = [
+        (title, *_cost(found, name), f"{good[name]['cosine']:.2f}", f"{good[name]['norm_ratio']:.2f}")
+        for title, name in DOCS.items()
+    ]
+    return report.table(DOCS_HEAD, rows)
+
+
+def _cost(found: dict[str, Any], name: str) -> tuple[str, str]:
+    """Return time in gradients and memory in copies of the weights, each on the small and the large network."""
+    both = [found["networks"][network]["candidates"][name] for network in ("mlp256", "mlp1024")]
+    time, memory = (" / ".join(f"{one[what]:.0f}" for one in both) for what in ("in_gradients", "scratch_copies"))
+    return time, memory
 
 
 def main() -> None:
-    """Print README's table."""
-    print(
-        readme_table(*(json.loads((RESULTS / f"{name}.json").read_text()) for name in ("methods", "self_tuning_cost")))
-    )
+    """Print both tables."""
+    found, self_tuning = (json.loads((RESULTS / f"{n}.json").read_text()) for n in ("methods", "self_tuning_cost"))
+    print(readme_table(found, self_tuning), docs_table(found), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def dropout(key: Key, x: Array, rate: Any, *, broadcast_dims: Sequence[int] = ()
     Args:
       key: random key.
       x: floating array; with one rate per example, axis 0 is the batch.
-      rate: p in [0, 1), of shape () or (B,). If a traced rate reaches 1, y = 0.
+      rate: p in [0, 1), of shape () or (B,). A traced rate cannot be checked: below 0 it counts as 0, and from 1 on
+        y = 0. Give a learned rate the bijector ``hg.bijectors.sigmoid()``, which keeps it between.
       broadcast_dims: axes along which the mask is constant; 1 for x of shape (batch, time, features) is variational
         dropout. If ``broadcast_dims`` contains 0, all examples use the same random numbers. Examples with the same rate
         then have the same mask.

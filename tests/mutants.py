@@ -457,6 +457,7 @@ MUTANTS = [
     # damped, warm, preconditioned solvers
     Mutant("solvers/_krylov.py", "floor = jnp.maximum(0.1 *", "floor = jnp.maximum(0.0 *", CG, "floor of curvature"),
     Mutant("solvers/_base.py", "WORST_START = 3.0", "WORST_START = 1.0", CG, "good warm start dropped"),
+    Mutant("solvers/_krylov.py", "(2.0 * c.energy >= curvature)", "False", CG, "near warm start dropped"),
     Mutant("solvers/_krylov.py", "FADE = 0.9", "FADE = 1.0", CG, "scale that never fades"),
     Mutant(
         "solvers/_krylov.py", "jnp.where(unknown & ~(rayleigh > constant), stretch, seen)", "seen", CG, "negative scale"

@@ -80,11 +80,14 @@ def test_the_device_check_runs_on_a_cpu(tmp_path):
     assert min(row["cosine"] for row in record["precision"]) > 0.9
 
 
-def test_the_readme_s_table_of_methods_is_that_of_the_results(monkeypatch):
+def test_the_tables_of_methods_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = runpy.run_path(str(ROOT / "benchmarks" / "methods_report.py"), run_name="methods_report")
     read = lambda name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())  # noqa: E731
-    table = module["readme_table"](read("methods"), read("self_tuning_cost"))
-    readme = (ROOT / "README.md").read_text()
-    assert f"<!-- methods -->\n\n{table}\n\n<!-- end methods -->" in readme
-    assert f"number {read('methods')['goodness']['condition']:.0f} (" in readme
+    tables = {
+        "README.md": module["readme_table"](read("methods"), read("self_tuning_cost")),
+        "docs/how_to_choose.md": module["docs_table"](read("methods")),
+    }
+    for page, table in tables.items():
+        assert f"<!-- methods -->\n\n{table}\n\n<!-- end methods -->" in (ROOT / page).read_text()
+    assert f"number {read('methods')['goodness']['condition']:.0f})" in (ROOT / "docs/how_to_choose.md").read_text()

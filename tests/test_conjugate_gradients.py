@@ -34,7 +34,8 @@ def by_hand(matrix, b, state, products, ratio):
         image = matrix @ guess
         spent, seen = 1, abs(guess @ image) / (guess @ guess)
         left = b - image - damping * guess
-        if np.linalg.norm(left) < 3 * size:
+        nearer = guess @ image / (guess @ guess) + damping > 0.1 * damping and guess @ (b + left) >= 0
+        if nearer or np.linalg.norm(left) < 3 * size:
             x, r = guess, left
     p, status = r.copy(), Status.TRUNCATED
     while spent < products:
@@ -98,6 +99,18 @@ def test_a_warm_start_of_three_times_the_right_hand_side_is_dropped(x64):
         x, _, _ = solve_dense(solver, matrix, b, state)
         cold, _, _ = solve_dense(one_step, matrix, b, ())
         assert (relative_error(x, cold) > 1e-6) == kept
+
+
+def test_a_warm_start_with_a_large_residual_and_a_small_error_is_kept(x64):
+    """An error along a large eigenvalue of a mini-batch: one more step removes it."""
+    matrix, b, wanted = jnp.diag(jnp.array([100.0, 1.0, 2.0])), jnp.array([0.0, 1.0, 1.0]), jnp.array([0.0, 1.0, 0.5])
+    solver = hg.solvers.cg(2, 0.0, warm_start=True)
+    for error, kept in ((0.12, True), (0.125, False)):  # ‖error‖ against ‖solution‖ in the norm of A: 1.2² and 1.25²
+        guess = wanted + jnp.array([error, 0.0, 0.0])
+        assert float(jnp.linalg.norm(b - matrix @ guess)) > 3.0 * float(jnp.linalg.norm(b))
+        x, _, info = solve_dense(solver, matrix, b, solver.init(b)._replace(solution=guess / jnp.linalg.norm(b)))
+        assert (relative_error(x, wanted) < 1e-12) == kept
+        assert (float(info.residual) < 1e-12) == kept
 
 
 def test_implicit_has_a_default():

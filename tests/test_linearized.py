@@ -11,6 +11,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.diagnostics import _float64, _linearized
+from hypergrad.diagnostics._differences import Budget
 from hypergrad.diagnostics._kinks import weights_at_kinks
 from hypergrad.training import Context, Trained, split_keys
 
@@ -287,6 +288,16 @@ def test_an_estimator_that_reads_the_hyperparameters_is_checked_at_a_solution():
 
     found = checked(wrong(hg.implicit(problem_of(), CG), with_reading), max_seconds=20.0)
     assert "the formula of the implicit function theorem" not in found.note
+
+
+def test_a_search_for_kinks_that_did_not_end_is_told(monkeypatch):
+    gradient, over = jax.grad(lambda w: jnp.sum(jnp.abs(w))), Budget(deadline=0.0)
+    assert weights_at_kinks(gradient, jnp.zeros(3), 1e-7, over) is None
+    assert weights_at_kinks(gradient, jnp.zeros(3), float(jnp.finfo(jnp.bfloat16).eps)) is None
+    monkeypatch.setattr("hypergrad.diagnostics._kinks.weights_at_kinks", lambda *_: None)
+    found = checked(hg.implicit(problem_of(), CG))
+    assert found.passed
+    assert "The search for weights at kinks of the inner loss did not end" in found.note
 
 
 @pytest.mark.slow

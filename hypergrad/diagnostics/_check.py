@@ -426,7 +426,13 @@ def _check_linearized(
     entries, kinks = flat(gradient), dict[str, int]()
     if ctx.problem.residual is None:
         case.budget.say("kinks of the inner loss")
-        kinks = _kinks.weights_at_kinks(lambda w: parts.condition(w, ctx.hyperparams), parts.weights, epsilon, budget)
+        condition = lambda w: parts.condition(w, ctx.hyperparams)  # noqa: E731
+        searched = _kinks.weights_at_kinks(condition, parts.weights, epsilon, budget)
+        if searched is None:
+            cause = f"rounding in {precision} hides them" if budget.seconds_left() else "pass a larger max_seconds"
+            unsearched = f"The search for weights at kinks of the inner loss did not end: {cause}"
+            check = check._replace(note=_noted(check.note, unsearched))
+        kinks = searched or kinks
     # In lower precision an ill-conditioned solve loses its residual to rounding.
     differs = precision == "float64" and math.isfinite(claimed) and abs(residual - claimed) > rtol * max(1.0, claimed)
     unreported = solve is None or int(solve.num_products) < 0  # a solver of the user's own: no approximation on purpose
@@ -579,7 +585,7 @@ def _explained(
         marks = unknowns(case.estimator, ctx)
         gradient_at = jax.grad(lambda w: inner_loss_fn(ctx)(tree.filled(marks, w, at), ctx.hyperparams))
         kinks = _kinks.weights_at_kinks(jax.jit(gradient_at), tree.selected(marks, at), epsilon)
-        found = found._replace(kinks=kinks)
+        found = found._replace(kinks=kinks or {})
     outer_slope = jax.jit(jax.grad(lambda w: outer_loss_fn(ctx)(w, ctx.hyperparams)[0]))
     nearby = jax.tree.map(lambda w: w + 0.01 * (1 + jnp.abs(w)), ctx.at.params)
     # A loss at its minimum has a slope nearby; one that does not use the weights has none there either.

@@ -41,17 +41,17 @@ def weights_at_kinks(
     params: Params,
     epsilon: float,
     budget: Budget = Budget(),  # noqa: B008
-) -> dict[str, int]:
+) -> dict[str, int] | None:
     """Return how many weights of each leaf are at a kink of the loss, by the paths of leaves that have some.
 
-    ``gradient`` is that of the loss, compiled; ``epsilon`` the precision in which it computes. Empty where it leaves no
-    room between the weights' size and rounding, as bfloat16. A bend narrower than ε, at whose bottom the gradient is
-    zero, is smooth, not a kink: away from the smallest ε only weights with a gradient count. Empty as well where the
-    time is over.
+    ``gradient`` is that of the loss, compiled; ``epsilon`` the precision in which it computes. A bend narrower than ε,
+    at whose bottom the gradient is zero, is smooth, not a kink: away from the smallest ε only weights with a gradient
+    count. None where the search did not end: the precision leaves no room between the weights' size and rounding, as
+    bfloat16, or the time was over.
     """
     sizes = _SIZES[_ABOVE_ROUNDING * epsilon <= _SIZES]
     if len(sizes) < 3:
-        return {}
+        return None
     leaves, structure = jax.tree.flatten(tree.promote(params))
     places = np.cumsum([leaf.size for leaf in leaves])[:-1]
     overall = float(np.linalg.norm(flat(params))) / math.sqrt(max(sum(leaf.size for leaf in leaves), 1))
@@ -68,20 +68,26 @@ def weights_at_kinks(
             gradient(jax.tree.unflatten(structure, [jnp.asarray(x.reshape(w.shape), w.dtype) for x, w in rows]))
         )
 
-    def along_all(weights: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    def along_all(weights: np.ndarray, sizes: np.ndarray) -> np.ndarray | None:
         here, rng = gradient_at(weights), np.random.default_rng(0)
         held = np.ones((len(sizes), len(weights)), bool)
         for _ in range(_DIRECTIONS):
             if not budget.seconds_left():
-                return np.zeros_like(held)
+                return None
             held &= _along(gradient_at, weights, here, width, sizes, rng.choice([-1.0, 1.0], len(weights)))
             if not held.any():  # as a rule after a few
                 break
         return held
 
-    found = along_all(weights, sizes).any(axis=0)
+    held = along_all(weights, sizes)
+    if held is None:
+        return None
+    found = held.any(axis=0)
     if found.any():
-        found &= along_all(np.where(found, 0.0, weights), sizes[-3:])[-1]
+        held = along_all(np.where(found, 0.0, weights), sizes[-3:])
+        if held is None:
+            return None
+        found &= held[-1]
     counts = [int(leaf.sum()) for leaf in np.split(found, places)]
     return {name: count for name, count in zip(tree.leaf_names(params), counts, strict=True) if count}
 

@@ -77,8 +77,9 @@ def cg(
         per solve. The first solve has no earlier λ̂, so it uses |p·Ap|/p·p of its first search direction. Modes of A
         below λ̂/100 are more than half damped at ρ = 0.01: right for joint training, wrong where the exact
         hypergradient is wanted.
-      warm_start: start from the previous solution, if its residual is below 3 ‖b‖. Measuring that takes one of
-        ``max_products``, which must be at least 2; the first solve does without.
+      warm_start: start from the previous solution x, unless it is worse than 0 in both norms: ‖b − (A + δI) x‖ above
+        3 ‖b‖, and ½ xᵀ(A + δI)x above bᵀx. Measuring that takes one of ``max_products``, which must be at least 2; the
+        first solve does without.
       preconditioner: from ``hg.preconditioners``, or None. With ``relative_damping`` the first solve takes one product
         to find λ̂.
       reorthogonalize: make each direction conjugate to all directions before, not to the last alone. Two to five digits

@@ -36,8 +36,8 @@ def _nothing_kept(b: PyTree, size: int) -> Kept:
 class Krylov(NamedTuple):
     """The state of the iteration.
 
-    ``energy`` is r·z; ``damping`` is the relative one, −1 until it is known; ``largest`` is λ̂, a lower bound of ‖A‖;
-    ``travelled`` bounds ‖x‖ on the way; ``square`` is ‖b − (A + δI) x‖².
+    ``energy`` is r·z, and b·p where a warm start p is measured; ``damping`` is the relative one, −1 until it is known;
+    ``largest`` is λ̂, a lower bound of ‖A‖; ``travelled`` bounds ‖x‖ on the way; ``square`` is ‖b − (A + δI) x‖².
     """
 
     x: PyTree
@@ -86,7 +86,8 @@ def run(
 
     Args:
       scaled: the system, which includes the constant damping.
-      guess: None, or where to start; it is dropped where its residual is above 3 ‖b‖.
+      guess: None, or where to start. It is dropped where it is worse than 0 in both norms: its residual is above
+        3 ‖b‖, and its error is larger than that of 0 in the norm of A + δI.
       max_products: bound of ``num_products``. One product on top measures the residual where rounding may have
         spoilt the recurrence. For up to five products with ρ ≥ 0.01 the bound of that error is in the residual instead.
       stop: relative residual.
@@ -109,7 +110,8 @@ def run(
     if guess is not None:
         guess_sq = tree.vdot(guess, guess)
         trial = (guess_sq > 0) & jnp.isfinite(guess_sq)
-        first, first_sq = optax.tree.where(trial, (guess, guess_sq), (first, first_sq))
+        start = guess, guess_sq, tree.vdot(b, guess)
+        first, first_sq, energy = optax.tree.where(trial, start, (first, first_sq, energy))
     count = jnp.asarray(num_products, jnp.int32)
     c = Krylov(
         x=tree.promoted_zeros_like(b),
@@ -179,7 +181,8 @@ def _step(
     length = jnp.where(accepted, length, 0.0)
     left = tree.add_scaled(c.remainder, -length, image)
     square = tree.vdot(left, left)
-    dropped = c.trial & ~(jnp.sqrt(square) < WORST_START * scaled.size)
+    nearer = (rayleigh > floor) & (2.0 * c.energy >= curvature)  # ½ x·(A + δI)x ≤ b·x, which is 0 at x = 0
+    dropped = c.trial & ~nearer & ~(jnp.sqrt(square) < WORST_START * scaled.size)
     length, square = jnp.where(dropped, 0.0, length), jnp.where(dropped, c.square, square)
     x, remainder = tree.add_scaled(c.x, length, c.direction), tree.add_scaled(c.remainder, -length, image)
 
