@@ -33,7 +33,7 @@ from networks import Network, Tree
 from sklearn.datasets import load_digits
 
 import hypergrad as hg
-from hypergrad.diagnostics._optimum import minimize
+from hypergrad.inner_solvers._newton_cg import newton
 
 NETWORKS = ("mlp256", "mlp1024")
 UNIT = "gradient"
@@ -103,7 +103,7 @@ def solved_problem() -> tuple[hg.BilevelProblem, hg.BilevelParams, Tree, Tree]:
     problem = hg.reparameterize(problem, hg.bijectors.exp())
     params = {"kernel": jnp.zeros((64, 10)), "bias": jnp.zeros(10)}
     log_decays = jax.tree.map(lambda w: jnp.full_like(w, math.log(DECAY)), params)
-    solve = jax.jit(lambda w: minimize(lambda w: problem.inner_loss(w, log_decays, batches[0], None), w))
+    solve = jax.jit(lambda w: newton(lambda w: problem.inner_loss(w, log_decays, batches[0], None), w))
     solved = solve(params)
     if not solved.converged:
         raise ValueError("the inner problem was not solved to rounding: no hypergradient is exact here")

@@ -8,6 +8,7 @@ What is where:
                   with_prior, priors; with_residual, residuals; microbatched; IndexedBatch, FreshBatches
     estimators    implicit (with solvers, preconditioners), unrolled (reverse, forward), direct (with responses)
     drivers       bilevel (one optax transformation), value_and_hypergrad, hypergrad, best_response; guard
+                  minimize (with inner_solvers, methods): problems small enough to solve
     diagnostics   check_hypergrad, compare, retrain, plots
     optimizers    pieces of inner optimizers whose settings are hyperparameters
     a new method  Estimator, Estimate, Context, Keys, Trained, train; LinearSolver, LinearSystem, SolveInfo
@@ -28,19 +29,23 @@ One log decay per weight, tuned by the validation loss while the weights train:
 from hypergrad import _installation  # noqa: F401, I001  first: it names a foreign package of the same name
 
 from hypergrad import bijectors, diagnostics, integrations, noise, optimizers, penalties, priors, residuals, responses
-from hypergrad import solvers
+from hypergrad import inner_solvers, methods, solvers
 from hypergrad.bijectors import Bijector, constrain, unconstrain
 from hypergrad.data import FreshBatches, IndexedBatch
 from hypergrad.drivers import (
     BilevelState,
     BilevelTransformation,
     Guard,
+    History,
     HypergradInfo,
+    MinimizeResult,
+    MinimizeStatus,
     SkipReason,
     best_response,
     bilevel,
     guard,
     hypergrad,
+    minimize,
     value_and_hypergrad,
 )
 from hypergrad.estimators import Estimate, Estimator, UnrollMode, direct, forward, implicit, reverse, unrolled
@@ -93,13 +98,19 @@ __all__ = [
     "BilevelState",
     "BilevelTransformation",
     "Guard",
+    "History",
     "HypergradInfo",
+    "MinimizeResult",
+    "MinimizeStatus",
     "SkipReason",
     "best_response",
     "bilevel",
     "guard",
     "hypergrad",
+    "inner_solvers",
     "integrations",
+    "methods",
+    "minimize",
     "value_and_hypergrad",
     # whether to trust the result
     "diagnostics",

@@ -13,7 +13,7 @@ __all__ = ["foreign_files"]
 _OURS = {
     *("__init__", "_installation", "bijectors", "curvature", "data", "dataflow", "noise", "optimizers", "penalties"),
     *("priors", "problem", "residuals", "training", "tree", "types", "validate"),
-    *("diagnostics", "drivers", "estimators", "integrations", "responses", "solvers"),
+    *("diagnostics", "drivers", "estimators", "inner_solvers", "integrations", "methods", "responses", "solvers"),
 }
 
 

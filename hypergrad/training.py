@@ -105,6 +105,7 @@ class Context(NamedTuple):
       tape: what the estimator's ``train`` handed on to ``estimate``; () without.
       guarded: whether inner steps that are not finite are dropped (``hg.guard(inner=True)``).
       solve_batch: batch of the linear solve, or ``hg.FreshBatches``; None: the last of ``inner_batches``.
+      tolerance: absolute tolerance of the linear solve, on ‖Hq − ∂L_out/∂w‖; None: the solver's own, which is relative.
     """
 
     problem: BilevelProblem
@@ -119,6 +120,7 @@ class Context(NamedTuple):
     tape: Any = ()
     guarded: bool = False
     solve_batch: Batch = None
+    tolerance: Any = None
 
 
 InnerLoss = Callable[[Params, Hyperparams, Batch, Array | None, ModelState], tuple[Array, ModelState]]

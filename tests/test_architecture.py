@@ -3,7 +3,7 @@
     L0  types, tree, validate, data, dataflow, curvature                    in this order
     L1  bijectors, penalties, priors, optimizers, noise
     L2  problem, then training, residuals
-    L3  solvers/
+    L3  solvers/, then inner_solvers/, methods/
     L4  estimators/, responses/
     L5  drivers/
     L6  diagnostics/, integrations/
@@ -24,7 +24,9 @@ import hypergrad as hg
 from hypergrad import (
     bijectors,
     diagnostics,
+    inner_solvers,
     integrations,
+    methods,
     noise,
     optimizers,
     penalties,
@@ -51,7 +53,9 @@ LAYERS = {
     "problem": 2.0,
     "residuals": 2.1,
     "training": 2.1,
-    "solvers": 3,
+    "solvers": 3.0,
+    "inner_solvers": 3.1,
+    "methods": 3.1,
     "estimators": 4,
     "responses": 4,
     "drivers": 5,
@@ -72,6 +76,7 @@ COMPUTES = {
         "init",
         "deployable_params",
     ),
+    *("minimize", "hoag"),
     *("check_hypergrad", "compare", "extreme_eigenvalues", "horizon_bias", "retrain"),
 }
 EXTRAS = {"_plots.py": "matplotlib", "_logging.py": "tqdm"}  # imported where they are asked for, not with the library
@@ -184,6 +189,8 @@ def public():
     for module in (
         bijectors,
         diagnostics,
+        inner_solvers,
+        methods,
         responses,
         solvers,
         *(getattr(integrations, n) for n in integrations.__all__),

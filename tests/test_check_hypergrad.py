@@ -11,7 +11,7 @@ import pytest
 import hypergrad as hg
 from hypergrad.diagnostics import _check, _differences
 from hypergrad.diagnostics._kinks import weights_at_kinks
-from hypergrad.diagnostics._optimum import minimize, root
+from hypergrad.inner_solvers._newton_cg import newton, root
 from hypergrad.training import split_keys
 from tests import problems
 
@@ -93,7 +93,7 @@ def test_unconverged_weights_fail_and_the_solution_passes():
     inner = lambda w, h, batch, key: jnp.sum(jnp.cosh(w) - bend * w + 0.5 * jnp.exp(h) * w**2)  # noqa: E731
     problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w**3))
     h = jnp.array([0.1, -0.2, 0.3])
-    solved = minimize(lambda w: inner(w, h, None, None), jnp.zeros(3)).params
+    solved = newton(lambda w: inner(w, h, None, None), jnp.zeros(3)).params
     early, late = (check(hg.implicit(problem, CG), hg.BilevelParams(c * solved, h), (), (), key=None) for c in (0.7, 1))
     assert not early.passed
     assert early.verdict == "not at a solution of the inner problem"
@@ -129,7 +129,7 @@ def dropped_out(key):
         return 0.5 * jnp.mean((xv @ w["w"] - yv) ** 2)
 
     problem, hyper = hg.BilevelProblem(inner, outer), {"decay": jnp.array(-1.0)}
-    solved = minimize(lambda w: inner(w, hyper, None, split_keys(key).solve), {"w": jnp.zeros(4)})
+    solved = newton(lambda w: inner(w, hyper, None, split_keys(key).solve), {"w": jnp.zeros(4)})
     return problem, hg.BilevelParams(solved.params, hyper)
 
 
@@ -672,7 +672,7 @@ def test_smooth_losses_have_no_kinks(dtype, x64):
     """Neither a bend narrower than most steps, nor a saturated loss, nor weights that are no solution."""
     epsilon = float(jnp.finfo(dtype).eps)
     bend = lambda w: quadratic(w, 0, (), None) + hg.penalties.l1(w, STRENGTH, smoothing=1e-3)  # noqa: E731
-    at_bend = minimize(bend, jnp.asarray(SPARSE, dtype)).params
+    at_bend = newton(bend, jnp.asarray(SPARSE, dtype)).params
     assert np.abs(at_bend[2:]).max() < 1e-2
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(20, 4)), dtype)
@@ -712,7 +712,7 @@ def test_networks_with_relus_have_no_kinks_that_count():
 def test_a_smoothed_penalty_passes():
     inner = lambda w, h, b, k: quadratic(w, h, b, k) + hg.penalties.l1(w, jnp.exp(h))  # noqa: E731
     at = sparse()
-    solved = minimize(lambda w: inner(w, at.hyperparams, (), None), at.params).params
+    solved = newton(lambda w: inner(w, at.hyperparams, (), None), at.params).params
     problem = hg.BilevelProblem(inner, to_target)
     found = check(hg.implicit(problem, hg.solvers.dense()), at._replace(params=solved), (), (), key=None)
     assert found.passed, str(found)

@@ -11,7 +11,7 @@ from flax import nnx
 import hypergrad as hg
 from hypergrad import tree
 from hypergrad.diagnostics._base import readable
-from hypergrad.diagnostics._optimum import minimize
+from hypergrad.inner_solvers._newton_cg import newton
 from hypergrad.solvers import Status
 from tests import problems
 
@@ -278,19 +278,19 @@ def test_retrain_says_which_starts_diverged_and_refuses_other_weights():
 @pytest.mark.usefixtures("x64")
 def test_newton_reaches_the_rounding_of_float64_also_from_afar():
     valley = lambda w: (1 - w["a"]) ** 2 + 100 * (w["b"][0] - w["a"] ** 2) ** 2  # noqa: E731           Rosenbrock
-    found = jax.jit(lambda w: minimize(valley, w))({"a": jnp.array(-1.2), "b": jnp.array([1.0])})
+    found = jax.jit(lambda w: newton(valley, w))({"a": jnp.array(-1.2), "b": jnp.array([1.0])})
     assert found.converged
     assert float(found.params["a"]) == pytest.approx(1.0, abs=1e-10)
     saddle = lambda w: 0.25 * jnp.sum(w**4) - 0.5 * jnp.sum(w**2)  # noqa: E731   indefinite at the start; minima at ±1
-    found = minimize(saddle, jnp.array([0.1, -0.3]))
+    found = newton(saddle, jnp.array([0.1, -0.3]))
     assert found.converged
     assert found.params.tolist() == pytest.approx([1.0, -1.0], abs=1e-9)
 
 
 def test_newton_tells_where_it_did_not_arrive():
-    kink = minimize(lambda w: jnp.sum(jnp.abs(w - 0.3)), jnp.ones(2))
-    endless = minimize(lambda w: jnp.sum(jnp.exp(-w)), jnp.zeros(2), max_steps=5)
-    lost = minimize(lambda w: jnp.sum(w) * jnp.nan, jnp.ones(2))
+    kink = newton(lambda w: jnp.sum(jnp.abs(w - 0.3)), jnp.ones(2))
+    endless = newton(lambda w: jnp.sum(jnp.exp(-w)), jnp.zeros(2), max_steps=5)
+    lost = newton(lambda w: jnp.sum(w) * jnp.nan, jnp.ones(2))
     assert not kink.converged
     assert not endless.converged
     assert int(endless.num_steps) == 5
@@ -301,7 +301,7 @@ def test_newton_tells_where_it_did_not_arrive():
 def test_newton_knows_the_precision_in_which_a_loss_works():
     with jax.enable_x64(True):
         narrow = lambda w: jnp.sum(jnp.cosh((w - 0.3).astype(jnp.float32))).astype(jnp.float64)  # noqa: E731
-        found = minimize(narrow, jnp.ones(3))
+        found = newton(narrow, jnp.ones(3))
         assert found.converged
         assert found.params.tolist() == pytest.approx([0.3] * 3, abs=1e-3)
 

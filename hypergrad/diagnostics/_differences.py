@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad import tree
-from hypergrad.diagnostics import _optimum
 from hypergrad.diagnostics._base import flat, readable
+from hypergrad.inner_solvers import _newton_cg
 from hypergrad.training import Context, inner_loss_fn, outer_loss_fn, residual_fn, train
 from hypergrad.types import Array, Hyperparams, Params, PyTree
 
@@ -49,7 +49,7 @@ class Reference(NamedTuple):
 
     value_at: Callable[[Hyperparams, tuple[Params, float] | None], tuple[float, Params]]
     hyperparams: Hyperparams
-    optimum: _optimum.Optimum | None
+    optimum: _newton_cg.Optimum | None
     products_left: Callable[[], int]
     budget: "Budget"
 
@@ -151,13 +151,13 @@ def resolved(ctx: Context, unknowns: PyTree = True, budget: Budget = Budget()) -
     marks = jax.tree.broadcast(unknowns, ctx.at.params)
     outer = outer_loss_fn(ctx)
     # A minimum of the inner loss, or what a residual has in its place.
-    search: Any = _optimum.minimize if ctx.problem.residual is None else _optimum.root
+    search: Any = _newton_cg.newton if ctx.problem.residual is None else _newton_cg.root
     fn: Any = inner_loss_fn(ctx) if ctx.problem.residual is None else residual_fn(ctx)
 
     @jax.jit
     def solve(
         base: Params, guess: Params, ratio: float, hyperparams: Hyperparams, max_products: int
-    ) -> tuple[_optimum.Optimum, Array]:
+    ) -> tuple[_newton_cg.Optimum, Array]:
         start = jax.tree.map(lambda w, g: w + jnp.asarray(ratio, w.dtype) * (g - w), base, guess)
 
         def restricted(solved: Params) -> Any:
@@ -170,7 +170,7 @@ def resolved(ctx: Context, unknowns: PyTree = True, budget: Budget = Budget()) -
 
     first, pace = tree.promote(ctx.at.params), 0.0
 
-    def timed(*args: Any) -> tuple[_optimum.Optimum, Array]:
+    def timed(*args: Any) -> tuple[_newton_cg.Optimum, Array]:
         nonlocal pace
         begin = time.perf_counter()
         found, value = jax.block_until_ready(solve(*args))

@@ -3,12 +3,16 @@
 from hypergrad.drivers._bilevel import BilevelState, BilevelTransformation, bilevel, check_bilevel
 from hypergrad.drivers._functional import best_response, compiled, hypergrad, one_estimate, value_and_hypergrad
 from hypergrad.drivers._guard import Guard, HypergradInfo, SkipReason, guard, solves_in
+from hypergrad.drivers._minimize import History, MinimizeResult, MinimizeStatus, minimize
 
 __all__ = [
     "BilevelState",
     "BilevelTransformation",
     "Guard",
+    "History",
     "HypergradInfo",
+    "MinimizeResult",
+    "MinimizeStatus",
     "SkipReason",
     "best_response",
     "bilevel",
@@ -16,6 +20,7 @@ __all__ = [
     "compiled",
     "guard",
     "hypergrad",
+    "minimize",
     "one_estimate",
     "solves_in",
     "value_and_hypergrad",

@@ -156,7 +156,7 @@ def implicit(
             _lower_precision(ctx, unknowns),
             _product_at(ctx, unknowns),
         )
-        solution, state, info = in_training.solve(system, slope, state)
+        solution, state, info = in_training.solve(system, slope, state, tolerance=ctx.tolerance)
         # A solver returns a finite x, often 0, where slope or Hessian are not finite. It must not pass as a zero.
         finite = info.status != Status.NOT_FINITE
         hypergrad = jax.tree.map(lambda d, i: jnp.where(finite, d - i, jnp.nan), direct, mixed(solution))

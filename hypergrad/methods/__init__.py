@@ -1,0 +1,8 @@
+"""Outer methods for ``hg.minimize``: how λ moves, and how exact the solves must be."""
+
+from hypergrad.methods._base import Method, MethodStep, Oracle, Point
+from hypergrad.methods._gradient_descent import gradient_descent
+from hypergrad.methods._hoag import hoag
+from hypergrad.methods._lbfgs import lbfgs
+
+__all__ = ["Method", "MethodStep", "Oracle", "Point", "gradient_descent", "hoag", "lbfgs"]
