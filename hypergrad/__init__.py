@@ -5,7 +5,8 @@
 What is where:
 
     problem       BilevelProblem, BilevelParams, reparameterize; bijectors, penalties, noise
-                  with_prior, priors; with_residual, residuals; microbatched; IndexedBatch, FreshBatches
+                  with_prior, priors; with_residual, residuals; microbatched, cross_validation
+                  IndexedBatch, FreshBatches
     estimators    implicit (with solvers, preconditioners), unrolled (reverse, forward), direct (with responses)
     drivers       bilevel (one optax transformation), value_and_hypergrad, hypergrad, best_response; guard
                   minimize (with inner_solvers, methods): problems small enough to solve
@@ -32,6 +33,7 @@ from hypergrad import bijectors, diagnostics, integrations, noise, optimizers, p
 from hypergrad import inner_solvers, methods, solvers
 from hypergrad.bijectors import Bijector, constrain, unconstrain
 from hypergrad.data import FreshBatches, IndexedBatch
+from hypergrad.folds import cross_validation
 from hypergrad.drivers import (
     BilevelState,
     BilevelTransformation,
@@ -70,6 +72,7 @@ __all__ = [
     "FreshBatches",
     "IndexedBatch",
     "OverfittingWarning",
+    "cross_validation",
     "microbatched",
     "priors",
     "reparameterize",

@@ -11,7 +11,18 @@ import warnings
 __all__ = ["foreign_files"]
 
 _OURS = {
-    *("__init__", "_installation", "bijectors", "curvature", "data", "dataflow", "noise", "optimizers", "penalties"),
+    *(
+        "__init__",
+        "_installation",
+        "bijectors",
+        "curvature",
+        "data",
+        "dataflow",
+        "folds",
+        "noise",
+        "optimizers",
+        "penalties",
+    ),
     *("priors", "problem", "residuals", "training", "tree", "types", "validate"),
     *("diagnostics", "drivers", "estimators", "inner_solvers", "integrations", "methods", "responses", "solvers"),
 }

@@ -2,7 +2,7 @@
 
     L0  types, tree, validate, data, dataflow, curvature                    in this order
     L1  bijectors, penalties, priors, optimizers, noise
-    L2  problem, then training, residuals
+    L2  problem, then training, residuals, folds
     L3  solvers/, then inner_solvers/, methods/
     L4  estimators/, responses/
     L5  drivers/
@@ -51,6 +51,7 @@ LAYERS = {
     "penalties": 1,
     "priors": 1,
     "problem": 2.0,
+    "folds": 2.1,
     "residuals": 2.1,
     "training": 2.1,
     "solvers": 3.0,
