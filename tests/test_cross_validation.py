@@ -36,7 +36,7 @@ def closed_form(log_decay, folds):
     return np.mean(losses)
 
 
-@pytest.mark.parametrize("folds", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
+@pytest.mark.parametrize("folds", [EQUAL, pytest.param(UNEQUAL, marks=pytest.mark.slow)], ids=["equal", "unequal"])
 def test_it_finds_the_decay_of_the_closed_form(folds, x64):
     problem = hg.cross_validation(RIDGE, folds)
     start = hg.BilevelParams(jnp.zeros((len(folds), 6)), jnp.array(0.0))

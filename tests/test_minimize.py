@@ -61,7 +61,7 @@ def test_hoag_is_within_one_percent_of_a_grid_in_fifteen_steps(start, x64):
     assert ridge_value(float(found.hyperparams)) <= 1.01 * best
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "hoag")) for n in METHODS])
 def test_a_decay_per_weight_reaches_the_optimum_of_the_closed_form(name, x64):
     """L-BFGS-B of scipy on the closed form, log decays bounded where the data no longer tell."""
     problem = hg.reparameterize(RIDGE, hg.bijectors.interval(-6.0, 3.0))
@@ -75,7 +75,7 @@ def test_a_decay_per_weight_reaches_the_optimum_of_the_closed_form(name, x64):
     assert float(found.value) == pytest.approx(ridge_value(learned), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "hoag")) for n in METHODS])
 def test_the_end_is_where_the_hypergradient_vanishes(name, x64):
     found = run(method=METHODS[name], tol=1e-4, max_steps=300)
     assert bool(found.converged)
@@ -247,11 +247,10 @@ def test_hypergradients_at_its_own_solutions_equal_differences(kind, x64):
         prox = lambda w, h, step: jnp.clip(w, -h, h)  # noqa: E731
         residual = hg.residuals.projected_gradient(problem, lambda w, h: prox(w, h, 0.0), 0.3)
     problem = hg.reparameterize(hg.with_residual(problem, residual), hg.bijectors.exp())
-    solver = hg.inner_solvers.proximal(prox)
+    solver, method = hg.inner_solvers.proximal(prox), hg.methods.gradient_descent(optax.sgd(1.0), 1e-11)
 
     def value_at(h):
-        options = {"max_steps": 1, "inner_solver": solver, "method": hg.methods.gradient_descent(optax.sgd(1.0), 1e-11)}
-        return hg.minimize(problem, at(h), TRAIN, VALID, **options)
+        return hg.minimize(problem, at(h), TRAIN, VALID, max_steps=1, inner_solver=solver, method=method)
 
     start = np.log(0.3)
     found, step = value_at(start), 1e-4
@@ -265,6 +264,7 @@ def test_hypergradients_at_its_own_solutions_equal_differences(kind, x64):
     assert float(tuned.value) <= 1.01 * grid
 
 
+@pytest.mark.slow
 def test_stateful_problems_and_keys(x64):
     """The model state is held fixed, and one key gives one mask."""
 
