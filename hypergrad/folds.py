@@ -86,7 +86,7 @@ def cross_validation(problem: BilevelProblem, folds: Iterable[tuple[Any, Any]]) 
             if len({len(chosen) for chosen in rows}) == 1:
                 over = (0, None, None, 0, None if keys is None else 0)
                 return jax.vmap(one, over)(params, hyperparams, batch, jnp.asarray(np.stack(rows)), keys)
-            found = [
+            return [
                 one(
                     jax.tree.map(lambda w, k=k: w[k], params),
                     hyperparams,
@@ -96,7 +96,6 @@ def cross_validation(problem: BilevelProblem, folds: Iterable[tuple[Any, Any]]) 
                 )
                 for k, chosen in enumerate(rows)
             ]
-            return found
 
         return all_folds
 
@@ -113,20 +112,18 @@ def cross_validation(problem: BilevelProblem, folds: Iterable[tuple[Any, Any]]) 
 
         return total
 
-    residual = None
-    if problem.residual is not None:
-        residuals = each("residual", train_rows, evaluate_residual)
+    residuals = each("residual", train_rows, evaluate_residual)
 
-        def residual(params: Params, hyperparams: Hyperparams, batch: Batch, key: Array | None) -> Params:
-            found = residuals(params, hyperparams, batch, key)
-            return jax.tree.map(lambda *parts: jnp.stack(parts), *found) if isinstance(found, list) else found
+    def residual(params: Params, hyperparams: Hyperparams, batch: Batch, key: Array | None) -> Params:
+        found = residuals(params, hyperparams, batch, key)
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *found) if isinstance(found, list) else found
 
     without_prior = dataclasses.replace(problem, prior=None)
     return dataclasses.replace(
         problem,
         inner_loss=loss("inner_loss", train_rows, evaluate_inner, mean=False),
         outer_loss=loss("outer_loss", valid_rows, lambda _, *rest: evaluate_outer(without_prior, *rest), mean=True),
-        residual=residual,
+        residual=None if problem.residual is None else residual,
     )
 
 
