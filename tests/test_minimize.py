@@ -182,6 +182,17 @@ def test_the_best_iterate_is_returned_where_the_steps_run_out(x64):
     assert found.message.startswith("max_steps reached")
 
 
+def test_lbfgs_shortens_a_step_that_is_too_long(x64):
+    """The first step has length 1, and the minimum is at 0.3."""
+    inner = lambda w, h, batch, key: 0.5 * jnp.sum((w - h) ** 2)  # noqa: E731
+    problem = hg.BilevelProblem(inner, lambda w, h, batch, key: 50.0 * jnp.sum((w - 0.3) ** 2))
+    start = hg.BilevelParams(jnp.zeros(1), jnp.zeros(1))
+    found = hg.minimize(problem, start, (), (), method=METHODS["lbfgs"])
+    assert bool(found.converged)
+    assert found.history.accepted[:3].tolist() == [True, False, True]
+    assert found.history.step_size[1:3].tolist() == [1.0, 0.5]
+
+
 def test_a_loss_that_is_not_finite_far_away_is_a_rejected_step(x64):
     """√(2 − w): the first step of HOAG leaves its domain; at 2 the loss is finite, and its derivative is not."""
     inner = lambda w, h, batch, key: 0.5 * jnp.sum((w - h) ** 2)  # noqa: E731
