@@ -152,6 +152,17 @@ def test_proximal_solves_the_lasso(x64):
     np.testing.assert_array_equal(np.asarray(vector(found.params)) == 0, w == 0)
 
 
+def test_proximal_restarts_its_momentum(x64):
+    """Condition number 1e4, where momentum without restarts swings for thousands of steps."""
+    scales = jnp.geomspace(1e-4, 1.0, 6)
+    loss = lambda w: 0.5 * jnp.sum(scales * (vector(w) - 1.0) ** 2)  # noqa: E731
+    inner = InnerProblem(loss, jax.grad(loss), ())
+    solver = hg.inner_solvers.proximal(lambda w, h, step: w)
+    found = solver.solve(inner, start(), solver.init(start()), 1e-8)
+    assert name_of(found) == "CONVERGED"
+    assert int(found.num_gradients) < 800
+
+
 def test_proximal_starts_warm(x64):
     """From the solution, with the step size that it found, one look is enough."""
     solver, inner = hg.inner_solvers.proximal(soft), lasso()

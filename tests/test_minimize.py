@@ -110,9 +110,17 @@ def test_looser_tolerances_spend_less(x64):
     """HOAG against the same method with exact tolerances from the start."""
     inexact = run(max_steps=15)
     exact = run(method=hg.methods.hoag(lambda step: jnp.asarray(1e-10)), max_steps=15)
-    spent = [int(jnp.sum(found.history.num_gradients)) for found in (inexact, exact)]
-    assert spent[0] <= 0.6 * spent[1]
+    for counts in ("num_gradients", "num_products"):
+        spent = [int(jnp.sum(getattr(found.history, counts))) for found in (inexact, exact)]
+        assert spent[0] <= 0.6 * spent[1], counts
     assert float(inexact.value) == pytest.approx(float(exact.value), rel=1e-3)
+
+
+def test_linear_solves_start_warm(x64):
+    """Along short steps of λ the last solution is near: each later solve takes fewer products than the first."""
+    found = run(method=hg.methods.gradient_descent(optax.sgd(0.3), 1e-3), max_steps=6, tol=0.0)
+    products = found.history.num_products
+    assert bool(jnp.all(products[1:] < products[0]))
 
 
 def test_the_same_call_gives_the_same_bits_and_compiles_once():
