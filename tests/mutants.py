@@ -629,7 +629,7 @@ MUTANTS = [
     ),
     Mutant("estimators/_implicit.py", "tolerance=ctx.tolerance", "tolerance=None", MINIMIZE, "tolerance ignored"),
     Mutant("inner_solvers/_lbfgs.py", "jnp.where(kept, 0, 1)", "1", INNER, "a gradient counted twice"),
-    Mutant("inner_solvers/_proximal.py", "change) > 0", "change) > 1e9", INNER, "no restart"),
+    Mutant("inner_solvers/_proximal.py", "params), change) > 0", "params), change) > 1e9", INNER, "no restart"),
     Mutant("inner_solvers/_newton_cg.py", "done | reached", "done", INNER, "no end at the tolerance"),
     # the check with many weights, and in float64
     Mutant(
