@@ -254,7 +254,7 @@ def _programs(
     def advance(run: _Run, variables: BilevelParams, *given: Any) -> _Run:
         oracle = _oracle(estimator, inner_solver, context(variables, *given[:-1]))
         made = method.step(oracle, run.point, run.state)
-        point = _same_form(made.point, run.point)
+        point = _phases.same_form("the method's point after a step", made.point, run.point)
         size, tol = tree.norm(point.hypergrad), given[-1]
         row = History(
             point.value,
@@ -283,7 +283,14 @@ def _programs(
         status = jnp.asarray(MinimizeStatus.RUNNING, jnp.int32)
         for holds, code in reversed(cases):  # the first counts
             status = jnp.where(holds, jnp.asarray(code, jnp.int32), status)
-        return _Run(point, best, _same_form(made.state, run.state), history, num_steps, status)
+        return _Run(
+            point,
+            best,
+            _phases.same_form("the method's state after a step", made.state, run.state),
+            history,
+            num_steps,
+            status,
+        )
 
     def whole(*given: Any) -> MinimizeResult:
         run = lax.while_loop(
@@ -306,9 +313,7 @@ def _first_point(estimator: Estimator, inner_solver: InnerSolver, ctx: Context) 
         linear_state=_phases.first_state(estimator, ctx)[0],
         value=unknown,
         hypergrad=optax.tree.zeros_like(hyperparams),
-        slope_norm=unknown,
         inner_residual=unknown,
-        linear_residual=unknown,
         inner_status=none + InnerStatus.MAX_STEPS,
         linear_status=none + Status.TRUNCATED,
         num_gradients=none,
@@ -326,20 +331,19 @@ def _oracle(estimator: Estimator, inner_solver: InnerSolver, ctx: Context) -> Or
             residual = lambda w: residual_fn(ctx)(w, hyperparams)  # noqa: E731
         inner = InnerProblem(lambda w: loss(w, hyperparams), residual, ctx.problem.constrain(hyperparams))
         found = inner_solver.solve(inner, point.params, point.inner_state, tolerance)
-        (value, _), slope = jax.value_and_grad(lambda w: outer(w, hyperparams), has_aux=True)(found.params)
+        value, _ = outer(found.params, hyperparams)
         value = jnp.where(found.status == InnerStatus.NOT_FINITE, jnp.nan, value)
         new = point._replace(
             hyperparams=hyperparams,
             params=found.params,
             inner_state=found.state,
             value=value,
-            slope_norm=tree.norm(slope),
             inner_residual=found.residual_norm,
             inner_status=found.status,
             num_gradients=point.num_gradients + found.num_gradients,
             num_products=point.num_products + found.num_products,
         )
-        return _same_form(new, point)
+        return _phases.same_form("the point", new, point)
 
     def differentiate(point: Point, tolerance: Any) -> Point:
         at = ctx.at._replace(params=point.params)
@@ -348,18 +352,12 @@ def _oracle(estimator: Estimator, inner_solver: InnerSolver, ctx: Context) -> Or
         new = point._replace(
             linear_state=found.state,
             hypergrad=found.hypergrad,
-            linear_residual=found.info.residual * point.slope_norm,
             linear_status=found.info.status,
             num_products=point.num_products + jnp.maximum(found.info.num_products, 0) + 1,
         )
-        return _same_form(new, point)
+        return _phases.same_form("the point", new, point)
 
     return Oracle(solve, differentiate)
-
-
-def _same_form(new: PyTree, old: PyTree) -> PyTree:
-    validate.same_structure("what the method returned", new, "what it was given", old)
-    return tree.match_dtypes(new, old)
 
 
 def _blank(point: Point, max_steps: int) -> History:

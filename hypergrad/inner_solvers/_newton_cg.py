@@ -60,7 +60,7 @@ class Optimum(NamedTuple):
         """Return what was reached, without the weights."""
         end = "converged" if self.converged else "not converged: more products, or more decay in the loss"
         return (
-            f"inner problem {end}: gradient norm {float(self.gradient_norm):.2g} after {int(self.num_steps)} steps "
+            f"inner problem {end}: gradient norm {float(self.gradient_norm):.4g} after {int(self.num_steps)} steps "
             f"and {int(self.num_products):,} Hessian products"
         )
 

@@ -22,9 +22,7 @@ class Point(NamedTuple):
       linear_state: state of the linear solver.
       value: scalar, the outer loss; NaN before the first solve.
       hypergrad: tree like λ, dL_out/dλ; zeros where ``differentiate`` was not called.
-      slope_norm: scalar, ‖∂L_out/∂w‖.
       inner_residual: scalar, ‖∇_w L_in‖, or the norm of the problem's residual.
-      linear_residual: scalar, ‖Hq − ∂L_out/∂w‖.
       inner_status: int32 scalar, an ``hg.inner_solvers.InnerStatus``.
       linear_status: int32 scalar, an ``hg.solvers.Status``.
       num_gradients: int32 scalar, gradients of the inner loss (or residuals) so far.
@@ -37,9 +35,7 @@ class Point(NamedTuple):
     linear_state: PyTree
     value: Array
     hypergrad: Hyperparams
-    slope_norm: Array
     inner_residual: Array
-    linear_residual: Array
     inner_status: Array
     linear_status: Array
     num_gradients: Array
