@@ -76,8 +76,8 @@ def cross_validation(problem: BilevelProblem, folds: Iterable[tuple[Any, Any]]) 
         """Return ``fn(params, hyperparams, batch, key)`` of all folds: what ``evaluate`` returns, stacked or listed."""
 
         def one(params: Params, hyperparams: Hyperparams, batch: Batch, chosen: Any, key: Array | None) -> Any:
-            part = jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], batch)
-            return evaluate(problem, BilevelParams(params, hyperparams), part, key, ())
+            rows_of = data.IndexedBatch(batch, chosen)
+            return evaluate(problem, BilevelParams(params, hyperparams), rows_of, key, ())
 
         def all_folds(params: Params, hyperparams: Hyperparams, batch: Batch, key: Array | None) -> Any:
             _check_axis(name, params, len(rows))

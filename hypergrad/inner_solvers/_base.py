@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from hypergrad import validate
+from hypergrad import tree, validate
 from hypergrad.types import Array, Hyperparams, Params, PyTree
 
-__all__ = ["InnerProblem", "InnerSolution", "InnerSolver", "InnerStatus", "refuse_residual", "status_of"]
+__all__ = ["InnerProblem", "InnerSolution", "InnerSolver", "InnerStatus", "refuse_residual", "repeat", "status_of"]
 
 
 class InnerStatus(enum.IntEnum):
@@ -91,6 +92,12 @@ def status_of(norm: Array, tolerance: Any, *, stalled: Array, finite: Array) -> 
     status = jnp.where(stalled, InnerStatus.STALLED, InnerStatus.MAX_STEPS)
     status = jnp.where(norm <= tolerance, InnerStatus.CONVERGED, status)
     return jnp.where(finite, status, InnerStatus.NOT_FINITE).astype(jnp.int32)
+
+
+def repeat(step: Callable[[Any], Any], start: Any, tolerance: Any, max_steps: int) -> Any:
+    """Apply ``step`` until ``norm`` ≤ tolerance, or it stalls, is not finite, or the steps run out."""
+    going = lambda at: ~(at.norm <= tolerance) & ~at.stalled & at.finite & (at.num_steps < max_steps)  # noqa: E731
+    return lax.while_loop(going, step, tree.strip_weak_types(start))
 
 
 def refuse_residual(name: str, inner: InnerProblem) -> None:

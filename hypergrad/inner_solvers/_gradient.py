@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from hypergrad import tree, validate
-from hypergrad.inner_solvers._base import InnerProblem, InnerSolution, InnerSolver, refuse_residual, status_of
+from hypergrad.inner_solvers._base import InnerProblem, InnerSolution, InnerSolver, refuse_residual, repeat, status_of
 from hypergrad.types import Array, Params, PyTree
 
 __all__ = ["gradient"]
@@ -76,8 +75,7 @@ def gradient(optimizer: Any, max_steps: int = 10_000) -> InnerSolver:
         slope = slope_of(wide)
         norm, none = tree.norm(slope), jnp.zeros((), jnp.int32)
         start = _Loop(wide, state, slope, norm, none, jnp.array(False), jnp.isfinite(norm))
-        going = lambda at: ~(at.norm <= tolerance) & ~at.stalled & at.finite & (at.num_steps < max_steps)  # noqa: E731
-        end = lax.while_loop(going, step, tree.strip_weak_types(start))
+        end = repeat(step, start, tolerance, max_steps)
         status = status_of(end.norm, tolerance, stalled=end.stalled, finite=end.finite)
         return InnerSolution(
             tree.match_dtypes(end.params, params), end.state, end.norm, end.num_steps + 1, none, status

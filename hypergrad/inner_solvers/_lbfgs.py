@@ -14,7 +14,7 @@ import optax
 from jax import lax
 
 from hypergrad import tree, validate
-from hypergrad.inner_solvers._base import InnerProblem, InnerSolution, InnerSolver, refuse_residual, status_of
+from hypergrad.inner_solvers._base import InnerProblem, InnerSolution, InnerSolver, refuse_residual, repeat, status_of
 from hypergrad.types import Array, Params, PyTree
 
 __all__ = ["lbfgs"]
@@ -110,8 +110,7 @@ def lbfgs(max_steps: int = 500, *, memory_size: int = 10, max_linesearch_steps: 
         none = jnp.zeros((), jnp.int32)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         start = _Loop(wide, optimizer.init(wide), value, slope, norm, none, none + 1, jnp.zeros_like(finite), finite)
-        going = lambda at: ~(at.norm <= tolerance) & ~at.stalled & at.finite & (at.num_steps < max_steps)  # noqa: E731
-        end = lax.while_loop(going, step, tree.strip_weak_types(start))
+        end = repeat(step, start, tolerance, max_steps)
         status = status_of(end.norm, tolerance, stalled=end.stalled, finite=end.finite)
         return InnerSolution(tree.match_dtypes(end.params, params), (), end.norm, end.num_gradients, none, status)
 

@@ -18,7 +18,7 @@ import optax
 from jax import lax
 
 from hypergrad import tree, validate
-from hypergrad.inner_solvers._base import InnerProblem, InnerSolution, InnerSolver, status_of
+from hypergrad.inner_solvers._base import InnerProblem, InnerSolution, InnerSolver, repeat, status_of
 from hypergrad.types import Array, Hyperparams, Params
 
 __all__ = ["proximal"]
@@ -138,8 +138,7 @@ def proximal(prox: Callable[[Params, Hyperparams, Any], Params], max_steps: int 
         none, finite = jnp.zeros((), jnp.int32), jnp.isfinite(norm)
         one = jnp.ones((), norm.dtype)
         start = _Loop(wide, wide, one, state.astype(norm.dtype), norm, none, none + 1, jnp.array(False), finite)
-        going = lambda at: ~(at.norm <= tolerance) & ~at.stalled & at.finite & (at.num_steps < max_steps)  # noqa: E731
-        end = lax.while_loop(going, step, tree.strip_weak_types(start))
+        end = repeat(step, start, tolerance, max_steps)
         norm = tree.norm(residual(end.params))
         status = status_of(norm, tolerance, stalled=end.stalled, finite=end.finite)
         kept = jnp.where(end.finite, end.step_size, one).astype(state.dtype)
