@@ -189,7 +189,7 @@ def test_twins_have_the_values_of_optax(name, dtype, x64):
 
 
 @pytest.mark.parametrize("name", TWINS)
-@pytest.mark.parametrize("size", [0.0, 1e-3, 0.2, 1.0, 30.0])
+@pytest.mark.parametrize("size", [0.0, 1.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1e-3, 0.2, 30.0))])
 def test_derivatives_of_twins_equal_finite_differences(name, size, x64):
     """In the updates and in the numbers, in both modes, and where the updates are zero."""
     flat, restore = jax.flatten_util.ravel_pytree(updates_of_size(size))

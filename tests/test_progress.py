@@ -106,9 +106,9 @@ def test_a_learned_response_has_no_residual():
     variables = hg.BilevelParams(hg.responses.init(problem, 0, zero, zero), zero)
     state = tx.init(variables)
     for _ in range(2):
-        assert progress.figures_of(state.info) == {}
+        assert progress._figures(state.info) == {}
         _, state = tx.update(None, state, variables, inner_batch=zero, outer_batch=zero)
-    found = progress.figures_of(state.info)
+    found = progress._figures(state.info)
     assert set(found) == {"outer_loss", "hypergrad_norm", "skipped"}
     assert found["outer_loss"] == 0.5
     assert math.isfinite(found["hypergrad_norm"])

@@ -72,7 +72,7 @@ def arguments(problem, learned):
     return responses.init(problem, 0, params, h, batch), h, batch, jax.random.key(1)
 
 
-RARER = (("delta, nonlinear", False), ("linear", False), ("delta", True), ("gated", True))
+RARER = (("delta, nonlinear", False), ("linear", False), ("delta", True), ("gated", True), ("hypernetwork", False))
 
 
 @pytest.mark.parametrize(

@@ -30,15 +30,17 @@ RARER = (
 )
 
 
-def over_rows(chosen):
-    """Return a mark of the rows that are chosen."""
-    slow = lambda row: [pytest.mark.slow] * (row.name in RARER)  # noqa: E731
+def over_rows(chosen, *, common=None):
+    """Return a mark of the rows that are chosen; slow are ``RARER``, or all but those in ``common``."""
+    rare = lambda row: row.name in RARER if common is None else row.name not in common  # noqa: E731
+    slow = lambda row: [pytest.mark.slow] * rare(row)  # noqa: E731
     return pytest.mark.parametrize(
         "row", [pytest.param(row, marks=slow(row), id=row.name) for row in SOLVERS if chosen(row)]
     )
 
 
 rows = over_rows(lambda row: True)
+rows_of_cg = over_rows(lambda row: True, common=("cg", "recycled_cg"))  # seconds each
 solving = over_rows(lambda row: row.rtol)
 keeping = over_rows(lambda row: row.keeps_state)
 INDEFINITE = np.array([1, 1, -1, 1, 1, 1])
@@ -129,7 +131,7 @@ def test_solves_a_system_whose_leaves_are_coupled(row):
     assert jax.tree.structure(state) == jax.tree.structure(solver.init(b))
 
 
-@rows
+@rows_of_cg
 @pytest.mark.parametrize("signs", [None, INDEFINITE], ids=["definite", "indefinite"])
 def test_residual_is_the_true_one(row, signs, x64):
     matvec, b, matrix, _ = system(condition=50.0, signs=signs)
@@ -145,7 +147,7 @@ def test_residual_is_the_true_one(row, signs, x64):
     assert (float(info.damping) > 0) == (row.name == "cg_default")
 
 
-@rows
+@rows_of_cg
 def test_info_has_the_dtypes_of_the_vectors_and_the_form_of_its_blank(row):
     _, b, matrix, _ = system()
     _, _, info = run(row.make(), matrix, b)
@@ -204,7 +206,7 @@ def test_a_solution_that_overflows_is_reported(solver):
     assert float(info.residual) == jnp.inf
 
 
-@rows
+@rows_of_cg
 def test_a_scalar_unknown_of_low_precision_is_solved_in_float32(row):
     solver, b = row.make(), jnp.array(3.0, jnp.bfloat16)
     x, state, info = run_diagonal(solver, 2.0, b)
@@ -216,7 +218,7 @@ def test_a_scalar_unknown_of_low_precision_is_solved_in_float32(row):
         assert bool(info.converged)
 
 
-@rows
+@rows_of_cg
 def test_vmap_under_strict_settings_equals_a_loop(row):
     """Strict promotion, NaN checks and no implicit transfer."""
     systems = [system(seed=s) for s in range(3)]
@@ -265,7 +267,7 @@ def test_right_hand_side_that_is_not_finite_is_reported(row, bad):
 
 
 @keeping
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("bad", [jnp.nan, pytest.param(jnp.inf, marks=pytest.mark.slow)])
 def test_a_state_that_is_not_finite_counts_as_a_fresh_one(row, bad):
     _, b, matrix, _ = system()
     solver = row.make()
@@ -286,7 +288,7 @@ def test_damping_leaves_a_residual_of_the_undamped_system(make, x64):
     assert float(info.undamped_residual) > 0.1 > float(info.residual)
 
 
-@solving
+@over_rows(lambda row: row.rtol, common="cg")
 def test_matvec_of_another_structure_is_refused(row):
     solver = row.make()
     b = {"p": jnp.ones(2)}
@@ -351,7 +353,7 @@ def test_every_product_is_counted(row):
     assert told <= len(CALLS) - before
 
 
-@over_rows(lambda row: row.rtol and "foreign" not in row.name)
+@over_rows(lambda row: row.rtol and "foreign" not in row.name, common=("cg",))
 def test_no_nan_is_computed_even_where_it_would_be_discarded(row):
     """Checked after each operation, also inside loops, where an unrolled one goes on after its end."""
     _, b, matrix, _ = system()
@@ -709,7 +711,9 @@ QUADRATIC_SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("name", QUADRATIC_SOLVERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "cg")) for name in QUADRATIC_SOLVERS]
+)
 @pytest.mark.parametrize("negative", [0, 2, 6])
 @given(data=st.data())
 def test_random_quadratics(name, negative, data):

@@ -44,7 +44,7 @@ def test_derivatives_of_a_response_of_any_order():
 SOLVERS = {"cg": hg.solvers.cg(60, 1e-13), "dense": hg.solvers.dense(), "neumann": hg.solvers.neumann(4000)}
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ["dense", *(pytest.param(s, marks=pytest.mark.slow) for s in ("cg", "neumann"))])
 def test_an_implicit_response_has_the_derivative_of_the_solution(name):
     base = ridge()
     respond = hg.best_response(hg.implicit(base.problem, SOLVERS[name]))

@@ -75,13 +75,13 @@ def first_params():
     return MODEL.init(jax.random.key(0), X)["params"]
 
 
-ALWAYS = (unrolled, "debug_nans")  # the first case runs under all settings; all others are slow tests
+ALWAYS = ((implicit, "debug_nans"), (implicit, "key_reuse"))  # all others are slow tests
 
 
 @pytest.mark.parametrize(
     ("case", "setting"),
     [
-        pytest.param(case, name, marks=[pytest.mark.slow] * (case is not implicit and (case, name) != ALWAYS))
+        pytest.param(case, name, marks=[pytest.mark.slow] * ((case, name) not in ALWAYS))
         for case in (implicit, unrolled, self_tuning)
         for name in SETTINGS
     ],
@@ -101,7 +101,7 @@ def test_a_run(case, setting):
     assert not bool(state.info.skipped)
 
 
-@pytest.mark.parametrize("solver", [hg.solvers.cg, hg.solvers.neumann])
+@pytest.mark.parametrize("solver", [hg.solvers.cg, pytest.param(hg.solvers.neumann, marks=pytest.mark.slow)])
 def test_a_random_preconditioner_draws_no_key_twice(solver):
     inner = lambda w, h, b, k: 0.5 * jnp.sum(jnp.exp(h) * w**2) - jnp.sum(w * b)  # noqa: E731
     problem = hg.BilevelProblem(inner, lambda w, h, b, k: jnp.sum((w - b) ** 2))
@@ -113,7 +113,7 @@ def test_a_random_preconditioner_draws_no_key_twice(solver):
 
 @pytest.mark.parametrize(
     "setting",
-    [pytest.param(s, marks=[pytest.mark.slow] * (s not in ("debug_nans", "dtype_promotion"))) for s in SETTINGS],
+    [pytest.param(s, marks=[pytest.mark.slow] * (s != "debug_nans")) for s in SETTINGS],
 )
 def test_a_check_of_the_gradient(setting):
     inner = lambda w, h, b, k: jnp.sum(jnp.float32(0.5) * jnp.exp(h) * w**2 - w)  # noqa: E731

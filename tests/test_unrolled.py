@@ -123,7 +123,7 @@ def differences(name, optimizer):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("mode", [pytest.param(m, marks=[pytest.mark.slow] * (m != "default")) for m in MODES])
 @pytest.mark.parametrize(
-    ("name", "optimizer"), [pytest.param("ridge", momentum, marks=pytest.mark.slow), ("logistic", adam)]
+    ("name", "optimizer"), [("ridge", momentum), pytest.param("logistic", adam, marks=pytest.mark.slow)]
 )
 def test_all_modes_against_autodiff_and_finite_differences(name, optimizer, mode):
     problem, args = case(name)

@@ -56,7 +56,7 @@ def progress(total: float | None, *, unit: str = "step", log: Path | None = None
     with tqdm(total=total, unit=unit, **options) as bar, _writer(log) as write:
 
         def look(run: str, step: int, info: Any = None, *, advance: float = 1, **figures: Any) -> None:
-            values = figures_of(info) | {name: float(value) for name, value in figures.items()}
+            values = _figures(info) | {name: float(value) for name, value in figures.items()}
             shown = [name for name in FIGURES if name in values and (name != "skipped" or values[name])]
             bar.set_postfix({_SHOWN.get(name, name): f"{values[name]:.3g}" for name in shown}, refresh=False)
             bar.update(advance)
@@ -65,14 +65,12 @@ def progress(total: float | None, *, unit: str = "step", log: Path | None = None
         yield Progress(bar, look)
 
 
-def figures_of(info: hg.HypergradInfo | None) -> dict[str, float]:
-    """Return an estimate's figures by name: none before the first outer step, no residual without a solve."""
-    if info is None or (int(info.step) < 0 and not info.hypergrad_norm):  # functional calls have no step either
-        return {}
-    found = {"outer_loss": info.outer_loss, "hypergrad_norm": info.hypergrad_norm, "skipped": info.skipped}
-    if isinstance(info.solver, hg.SolveInfo):
-        found["residual"] = info.solver.residual
-    return {name: float(value) for name, value in found.items()}
+def _figures(info: hg.HypergradInfo | None) -> dict[str, float]:
+    """Return the columns of a log that ``hg.diagnostics.scalars`` knows."""
+    found = {} if info is None else hg.diagnostics.scalars(info)
+    columns = {"outer_loss": "outer_loss", "hypergrad_norm": "hypergrad_norm", "solver/residual": "residual"}
+    figures = {column: found[name] for name, column in columns.items() if name in found}
+    return figures | ({"skipped": float(found["skip_reason"] != 0)} if found else {})
 
 
 @contextlib.contextmanager

@@ -76,11 +76,12 @@ def recycled_cg(
     Valid when A + δI is symmetric positive definite. A − D should change little from solve to solve, as on full
     batches near an inner solution: what is kept is then up to date. On mini-batches use ``cg``.
 
-    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> import hypergrad as hg, jax, jax.numpy as jnp
     >>> solver, b = recycled_cg(3, rank=8), jnp.ones(8)
     >>> system, state = hg.solvers.LinearSystem(lambda v: jnp.arange(1.0, 9.0) ** 2 * v), solver.init(b)
+    >>> solve = jax.jit(lambda state: solver.solve(system, b, state))
     >>> for _ in range(8):
-    ...     x, state, info = solver.solve(system, b, state)
+    ...     x, state, info = solve(state)
     >>> bool(info.residual < 1e-3)
     True
 

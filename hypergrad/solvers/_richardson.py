@@ -74,11 +74,12 @@ def richardson(
     Valid when A is positive definite, or ρ λ̂ exceeds its most negative eigenvalue, and A and b change little from solve
     to solve. With K = 1 each solve moves x by one step.
 
-    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> import hypergrad as hg, jax, jax.numpy as jnp
     >>> solver, b = richardson(1), jnp.array([2.0, 1.0])
     >>> system, state = hg.solvers.LinearSystem(lambda v: jnp.array([2.0, 1.0]) * v), solver.init(b)
+    >>> solve = jax.jit(lambda state: solver.solve(system, b, state))
     >>> for _ in range(20):
-    ...     x, state, info = solver.solve(system, b, state)
+    ...     x, state, info = solve(state)
     >>> [round(float(v), 3) for v in x], int(info.num_products)
     ([1.0, 1.0], 2)
 
