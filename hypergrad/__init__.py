@@ -8,6 +8,7 @@ What is where:
                   with_prior, priors; with_residual, residuals; microbatched, cross_validation
                   IndexedBatch, FreshBatches
     estimators    implicit (with solvers, preconditioners), unrolled (reverse, forward), direct (with responses)
+                  first_order, sama: without second derivatives
     drivers       bilevel (one optax transformation), value_and_hypergrad, hypergrad, best_response; guard
                   minimize (with inner_solvers, methods): problems small enough to solve
     diagnostics   check_hypergrad, compare, retrain, plots
@@ -50,7 +51,19 @@ from hypergrad.drivers import (
     minimize,
     value_and_hypergrad,
 )
-from hypergrad.estimators import Estimate, Estimator, UnrollMode, direct, forward, implicit, reverse, unrolled
+from hypergrad.estimators import (
+    Estimate,
+    Estimator,
+    FirstOrderInfo,
+    UnrollMode,
+    direct,
+    first_order,
+    forward,
+    implicit,
+    reverse,
+    sama,
+    unrolled,
+)
 from hypergrad.problem import (
     BilevelParams,
     BilevelProblem,
@@ -87,14 +100,17 @@ __all__ = [
     "penalties",
     "unconstrain",
     # estimators, with what they are made of
+    "FirstOrderInfo",
     "UnrollMode",
     "direct",
+    "first_order",
     "forward",
     "implicit",
     "optimizers",
     "preconditioners",
     "responses",
     "reverse",
+    "sama",
     "solvers",
     "unrolled",
     # drivers

@@ -11,10 +11,11 @@ import hypergrad as hg
 
 
 class EstimatorRow(NamedTuple):
-    """An estimator under the contract tests."""
+    """An estimator under the contract tests; ``rounding`` is by how much two compilations of it may differ."""
 
     name: str
     make: Callable[[hg.BilevelProblem], hg.Estimator]
+    rounding: float = 1e-6
 
 
 class SolverRow(NamedTuple):
@@ -74,6 +75,9 @@ ESTIMATORS = [
     EstimatorRow("unrolled", hg.unrolled),
     EstimatorRow("unrolled_truncated", lambda problem: hg.unrolled(problem, hg.reverse(truncate=2, mixed=False))),
     EstimatorRow("unrolled_forward", lambda problem: hg.unrolled(problem, hg.forward())),
+    # A difference of two gradients, at weights that a few steps have hardly moved apart.
+    EstimatorRow("first_order", lambda problem: hg.first_order(problem, penalty=0.01), rounding=2e-5),
+    EstimatorRow("sama", hg.sama),
     EstimatorRow("direct_gated", lambda problem: _learned(problem, hg.responses.gated())),
     EstimatorRow("direct_hypernetwork", lambda problem: _learned(problem, _HYPERNETWORK)),
     EstimatorRow("direct_delta_stn", lambda problem: _self_tuned(problem, hg.responses.delta_stn())),

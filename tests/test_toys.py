@@ -1,4 +1,4 @@
-"""The protocol holds what comes next: four small estimators, each exact where theory says so, in both drivers."""
+"""The protocol holds what comes next: three small estimators, each exact where theory says so, in both drivers."""
 
 import functools
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import pytest
 
 import hypergrad as hg
 from tests.problems import relative_error, window_of
-from tests.toys import evolution, langevin, partition, penalty
+from tests.toys import evolution, langevin, partition
 
 TARGET = jnp.array([1.0, -2.0])
 
@@ -40,7 +40,7 @@ def split(problem):
 
 TOYS = {
     "evolution": lambda problem: evolution(problem, sigma=0.05, num_pairs=8),
-    "penalty": lambda problem: penalty(problem, sigma=10.0),
+    "first_order": lambda problem: hg.first_order(problem, penalty=10.0),
     "langevin": lambda problem: langevin(problem, num_chains=8, step_size=0.05, temperature=0.1),
     "partition": split,
 }
@@ -152,17 +152,6 @@ def test_evolution_is_exact_for_a_quadratic_up_to_the_sample_of_its_noise(x64):
     assert float(info.method.standard_error) > 0
 
 
-def test_the_penalty_method_is_its_closed_form(x64):
-    """With w = λ and w_σ = (λ + c/σ)/(1 + 1/σ): σ(λ − w_σ) = (λ − c)/(1 + 1/σ), which is exact as σ → ∞."""
-    base = hg.BilevelProblem(
-        lambda w, h, b, k: 0.5 * jnp.sum((w - h) ** 2), lambda w, h, b, k: 0.5 * jnp.sum((w - 3.0) ** 2)
-    )
-    h, batches = jnp.array([0.5, -1.0]), hg.IndexedBatch((), jnp.arange(200))
-    for sigma in (2.0, 1e4):
-        grad = hg.hypergrad(penalty(base, sigma=sigma), optax.sgd(0.5))(jnp.zeros(2), h, batches, (), key=None)
-        assert relative_error(grad, (h - 3.0) / (1 + 1 / sigma)) < 1e-8
-
-
 def test_the_covariance_of_a_gaussian_is_its_derivative():
     """w ~ N(λ, T/a): d E[w]/dλ = 1. Tolerance: five standard errors of a covariance of 4,000 independent chains."""
     count, a, temperature = 4000, 2.0, 0.5
@@ -187,9 +176,3 @@ def test_a_partition_gives_each_leaf_what_its_estimator_alone_gives(x64):
     assert relative_error(got["log_decay"], steps["log_decay"]) < 1e-10
     info = hg.value_and_hypergrad(split(PROBLEM), optax.sgd(0.3))(*START, batches, BATCH, key=0)[1]
     assert int(info.solver.num_products) > 0  # found inside the partition's info
-
-
-def test_a_method_that_needs_the_outer_batch_on_every_call_says_so():
-    tx, _ = run("penalty")
-    with pytest.raises(ValueError, match="second copy on the outer batch"):
-        jax.jit(tx.update)(None, tx.init(START), START, inner_batch=window_of(BATCH, WINDOW), outer_batch=None)

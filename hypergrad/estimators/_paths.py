@@ -13,11 +13,24 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad import dataflow, tree, validate
-from hypergrad.training import Context, outer_loss_fn
+from hypergrad.training import Context, inner_loss_fn, outer_loss_fn
 from hypergrad.types import Array, Hyperparams, Params, PyTree
 
-__all__ = ["ZERO_GRADIENT_HINTS", "check_gradient_paths", "check_outer_path", "direct_path", "refuse_solve_batch"]
-__all__ += ["used_leaves"]
+__all__ = [
+    "ZERO_GRADIENT_HINTS",
+    "check_first_order_paths",
+    "check_gradient_paths",
+    "check_outer_path",
+    "direct_path",
+    "refuse_solve_batch",
+    "used_leaves",
+]
+
+_THROUGH_LOSS = (
+    "the inner loss, in a term with the weights",
+    "A learning rate, momentum or decoupled decay acts through the optimizer: use unrolled differentiation "
+    "(hg.unrolled) for it, or put a decay into the inner loss (hg.penalties.l2).",
+)
 
 ZERO_GRADIENT_HINTS = {
     "implicit": (
@@ -38,6 +51,8 @@ ZERO_GRADIENT_HINTS = {
         "The inner loss must use it; learn a response to it (hg.responses.with_response, self_tuning). A learning "
         "rate, momentum or decoupled decay acts through the optimizer, which no response sees: use hg.unrolled for it.",
     ),
+    "first_order": _THROUGH_LOSS,
+    "sama": _THROUGH_LOSS,
 }
 
 
@@ -56,6 +71,14 @@ def check_gradient_paths(
     fix = f"Its {name} hypergradient would be zero by construction. {hint} Remove a leaf that nothing uses."
     got = f"{', '.join(labels[i] for i in sorted(zero))}, which enters neither"
     raise ValueError(validate.message(wanted, got, fix))
+
+
+def check_first_order_paths(name: str, ctx: Context) -> None:
+    """Refuse what an estimate from first derivatives of both losses cannot see, without a second derivative."""
+    outer, inner, params = outer_loss_fn(ctx), inner_loss_fn(ctx), ctx.at.params
+    check_outer_path(name, lambda w: outer(w, ctx.hyperparams)[0], params)
+    unseen = dataflow.independent_leaves(lambda w: jax.grad(inner, argnums=1)(w, ctx.hyperparams), params)
+    check_gradient_paths(name, ctx.hyperparams, unseen, direct_path(ctx, params))
 
 
 def used_leaves(outer: Callable[[Params], Any], params: Params) -> list[str]:

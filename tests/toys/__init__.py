@@ -3,6 +3,5 @@
 from tests.toys.evolution import evolution
 from tests.toys.langevin import langevin
 from tests.toys.partition import partition
-from tests.toys.penalty import penalty
 
-__all__ = ["evolution", "langevin", "partition", "penalty"]
+__all__ = ["evolution", "langevin", "partition"]
