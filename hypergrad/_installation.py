@@ -16,6 +16,7 @@ _OURS = {
         "_installation",
         "bijectors",
         "curvature",
+        "lanczos",
         "data",
         "dataflow",
         "folds",

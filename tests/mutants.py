@@ -608,10 +608,10 @@ MUTANTS = [
         "narrow bends are kinks",
     ),
     # minimize, its methods and inner solvers
-    Mutant("methods/_hoag.py", "state.curvature * factor)", "state.curvature)", MINIMIZE, "step size that stays"),
-    Mutant("methods/_hoag.py", "(first | (rise <= 0))", "(first | (rise <= 1e9))", MINIMIZE, "every step accepted"),
+    Mutant("methods/_hoag.py", "state.step_size * factor)", "state.step_size)", MINIMIZE, "step size that stays"),
+    Mutant("methods/_hoag.py", "rise(trial) <= 0 ", "rise(trial) <= 1e9 ", MINIMIZE, "every step accepted"),
     Mutant(
-        "methods/_hoag.py",
+        "methods/_base.py",
         "tried & (first | tree.all_finite(new.hypergrad))",
         "tried",
         MINIMIZE,

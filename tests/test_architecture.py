@@ -45,6 +45,7 @@ LAYERS = {
     "data": 0.3,
     "dataflow": 0.4,
     "curvature": 0.5,
+    "lanczos": 0.5,
     "bijectors": 1,
     "noise": 1,
     "optimizers": 1,

@@ -387,3 +387,22 @@ def test_a_response_that_is_trained_first_is_not_differentiated_through_its_trai
     assert relative_error(found(h), wanted(h)) < 1e-6
     assert relative_error(jax.jacrev(found)(h), jax.jacrev(wanted)(h)) < 1e-6
     assert float(jnp.abs(jax.jacrev(wanted)(h)).max()) > 1e-3
+
+
+def test_reverse_mode_of_an_implicit_response_with_a_leaf_that_has_no_hyperparameter(x64):
+    """A bias without decay: its row of the system has a constant zero on the right-hand side."""
+    x = jax.random.normal(jax.random.key(0), (20, 3))
+    y = x.sum(1) + 1
+
+    def inner(w, decay, batch, key):
+        return jnp.mean((x @ w["w"] + w["b"] - y) ** 2) + decay * jnp.sum(w["w"] ** 2)
+
+    outer = lambda w, decay, batch, key: jnp.sum(w["w"] ** 2)  # noqa: E731
+    problem, decay = hg.BilevelProblem(inner, outer), jnp.array(0.1)
+    start = hg.BilevelParams({"w": jnp.zeros(3), "b": jnp.zeros(())}, decay)
+    solved = hg.diagnostics.solve_inner(problem, start, ()).params
+    respond = hg.best_response(hg.implicit(problem, hg.solvers.dense()))
+    value = lambda decay: outer(respond(solved, decay, (), key=None), decay, (), None)  # noqa: E731
+    exact = hg.hypergrad(hg.implicit(problem, hg.solvers.dense()))(solved, decay, (), (), key=None)
+    assert float(jax.grad(value)(decay)) == pytest.approx(float(exact), rel=1e-10)
+    assert float(jax.jacfwd(value)(decay)) == pytest.approx(float(exact), rel=1e-10)

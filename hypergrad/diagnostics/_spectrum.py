@@ -9,15 +9,14 @@ Reference: Lanczos 1950; Ghorbani, Krishnan & Xiao, An investigation into neural
 eigenvalue density, arXiv 1901.10159 (shares of the spectrum by the same run).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax import lax
 
-from hypergrad import curvature, tree, validate
+from hypergrad import curvature, validate
 from hypergrad.diagnostics._base import digits
+from hypergrad.lanczos import Lanczos, decomposed, lanczos, random_like
 from hypergrad.problem import (
     BilevelParams,
     BilevelProblem,
@@ -28,7 +27,7 @@ from hypergrad.problem import (
     refuse_residual,
 )
 from hypergrad.training import split_keys
-from hypergrad.types import Array, Batch, Key, MatVec, ModelState, PyTree
+from hypergrad.types import Array, Batch, Key, ModelState, PyTree
 
 __all__ = ["Spectrum", "extreme_eigenvalues"]
 
@@ -134,52 +133,15 @@ def extreme_eigenvalues(
             return evaluate_inner(problem, at._replace(params=params), batch, split_keys(key).solve, model_state).value
 
         size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(at.params))
-        start = _random_like(at.params, jax.random.key(0) if key is None else jax.random.fold_in(key, num_steps))
-        return _read(_lanczos(curvature.hvp(inner, at.params), start, min(num_steps, size)))
+        start = random_like(at.params, jax.random.key(0) if key is None else jax.random.fold_in(key, num_steps))
+        return _read(lanczos(curvature.hvp(inner, at.params), start, min(num_steps, size)))
 
     return run(variables, inner_batch, validate.as_key(key), model_state)
 
 
-class _Lanczos(NamedTuple):
-    basis: PyTree  # leaves (k, …), rows that were not reached are zero
-    diagonal: Array
-    off_diagonal: Array  # (k,): the last reached is the norm of the remainder
-    num_steps: Array
-    done: Array
-
-
-def _lanczos(matvec: MatVec, start: PyTree, length: int) -> _Lanczos:
-    dtype = tree.wider(*(leaf.dtype for leaf in jax.tree.leaves(start)))
-    first = tree.scale(start, 1.0 / tree.norm(start))
-    basis = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype).at[0].set(x), first)
-    empty = jnp.zeros(length, dtype)
-
-    def step(c: _Lanczos) -> _Lanczos:
-        k = c.num_steps
-        image = tree.promote(matvec(jax.tree.map(lambda q: q[k], c.basis)))
-        remainder, along = image, jnp.zeros(length, dtype)
-        for _ in range(2):  # twice is enough (Kahan, Parlett)
-            overlaps = _overlaps(c.basis, remainder)
-            remainder = optax.tree.sub(remainder, _combined(c.basis, overlaps))
-            along += overlaps
-        size, scale = tree.norm(remainder).astype(dtype), tree.norm(image).astype(dtype)
-        ended = ~(size > 100 * jnp.finfo(dtype).eps * scale)
-        unit = tree.scale(remainder, jnp.where(ended, 0.0, 1.0 / jnp.where(ended, 1.0, size)))
-        basis = jax.tree.map(lambda q, u: q.at[k + 1].set(u, mode="drop"), c.basis, unit)
-        off_diagonal = c.off_diagonal.at[k].set(jnp.where(ended, 0.0, size))
-        return _Lanczos(basis, c.diagonal.at[k].set(along[k]), off_diagonal, k + 1, ended)
-
-    begin = _Lanczos(basis, empty, empty, jnp.zeros((), jnp.int32), jnp.array(False))
-    return lax.while_loop(lambda c: ~c.done & (c.num_steps < length), step, begin)
-
-
-def _read(found: _Lanczos) -> Spectrum:
+def _read(found: Lanczos) -> Spectrum:
     """Return the ends of T's spectrum."""
-    reached = jnp.arange(len(found.diagonal)) < found.num_steps
-    bond = jnp.where(reached[1:], found.off_diagonal[:-1], 0.0)
-    # Rows that were not reached get a Rayleigh quotient of the others: inside their spectrum, never an end of it.
-    filled = jnp.where(reached, found.diagonal, found.diagonal[0])
-    values, vectors = jnp.linalg.eigh(jnp.diag(filled) + jnp.diag(bond, 1) + jnp.diag(bond, -1))
+    values, vectors = decomposed(found)
     top, bottom = jnp.argmax(values), jnp.argmin(values)
     last = jnp.abs(found.off_diagonal[found.num_steps - 1] * vectors[found.num_steps - 1]) + _noise(values)
     share = jnp.where(values < -_noise(values), vectors[0] ** 2, 0.0).sum()
@@ -193,22 +155,3 @@ def _read(found: _Lanczos) -> Spectrum:
 
 def _noise(values: Array) -> Array:
     return _EPSILONS * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
-
-
-def _overlaps(basis: PyTree, vector: PyTree) -> Array:
-    pairs = zip(jax.tree.leaves(basis), jax.tree.leaves(vector), strict=True)
-    parts: list[Any] = [jnp.tensordot(q, v, v.ndim) for q, v in pairs]
-    dtype = tree.wider(*(part.dtype for part in parts))
-    return sum((part.astype(dtype) for part in parts), jnp.zeros(parts[0].shape, dtype))
-
-
-def _combined(basis: PyTree, weights: Array) -> PyTree:
-    return jax.tree.map(lambda q: jnp.tensordot(weights.astype(q.dtype), q, 1), basis)
-
-
-def _random_like(like: PyTree, key: Array) -> PyTree:
-    leaves, structure = jax.tree.flatten(tree.promote(like))
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(
-        structure, [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    )

@@ -23,6 +23,7 @@ from hypergrad.drivers import _phases
 from hypergrad.estimators import Estimator, implicit
 from hypergrad.inner_solvers import InnerProblem, InnerSolver, InnerStatus
 from hypergrad.methods import Method, Oracle, Point
+from hypergrad.methods._bounds import estimated_bounds
 from hypergrad.problem import (
     BilevelParams,
     BilevelProblem,
@@ -77,6 +78,7 @@ class History(NamedTuple):
       tolerance: on ‖∇_w L_in‖ in this step.
       step_size: of the method, for the step that led to the hyperparameters tried; 0 at first.
       accepted: whether they were accepted.
+      error_bound: on the error of the hypergradient there, by ``hg.methods.maid``; NaN: the method has none.
     """
 
     outer_loss: Array
@@ -87,6 +89,7 @@ class History(NamedTuple):
     tolerance: Array
     step_size: Array
     accepted: Array
+    error_bound: Array
 
 
 class MinimizeResult(NamedTuple):
@@ -265,13 +268,14 @@ def _programs(
             made.tolerance,
             made.step_size,
             made.accepted,
+            jnp.asarray(made.error_bound, size.dtype),
         )
         history = jax.tree.map(lambda all, new: all.at[run.num_steps].set(new.astype(all.dtype)), run.history, row)
         finite = jnp.isfinite(point.value) & jnp.isfinite(size)
         better = made.accepted & finite & ~(point.value >= run.best.value)
         best = optax.tree.where(better, point, run.best)
         num_steps = run.num_steps + 1
-        small = made.accepted & (size <= tol)
+        small = made.accepted & (size <= tol) & ~(row.error_bound > tol)
         cases = [
             (~finite, MinimizeStatus.NOT_FINITE),
             (small & (point.inner_status != InnerStatus.CONVERGED), MinimizeStatus.INNER_SOLVER),
@@ -316,6 +320,7 @@ def _first_point(estimator: Estimator, inner_solver: InnerSolver, ctx: Context) 
         inner_residual=unknown,
         inner_status=none + InnerStatus.MAX_STEPS,
         linear_status=none + Status.TRUNCATED,
+        linear_residual=unknown,
         num_gradients=none,
         num_products=none,
     )
@@ -353,16 +358,24 @@ def _oracle(estimator: Estimator, inner_solver: InnerSolver, ctx: Context) -> Or
             linear_state=found.state,
             hypergrad=found.hypergrad,
             linear_status=found.info.status,
+            linear_residual=found.info.undamped_residual,
             num_products=point.num_products + jnp.maximum(found.info.num_products, 0) + 1,
         )
         return _phases.same_form("the point", new, point)
 
-    return Oracle(solve, differentiate)
+    def outer_slope(point: Point) -> Array:
+        return tree.norm(jax.grad(lambda w: outer(w, point.hyperparams)[0])(point.params)).astype(point.value.dtype)
+
+    def bounds(point: Point) -> tuple[methods.Bounds, Array]:
+        value = lambda w, h: outer(w, h)[0]  # noqa: E731
+        return estimated_bounds(loss, value, point.params, point.hyperparams)
+
+    return Oracle(solve, differentiate, outer_slope, bounds)
 
 
 def _blank(point: Point, max_steps: int) -> History:
     unknown, none = jnp.full(max_steps, jnp.nan, point.value.dtype), jnp.zeros(max_steps, jnp.int32)
-    return History(unknown, unknown, unknown, none, none, unknown, unknown, jnp.zeros(max_steps, bool))
+    return History(unknown, unknown, unknown, none, none, unknown, unknown, jnp.zeros(max_steps, bool), unknown)
 
 
 def _result(run: _Run) -> MinimizeResult:
@@ -405,7 +418,9 @@ def _message(result: MinimizeResult) -> str:
     spent = f"{int(np.sum(history.num_gradients)):,} gradients, {int(np.sum(history.num_products)):,} products"
     inner, linear = InnerStatus(int(result.inner_status)).name, Status(int(result.linear_status)).name
     solved = inner == InnerStatus.CONVERGED.name
-    unsolved = (
+    bound = float(history.error_bound[last]) if count else math.nan
+    uncertain = "" if math.isnan(bound) else f" The bound on the error of the hypergradient there is {bound:.2g}."
+    left = uncertain + (
         ""
         if solved
         else f" The last inner solve ended with {inner}, at a residual of {residual:.2g} for a tolerance of "
@@ -414,10 +429,10 @@ def _message(result: MinimizeResult) -> str:
     at = f"‖dL_out/dλ‖ = {size:.2g} after {count} steps ({spent})"
     return {
         MinimizeStatus.CONVERGED: f"converged: {at}.",
-        MinimizeStatus.MAX_STEPS: f"max_steps reached: {at}. Pass a larger max_steps, or a larger tol.{unsolved}",
-        MinimizeStatus.NO_STEP: f"no step: {at}. The last steps all raised the outer loss, however short. Solve more "
-        f"exactly, enable float64, or pass a larger tol.{unsolved}",
-        MinimizeStatus.INNER_SOLVER: f"inner solver: {at}, but the weights there are not solved.{unsolved}",
+        MinimizeStatus.MAX_STEPS: f"max_steps reached: {at}. Pass a larger max_steps, or a larger tol.{left}",
+        MinimizeStatus.NO_STEP: f"no step: {at}. No step was found that lowers the outer loss for certain. Solve more "
+        f"exactly, enable float64, or pass a larger tol.{left}",
+        MinimizeStatus.INNER_SOLVER: f"inner solver: {at}, but the weights there are not solved.{left}",
         MinimizeStatus.LINEAR_SOLVER: f"linear solver: {at}, but its linear solve ended with {linear}: pass a "
         "linear_solver with more products or with damping, or the method a larger tolerance.",
         MinimizeStatus.NOT_FINITE: f"not finite: {at}. A loss or the hypergradient is NaN or infinite (inner solve "

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from hypergrad import curvature, dataflow, tree, validate
 from hypergrad.data import FreshBatches
@@ -41,7 +42,7 @@ from hypergrad.training import (
     resolve_optimizer,
     solve_batch_at,
 )
-from hypergrad.types import Hyperparams, MatVec, Params, PyTree
+from hypergrad.types import Array, Hyperparams, MatVec, Params, PyTree
 
 __all__ = ["implicit"]
 
@@ -180,7 +181,20 @@ def implicit(
             return optax.tree.cast_like(jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), x), b)
 
         def tangent_solve(product: MatVec, b: PyTree) -> PyTree:
-            return lax.custom_linear_solve(product, b, solve, transpose_solve=solve, symmetric=symmetric)
+            # As one vector: reverse mode refuses a tree with a leaf that is constant, as a bias without decay has.
+            flat, parts = ravel_pytree(b)
+
+            def of_vectors(fn: MatVec) -> Callable[[Array], Array]:
+                return lambda vector: ravel_pytree(fn(parts(vector)))[0]
+
+            def of_trees(fn: Callable[[Array], Array]) -> MatVec:
+                return lambda v: parts(fn(ravel_pytree(v)[0]))
+
+            def solve_flat(matvec: Callable[[Array], Array], vector: Array) -> Array:
+                return of_vectors(lambda v: solve(of_trees(matvec), v))(vector)
+
+            options: dict[str, Any] = {"transpose_solve": solve_flat, "symmetric": symmetric}
+            return parts(lax.custom_linear_solve(of_vectors(product), flat, solve_flat, **options))
 
         solved = unknowns.of(params)
         with _full_precision():

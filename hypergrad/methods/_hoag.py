@@ -11,17 +11,14 @@ Reference: Pedregosa, Hyperparameter optimization with approximate gradient, arX
 accepts a rise of up to 20 %; on losses with a plateau (all weights of a lasso at zero) that ends on the plateau.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax import lax
 
 from hypergrad import tree, validate
-from hypergrad.methods._base import Method, MethodStep, Oracle, Point
+from hypergrad.methods._base import Method, MethodStep, Oracle, Point, attempt, first_rate
 from hypergrad.types import Array, Hyperparams
 
 __all__ = ["hoag"]
@@ -34,7 +31,7 @@ class HOAGState(NamedTuple):
 
     Attributes:
       candidate: λ that the next step tries.
-      curvature: scalar, L; 0 before the first hypergradient.
+      step_size: scalar, 1/L, of the step to ``candidate``; 0 before the first hypergradient.
       shrink: scalar, the factor of ε by rejections.
       before: scalar, ε of the last accepted point.
       num_steps: int32 scalar.
@@ -42,7 +39,7 @@ class HOAGState(NamedTuple):
     """
 
     candidate: Hyperparams
-    curvature: Array
+    step_size: Array
     shrink: Array
     before: Array
     num_steps: Array
@@ -95,33 +92,27 @@ def hoag(tolerance: float | Callable[[Array], Array] = 1e-3, *, decay: float = 0
     def step(oracle: Oracle, point: Point, state: HOAGState) -> MethodStep:
         dtype = point.value.dtype
         epsilon = tolerance_at(state.num_steps, dtype) * state.shrink
-        trial = oracle.solve(state.candidate, point, epsilon)
-        first = state.curvature == 0
-        step_size = jnp.where(first, 0.0, 1.0 / jnp.where(first, 1.0, state.curvature))
-        length = step_size * tree.norm(point.hypergrad)
-        rise = trial.value - point.value - 0.25 * epsilon - 1.25 * state.before * length
-        good = rise <= -state.curvature * length**2
-        tried = jnp.isfinite(trial.value) & (first | (rise <= 0))
-        new = lax.cond(tried, lambda at: oracle.differentiate(at, epsilon), lambda at: at, trial)
-        accepted = tried & (first | tree.all_finite(new.hypergrad))
-        back = point._replace(num_gradients=new.num_gradients, num_products=new.num_products)
-        new = optax.tree.where(accepted, new, back)
-        size = tree.norm(new.hypergrad)
-        dim = sum(leaf.size for leaf in jax.tree.leaves(point.hyperparams))
-        factor = jnp.where(good, 0.95, jnp.where(accepted, 1.0, 2.0))
-        curvature = jnp.where(first, size / math.sqrt(dim), state.curvature * factor)
+        first = state.num_steps == 0
+        length = state.step_size * tree.norm(point.hypergrad)
+
+        def rise(trial: Point) -> Array:
+            return trial.value - point.value - 0.25 * epsilon - 1.25 * state.before * length
+
+        allowed = lambda trial: rise(trial) <= 0  # noqa: E731
+        trial, new, accepted = attempt(oracle, point, state.candidate, epsilon, allowed, first=first)
+        good = accepted & (rise(trial) * state.step_size <= -(length**2))
+        factor = jnp.where(good, 1 / 0.95, jnp.where(accepted, 1.0, 0.5))
+        rate = jnp.where(first, first_rate(new), state.step_size * factor).astype(dtype)
         rejections = jnp.where(accepted, 0, state.rejections + 1)
-        usable = curvature > 0
-        rate = jnp.where(usable, 1.0 / jnp.where(usable, curvature, 1.0), 0.0)
         new_state = HOAGState(
             jax.tree.map(lambda h, p: h - rate.astype(h.dtype) * p, new.hyperparams, new.hypergrad),
-            curvature,
+            rate,
             jnp.where(accepted, state.shrink, 0.5 * state.shrink),
             jnp.where(accepted, epsilon, state.before),
             state.num_steps + 1,
             rejections,
         )
         stopped = (rejections >= _MOST_REJECTIONS) | (first & ~accepted)
-        return MethodStep(new, new_state, epsilon, step_size.astype(dtype), accepted, stopped)
+        return MethodStep(new, new_state, epsilon, state.step_size, accepted, stopped)
 
     return Method(init, step)

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from hypergrad import tree, validate
-from hypergrad.methods._base import Method, MethodStep, Oracle, Point
+from hypergrad.methods._base import Method, MethodStep, Oracle, Point, attempt
 from hypergrad.types import Array, Hyperparams, PyTree
 
 __all__ = ["lbfgs"]
@@ -84,21 +83,13 @@ def lbfgs(tolerance: float = 1e-6, *, memory_size: int = 10, max_length: float =
         dtype, first = point.value.dtype, state.num_steps == 0
         size = state.step_size
         candidate = jax.tree.map(lambda h, d: h - size.astype(h.dtype) * d, point.hyperparams, state.direction)
-        trial = oracle.solve(candidate, point, tolerance)
-        enough = trial.value <= point.value - _ENOUGH * size * state.slope
-        tried = jnp.isfinite(trial.value) & (first | enough)
-
-        def onwards(at: Point) -> tuple[Point, Hyperparams, PyTree]:
-            new = oracle.differentiate(at, tolerance)
-            direction, memory = tx.update(new.hypergrad, state.memory, new.hyperparams)
-            descends = tree.vdot(direction, new.hypergrad) > 0
-            direction = optax.tree.where(descends, direction, new.hypergrad)
-            return new, tree.match_dtypes(direction, state.direction), tree.match_dtypes(memory, state.memory)
-
-        found = lax.cond(tried, onwards, lambda at: (at, state.direction, state.memory), trial)
-        accepted = tried & (first | tree.all_finite(found[0].hypergrad))
-        back = point._replace(num_gradients=found[0].num_gradients, num_products=found[0].num_products)
-        new, direction, memory = optax.tree.where(accepted, found, (back, state.direction, state.memory))
+        enough = lambda trial: trial.value <= point.value - _ENOUGH * size * state.slope  # noqa: E731
+        _, new, accepted = attempt(oracle, point, candidate, tolerance, enough, first=first)
+        direction, memory = tx.update(new.hypergrad, state.memory, new.hyperparams)
+        descends = tree.vdot(direction, new.hypergrad) > 0
+        onwards = optax.tree.where(descends, direction, new.hypergrad), memory
+        onwards = tree.match_dtypes(onwards, (state.direction, state.memory))
+        direction, memory = optax.tree.where(accepted, onwards, (state.direction, state.memory))
         slope = tree.vdot(direction, new.hypergrad).astype(dtype)
         top = tree.max_abs(direction).astype(dtype)
         longest = jnp.minimum(1.0, max_length / jnp.where(top > 0, top, 1.0))
