@@ -43,9 +43,13 @@ def test_the_index_names_every_example():
         pytest.param("05_augmentation", {"steps": 20}, 3, marks=pytest.mark.slow),
         pytest.param("07_distillation", {"outer_steps": 30}, 2, marks=pytest.mark.slow),
         pytest.param("08_language_model", {"steps": 40}, 3, marks=pytest.mark.slow),
+        pytest.param(
+            "10_text_classification", {"max_steps": 2, "size": 60, "num_words": 80}, 6, marks=pytest.mark.slow
+        ),
     ],
 )
-def test_an_example_prints_and_saves_a_picture(name, settings, count, tmp_path, capsys):
+def test_an_example_prints_and_saves_a_picture(name, settings, count, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("HYPERGRAD_DATA", raising=False)
     found = main_of(f"{name}.py")(**settings, out=str(tmp_path / "picture.png"))
     assert len(found) == count
     assert all(math.isfinite(value) for value in found.values())
