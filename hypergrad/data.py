@@ -6,6 +6,7 @@ A window of indices is sliced like a window of batches; what it points at is gat
 """
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,8 @@ class IndexedBatch(NamedTuple):
     examples. If a checkpointed step is recomputed, its examples are gathered again.
 
     Attributes:
-      data: a pytree of arrays with a common leading axis of N examples; no window axis.
+      data: a pytree of arrays with a common leading axis of N examples; no window axis. Sparse ones
+        (``jax.experimental.sparse.BCOO``) are gathered by row, fastest in the form of ``BCOO.fromdense(x, n_batch=1)``.
       indices: integers in 0 … N−1: shape (B,) for one batch, (K, B) for a window; () and (K,) where an entry of
         ``data`` is itself a batch. One out of range is clamped, as JAX does.
 
@@ -102,10 +104,10 @@ def num_examples(batch: Batch) -> tuple[bool, int]:
     The size is the longest leading axis; 0 where there is none.
     """
     known, found = False, 0
-    for part in jax.tree.leaves(batch, is_leaf=_is_indexed):
+    for part in jax.tree.leaves(batch, is_leaf=lambda x: _is_indexed(x) or _is_sparse(x)):
         is_indexed = _is_indexed(part)
         axes = 2 if is_indexed and jnp.ndim(part.indices) == 0 else 1  # an entry of the data is itself a batch
-        for leaf in jax.tree.leaves(part.data if is_indexed else part):
+        for leaf in jax.tree.leaves(part.data if is_indexed else part, is_leaf=_is_sparse):
             size = math.prod(jnp.shape(leaf)[:axes]) if _holds_examples(leaf) else 0
             known, found = (is_indexed, size) if size > found else (known, found)
     return known, found
@@ -194,17 +196,29 @@ def _gather(part: IndexedBatch) -> PyTree:
     if any(map(_is_indexed, jax.tree.leaves(part.data, is_leaf=_is_indexed))):
         fix = "Index the data once: data[first][second] is data[first[second]]."
         raise TypeError(validate.message("IndexedBatch data of arrays", "an IndexedBatch inside it", fix))
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(part.data) if _is_array(leaf)}
+    leaves = jax.tree.leaves(part.data, is_leaf=_is_sparse)
+    lengths = {jnp.shape(leaf)[:1] for leaf in leaves if _is_array(leaf) or _is_sparse(leaf)}
     if len(lengths) > 1 or () in lengths:
         fix = "Pass all examples: images and labels of the same N."
         got = f"leading axes {sorted(lengths)}"
         raise ValueError(validate.message("IndexedBatch data whose leaves have a common leading axis N", got, fix))
-    return jax.tree.map(lambda x: jnp.asarray(x)[indices] if _is_array(x) else x, part.data)
+
+    def rows(x: Any) -> Any:
+        if _is_sparse(x):
+            return x[indices]
+        return jnp.asarray(x)[indices] if _is_array(x) else x
+
+    return jax.tree.map(rows, part.data, is_leaf=_is_sparse)
 
 
 def _is_array(x: Any) -> bool:
     """Return whether a leaf is data: a loss may be handed strings, flags and functions too, the same in each step."""
     return tree.is_number(x)
+
+
+def _is_sparse(x: Any) -> bool:
+    sparse = sys.modules.get("jax.experimental.sparse")  # slow to import; who has a sparse array has imported it
+    return sparse is not None and isinstance(x, sparse.JAXSparse)
 
 
 def _is_indexed(x: Any) -> bool:

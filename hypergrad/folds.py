@@ -41,7 +41,7 @@ def cross_validation(problem: BilevelProblem, folds: Iterable[tuple[Any, Any]]) 
       A ``BilevelProblem`` whose weights have a leading axis K, one row per fold, and whose two batches are the whole
       data: both losses take their own rows of it. The inner loss is the sum over folds, so that each fold trains as it
       would alone. Fold k has the key ``fold_in(key, k)``; aux has a leading axis K, or is a tuple of K where the folds
-      differ in size. Folds of one size are computed by ``vmap``, others one after the other.
+      differ in size. Folds of one size are computed by ``vmap`` together.
 
     Raises:
       TypeError: ``problem`` is not a ``BilevelProblem``, or ``folds`` does not hold pairs of integer arrays.
@@ -83,19 +83,22 @@ def cross_validation(problem: BilevelProblem, folds: Iterable[tuple[Any, Any]]) 
             _check_axis(name, params, len(rows))
             batch, numbers = data.gathered(batch), jnp.arange(len(rows), dtype=jnp.int32)
             keys = None if key is None else jax.vmap(lambda k: jax.random.fold_in(key, k))(numbers)
-            if len({len(chosen) for chosen in rows}) == 1:
-                over = (0, None, None, 0, None if keys is None else 0)
-                return jax.vmap(one, over)(params, hyperparams, batch, jnp.asarray(np.stack(rows)), keys)
-            return [
-                one(
-                    jax.tree.map(lambda w, k=k: w[k], params),
-                    hyperparams,
-                    batch,
-                    jnp.asarray(chosen),
-                    None if keys is None else keys[k],
-                )
-                for k, chosen in enumerate(rows)
-            ]
+
+            def of_folds(places: list[int]) -> Any:
+                mine, my_keys = jax.tree.map(lambda w: w[np.array(places)], (params, keys))
+                chosen, over = jnp.asarray(np.stack([rows[k] for k in places])), (0, None, None, 0, 0)
+                return jax.vmap(one, over)(mine, hyperparams, batch, chosen, my_keys)
+
+            sizes = [len(chosen) for chosen in rows]
+            if len(set(sizes)) == 1:
+                return of_folds([*range(len(rows))])
+            found: list[Any] = [None] * len(rows)
+            for size in sorted(set(sizes)):
+                places = [k for k, other in enumerate(sizes) if other == size]
+                stacked = of_folds(places)
+                for place, k in enumerate(places):
+                    found[k] = jax.tree.map(lambda leaf, place=place: leaf[place], stacked)
+            return found
 
         return all_folds
 

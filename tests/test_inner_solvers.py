@@ -208,3 +208,16 @@ def test_proximal_wants_a_residual():
 def test_bad_settings_are_refused(make, error):
     with pytest.raises(error, match="expected"):
         make()
+
+
+def test_lbfgs_goes_on_where_the_loss_is_below_rounding():
+    """In float32 changes of the loss vanish at ‖∇L‖ ≈ √eps; steps without a search reach 1e-7."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(200, 50)) * np.logspace(0, -1, 50), jnp.float32)
+    y = jnp.asarray(rng.random(200) < 0.5, jnp.float32)
+    loss = lambda w: jnp.mean(jnp.logaddexp(0, x @ w) - y * (x @ w)) + 0.005 * jnp.sum(w**2)  # noqa: E731
+    solver = hg.inner_solvers.lbfgs()
+    found = solver.solve(hg.inner_solvers.InnerProblem(loss, None, ()), jnp.zeros(50), (), 1e-7)
+    assert name_of(found) == "CONVERGED"
+    assert float(jnp.linalg.norm(jax.grad(loss)(found.params))) < 3e-7
+    assert int(found.num_gradients) < 80

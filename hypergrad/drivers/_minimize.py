@@ -399,7 +399,8 @@ def _trimmed(result: MinimizeResult) -> MinimizeResult:
     if tree.is_traced(result.num_steps):
         return result
     count = int(result.num_steps)
-    return result._replace(history=jax.tree.map(lambda entries: entries[:count], result.history))
+    # On the host: a slice of a device array is a program of its own for each count.
+    return result._replace(history=jax.tree.map(lambda entries: np.asarray(entries)[:count], result.history))
 
 
 def _check_kind(name: str, value: Any, kind: type, example: str) -> None:
@@ -431,7 +432,8 @@ def _message(result: MinimizeResult) -> str:
         MinimizeStatus.CONVERGED: f"converged: {at}.",
         MinimizeStatus.MAX_STEPS: f"max_steps reached: {at}. Pass a larger max_steps, or a larger tol.{left}",
         MinimizeStatus.NO_STEP: f"no step: {at}. No step was found that lowers the outer loss for certain. Solve more "
-        f"exactly, enable float64, or pass a larger tol.{left}",
+        "exactly, enable float64, or pass a larger tol. Where the outer loss has a kink (lasso, hinge), it may be the "
+        f"minimum.{left}",
         MinimizeStatus.INNER_SOLVER: f"inner solver: {at}, but the weights there are not solved.{left}",
         MinimizeStatus.LINEAR_SOLVER: f"linear solver: {at}, but its linear solve ended with {linear}: pass a "
         "linear_solver with more products or with damping, or the method a larger tolerance.",

@@ -5,7 +5,7 @@
     slack = ¼ε + 1¼ ε_before Δ                            what the inexact solves may cost
     L_out(λ') ≤ L_out(λ) + slack − LΔ²                    accept, L ← 0.95 L
     L_out(λ') ≤ L_out(λ) + slack                          accept
-    else, or not finite                                   reject, L ← 2 L, ε ← ½ε
+    else, or not finite                                   reject, L ← 2 L, ε ← ½ε, until as many are accepted
 
 Reference: Pedregosa, Hyperparameter optimization with approximate gradient, arXiv 1602.02355. Its published code also
 accepts a rise of up to 20 %; on losses with a plateau (all weights of a lasso at zero) that ends on the plateau.
@@ -107,7 +107,7 @@ def hoag(tolerance: float | Callable[[Array], Array] = 1e-3, *, decay: float = 0
         new_state = HOAGState(
             jax.tree.map(lambda h, p: h - rate.astype(h.dtype) * p, new.hyperparams, new.hypergrad),
             rate,
-            jnp.where(accepted, state.shrink, 0.5 * state.shrink),
+            jnp.where(accepted, jnp.minimum(2.0 * state.shrink, 1.0), 0.5 * state.shrink),
             jnp.where(accepted, epsilon, state.before),
             state.num_steps + 1,
             rejections,

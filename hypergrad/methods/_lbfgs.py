@@ -83,7 +83,8 @@ def lbfgs(tolerance: float = 1e-6, *, memory_size: int = 10, max_length: float =
         dtype, first = point.value.dtype, state.num_steps == 0
         size = state.step_size
         candidate = jax.tree.map(lambda h, d: h - size.astype(h.dtype) * d, point.hyperparams, state.direction)
-        enough = lambda trial: trial.value <= point.value - _ENOUGH * size * state.slope  # noqa: E731
+        rounding = 10 * jnp.finfo(dtype).eps * jnp.abs(point.value)
+        enough = lambda trial: trial.value <= point.value - _ENOUGH * size * state.slope + rounding  # noqa: E731
         _, new, accepted = attempt(oracle, point, candidate, tolerance, enough, first=first)
         direction, memory = tx.update(new.hypergrad, state.memory, new.hyperparams)
         descends = tree.vdot(direction, new.hypergrad) > 0
