@@ -229,7 +229,7 @@ def check(name: str, how: str, plant: Change | None, quick: bool) -> dict[str, A
     """Return the verdict, its first reason, and the seconds it took."""
     rng = np.random.default_rng(0)
     size = 16 if quick else 64
-    model: Any = MODELS[name](8) if quick else MODELS[name]()
+    model: Any = MODELS[name](32) if quick else MODELS[name]()
     x, y = jnp.asarray(rng.normal(size=(2 * size, 64)), jnp.float32), jnp.asarray(rng.integers(0, CLASSES, 2 * size))
     train, valid = (x[:size], y[:size]), (x[size:], y[size:])
     variables = model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x[:2], train=False)

@@ -460,6 +460,20 @@ def test_a_response_is_compared_with_the_problem_over_plain_weights():
 
 
 @pytest.mark.usefixtures("x64")
+def test_a_solve_that_the_guard_skips_is_a_note_where_a_converged_one_is_right():
+    example = problems.ridge()
+
+    def poor(system, b, state, *, tolerance=None):
+        x, state, info = hg.solvers.cg(2).solve(system, b, state, tolerance=tolerance)
+        info = info._replace(status=jnp.asarray(hg.solvers.Status.TRUNCATED, jnp.int32), residual=jnp.asarray(5.0))
+        return jax.tree.map(lambda v: -3.0 * v, x), state, info
+
+    found = on(example, hg.implicit(example.problem, hg.LinearSolver(lambda b: (), poor)))
+    assert found.passed, str(found)
+    assert "own solve has a residual of 5. The guard skips steps above 3" in found.note
+
+
+@pytest.mark.usefixtures("x64")
 def test_what_is_not_finite_is_said_to_be():
     inner = lambda w, h, batch, key: jnp.sum((w - h) ** 2)  # noqa: E731
     problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(jnp.sqrt(w - h)))

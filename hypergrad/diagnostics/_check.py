@@ -354,14 +354,16 @@ def _check(
         solver_error=of_solver.error,
     )
     agrees = all(row.error <= rtol and row.uncertainty <= rtol for row in judged) and flat(gradient).any()
-    if agrees and of_solver.cosine <= 0:
+    skipped = _skipped(residual)
+    if agrees and of_solver.cosine <= 0 and not residual > _BROKEN:
         reason = (
             f"the estimator's own solve turns the hypergradient (cosine {digits(of_solver.cosine)}, residual "
             f"{digits(residual)}): more products or damping, or train longer. A converged solve is right"
         )
         return found._replace(verdict=_FAILED, reasons=(reason,))
     if agrees:
-        return found
+        own = f"the estimator's own solve has a residual of {digits(residual)}{skipped}" if skipped else ""
+        return found._replace(note=_noted(found.note, own))
     return _explained(case, ctx, reference, found, flat(gradient), slope, solve, flat(own.hypergrad))
 
 
@@ -395,10 +397,7 @@ def _check_linearized(
         f"given, where ‖{_name(ctx)}‖ = {digits(float(np.linalg.norm(slope)))} (0 at a solution). Its linear solve "
         f"{_ENDS.get(status, 'ended')}, with a residual of {digits(residual)}"
     )
-    if residual > _BROKEN:
-        where += (
-            f". The guard skips steps above {_BROKEN:g}: pass a larger solve_batch, or give the solver more damping"
-        )
+    where += _skipped(residual)
     notes = where, note, rounded(gradient), _cut_off(rows, ctx)
     check, judged = _compared(measured, rows, gradient, rtol, notes)
     check = check._replace(
@@ -521,13 +520,19 @@ def _estimate_at(estimator: Estimator, ctx: Context, at: Trained) -> Estimate:
     return jax.jit(run)(at)
 
 
+def _skipped(residual: float) -> str:
+    if not residual > _BROKEN:
+        return ""
+    return f". The guard skips steps above {_BROKEN:g}: pass a larger solve_batch, or give the solver more damping"
+
+
 def _approximates(solve: SolveInfo) -> bool:
-    """Return whether a solve stopped early, or is damped, on purpose: not where it broke down.
+    """Return whether a solve stopped early, or is damped, on purpose.
 
     A solver of the user's own, which tells no products, is judged itself.
     """
     status = Status(int(solve.status))
-    if float(solve.residual) > _BROKEN or int(solve.num_products) < 0:
+    if int(solve.num_products) < 0:
         return False
     return status == Status.TRUNCATED or (status == Status.CONVERGED and float(solve.damping) > 0)
 
