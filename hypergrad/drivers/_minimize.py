@@ -276,10 +276,11 @@ def _programs(
         best = optax.tree.where(better, point, run.best)
         num_steps = run.num_steps + 1
         small = made.accepted & (size <= tol) & ~(row.error_bound > tol)
+        unbounded = small & jnp.isnan(row.error_bound)  # a bound on the error counts more than how solves ended
         cases = [
             (~finite, MinimizeStatus.NOT_FINITE),
-            (small & (point.inner_status != InnerStatus.CONVERGED), MinimizeStatus.INNER_SOLVER),
-            (small & (point.linear_status != Status.CONVERGED), MinimizeStatus.LINEAR_SOLVER),
+            (unbounded & (point.inner_status != InnerStatus.CONVERGED), MinimizeStatus.INNER_SOLVER),
+            (unbounded & (point.linear_status != Status.CONVERGED), MinimizeStatus.LINEAR_SOLVER),
             (small, MinimizeStatus.CONVERGED),
             (made.stopped, MinimizeStatus.NO_STEP),
             (num_steps >= max_steps, MinimizeStatus.MAX_STEPS),
