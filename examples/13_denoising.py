@@ -63,7 +63,7 @@ def main(max_steps=60, tolerances=(1.0, 1e-3), out="13_denoising.png"):
     runs = {f"eight weights, tolerance {first:g} at first": learn(8, first, max_steps) for first in tolerances}
     runs["one weight"] = learn(1, tolerances[0], max_steps)
     figure = Figure(figsize=(9, 5.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.25, 1))
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.25, 1)).flat
     loss, bars = bottom.subplots(1, 2)
     for name, found in runs.items():
         spent = np.cumsum(found.history.num_gradients + found.history.num_products)

@@ -362,8 +362,8 @@ def _check(
         )
         return found._replace(verdict=_FAILED, reasons=(reason,))
     if agrees:
-        own = f"the estimator's own solve has a residual of {digits(residual)}{skipped}" if skipped else ""
-        return found._replace(note=_noted(found.note, own))
+        poor = f"the estimator's own solve has a residual of {digits(residual)}{skipped}" if skipped else ""
+        return found._replace(note=_noted(found.note, poor))
     return _explained(case, ctx, reference, found, flat(gradient), slope, solve, flat(own.hypergrad))
 
 
