@@ -46,7 +46,7 @@ class HOAGState(NamedTuple):
     rejections: Array
 
 
-def hoag(tolerance: float | Callable[[Array], Array] = 1e-3, *, decay: float = 0.9) -> Method:
+def hoag(tolerance: float | Callable[[Array], Any] = 1e-3, *, decay: float = 0.9) -> Method:
     """Descend along inexact hypergradients, with tolerances that shrink and a step size that adapts.
 
     Args:
