@@ -141,7 +141,7 @@ def maid(
 
     def step(oracle: Oracle, point: Point, state: MAIDState) -> MethodStep:
         dtype, first = point.value.dtype, state.num_steps == 0
-        known, point = lax.cond(first, lambda: estimate(oracle, point, state.bounds), lambda: (state.bounds, point))
+        known = state.bounds  # at first 1 each, where they are estimated
 
         def error_in_value(at: Point) -> tuple[Array, Array, Array]:
             """Return the bound on |L_out(w) − L_out(w*)|, e and G."""
@@ -163,7 +163,7 @@ def maid(
         trial, new, accepted = attempt(
             oracle, point, state.candidate, exactness, allowed, first=first, linear_tolerance=state.linear_tolerance
         )
-        bounds, new = lax.cond(accepted & ~first, lambda at: estimate(oracle, at, known), lambda at: (known, at), new)
+        bounds, new = lax.cond(accepted, lambda at: estimate(oracle, at, known), lambda at: (known, at), new)
         _, apart, slope = error_in_value(new)
         here = bounds_at(new.hyperparams, bounds)
         linear = new.linear_residual * slope
