@@ -82,6 +82,7 @@ def cross_validation(problem: BilevelProblem, folds: Iterable[tuple[Any, Any]]) 
         def all_folds(params: Params, hyperparams: Hyperparams, batch: Batch, key: Array | None) -> Any:
             _check_axis(name, params, len(rows))
             batch, numbers = data.gathered(batch), jnp.arange(len(rows), dtype=jnp.int32)
+            _check_rows(name, batch, max(int(chosen.max()) for chosen in rows))
             keys = None if key is None else jax.vmap(lambda k: jax.random.fold_in(key, k))(numbers)
 
             def of_folds(places: list[int]) -> Any:
@@ -146,6 +147,14 @@ def _rows(folds: Iterable[tuple[Any, Any]]) -> tuple[list[np.ndarray], list[np.n
                 raise TypeError(validate.message("row numbers: a vector of integers, not empty", got, fix))
             side.append(rows)
     return sides
+
+
+def _check_rows(name: str, batch: Batch, last: int) -> None:
+    count = data.num_examples(batch)[1]
+    if count and last >= count:
+        fix = "Pass the whole data as both batches, inner and outer: each loss takes its own rows."
+        got = f"{count} examples"
+        raise ValueError(validate.message(f"a batch with row {last}, which a fold of {name} asks for", got, fix))
 
 
 def _check_axis(name: str, params: PyTree, count: int) -> None:

@@ -416,7 +416,10 @@ def depends_on_hyperparams(inner_optimizer: Any) -> bool:
 
 
 def with_keywords(inner_optimizer: Any, keywords: Mapping[str, Any]) -> Any:
-    """Return the inner optimizer, or the function that gives it, with ``keywords`` handed to every update."""
+    """Return the inner optimizer, or the function that gives it, with ``keywords`` handed to every update.
+
+    What a step computes itself (``value`` for another loss than that of the weights, say) counts more.
+    """
     if not keywords:
         return inner_optimizer
     if depends_on_hyperparams(inner_optimizer):
@@ -424,6 +427,6 @@ def with_keywords(inner_optimizer: Any, keywords: Mapping[str, Any]) -> Any:
     optimizer = resolve_optimizer(inner_optimizer, None)
 
     def update(updates: Params, state: PyTree, params: Params | None = None, **others: Any) -> tuple[Params, PyTree]:
-        return optimizer.update(updates, state, params, **accepted_keywords(optimizer, {**others, **keywords}))
+        return optimizer.update(updates, state, params, **accepted_keywords(optimizer, {**keywords, **others}))
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)

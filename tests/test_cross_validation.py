@@ -115,3 +115,15 @@ def test_what_it_does_not_take_is_refused():
     problem = hg.cross_validation(RIDGE, EQUAL)
     with pytest.raises(ValueError, match="a leading axis of 4 folds"):
         problem.inner_loss(jnp.zeros(6), jnp.array(0.0), (X, Y), None)
+
+
+def test_rows_beyond_the_data_are_refused():
+    error = lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)  # noqa: E731
+    problem = hg.BilevelProblem(
+        lambda w, h, batch, key: error(w, batch) + jnp.exp(h) * jnp.sum(w**2), lambda w, h, batch, key: error(w, batch)
+    )
+    rows = np.arange(12)
+    folds = hg.cross_validation(problem, [(rows[rows % 3 != k], rows[rows % 3 == k]) for k in range(3)])
+    part = jnp.ones((10, 2)), jnp.ones(10)
+    with pytest.raises(ValueError, match=r"a batch with row 11.*got 10 examples.*whole data"):
+        hg.minimize(folds, hg.BilevelParams(jnp.zeros((3, 2)), jnp.array(0.0)), part, part)

@@ -219,3 +219,64 @@ def test_they_refuse_what_they_cannot_see():
     )
     with pytest.raises(ValueError, match="needs it on every call"):
         jax.jit(functools.partial(tx.update, outer_batch=None))(None, tx.init(start()), start(), inner_batch=())
+
+
+def test_sama_sees_small_moves_of_bfloat16_weights():
+    x = jax.random.normal(jax.random.key(0), (400, 200))
+    y = x @ jnp.ones(200)
+    error = lambda w, rows: 0.5 * jnp.mean((x[rows] @ w.astype(jnp.float32) - y[rows]) ** 2)  # noqa: E731
+    problem = hg.BilevelProblem(
+        lambda w, h, b, k: error(w, slice(200)) + 0.5 * jnp.exp(h) * jnp.sum(w.astype(jnp.float32) ** 2),
+        lambda w, h, b, k: error(w, slice(200, 400)),
+    )
+    w, h = 0.9 + 0.05 * jax.random.normal(jax.random.key(0), (200,)), jnp.array(-1.0)
+    got = hg.hypergrad(hg.sama(problem))(w.astype(jnp.bfloat16), h, (), (), key=None)
+    want = hg.hypergrad(hg.implicit(problem, hg.solvers.identity()))(w.astype(jnp.bfloat16), h, (), (), key=None)
+    assert float(got) == pytest.approx(float(want), rel=1e-2)
+
+
+def test_sama_refuses_an_optimizer_that_takes_signs():
+    steps = hg.IndexedBatch((), jnp.arange(2))
+    with pytest.raises(ValueError, match="whose update has a derivative"):
+        hg.hypergrad(hg.sama(RIDGE), optax.lion(1e-2))(*start(), steps, (), key=None)
+    between = hg.hypergrad(hg.sama(RIDGE), optax.MultiSteps(optax.sgd(0.1), 4))(*start(), steps, (), key=None)
+    assert jnp.isnan(between).all() or float(jnp.abs(between).max()) > 1e-4  # no silent zero
+
+
+def poisoned(call):
+    """Return a factor of the inner loss: NaN at the call with that number."""
+    return jnp.where(jnp.asarray(call) == 40, jnp.nan, 1.0)
+
+
+def test_a_batch_that_the_guard_drops_does_not_cost_the_copy():
+    problem = hg.BilevelProblem(lambda w, h, batch, k: batch * ridge_train(w, h, (), k), ridge_valid)
+    tx = hg.bilevel(
+        hg.first_order(problem, penalty=10.0),
+        inner_optimizer=optax.sgd(0.3),
+        outer_optimizer=optax.sgd(0.0),
+        guard=hg.guard(inner=True),
+    )
+    update, state = jax.jit(tx.update), tx.init(start())
+    variables, norms = start(), []
+    for call in range(44):
+        updates, state = update(None, state, variables, inner_batch=poisoned(call), outer_batch=())
+        variables = optax.apply_updates(variables, updates)
+        norms.append(float(state.info.hypergrad_norm))
+    assert int(state.info.method.num_restarts) == 0
+    assert norms[42] == pytest.approx(norms[39], rel=0.05)
+
+
+def test_the_copy_searches_along_its_own_loss():
+    """Keywords that the user hands to the weights' line search are not those of the copy."""
+    tx = hg.bilevel(hg.first_order(RIDGE, penalty=10.0), inner_optimizer=optax.lbfgs(), outer_optimizer=optax.sgd(0.0))
+    state, variables = tx.init(start()), start()
+    loss = lambda w: ridge_train(w, variables.hyperparams, (), None)  # noqa: E731
+    update = jax.jit(
+        lambda g, v, s, value: tx.update(g, s, v, inner_batch=(), outer_batch=(), value=value, grad=g, value_fn=loss)
+    )
+    for _ in range(25):
+        value, grad = jax.value_and_grad(loss)(variables.params)
+        updates, state = update(grad, variables, state, value)
+        variables = optax.apply_updates(variables, updates)
+    want = minimum(np.asarray(variables.hyperparams), 10.0)
+    assert relative_error(state.estimator.copy.params, want) < 1e-4

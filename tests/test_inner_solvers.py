@@ -221,3 +221,15 @@ def test_lbfgs_goes_on_where_the_loss_is_below_rounding():
     assert name_of(found) == "CONVERGED"
     assert float(jnp.linalg.norm(jax.grad(loss)(found.params))) < 3e-7
     assert int(found.num_gradients) < 80
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "newton_cg"])
+def test_the_residual_is_that_of_the_weights_returned(name):
+    """In bfloat16 the solution is rounded: what is left of the gradient is told."""
+    loss = lambda w: 0.5 * jnp.sum((w.astype(jnp.float32) - jnp.array([1.001, 0.3337])) ** 2)  # noqa: E731
+    solver = getattr(hg.inner_solvers, name)()
+    found = solver.solve(hg.inner_solvers.InnerProblem(loss, None, ()), jnp.zeros(2, jnp.bfloat16), (), 1e-5)
+    assert found.params.dtype == jnp.bfloat16
+    true = float(jnp.linalg.norm(jax.grad(loss)(found.params.astype(jnp.float32))))
+    assert float(found.residual_norm) == pytest.approx(true, rel=1e-5)
+    assert name_of(found) == "STALLED"

@@ -217,3 +217,26 @@ def test_without_strong_convexity_it_stops_and_says_why():
     found = hg.minimize(flat, at, (), (), method=hg.methods.maid(uncertified=True), max_steps=100)
     assert not found.converged
     assert "error of the hypergradient" in found.message
+
+
+def test_a_step_that_lands_on_nan_is_shortened(x64):
+    problem = hg.BilevelProblem(
+        lambda w, h, b, k: 0.5 * jnp.sum((w - jnp.log(h)) ** 2), lambda w, h, b, k: 0.5 * jnp.sum((w + 2.0) ** 2)
+    )
+    method = hg.methods.maid(
+        1.0,
+        outer_smoothness=1.0,
+        mixed_norm=lambda h: 1 / jnp.abs(h).min(),
+        hessian_lipschitz=0.0,
+        mixed_lipschitz=0.0,
+    )
+    found = hg.minimize(problem, hg.BilevelParams(jnp.zeros(1), jnp.array([0.6])), (), (), method=method, max_steps=200)
+    assert found.converged, found.message
+    assert float(found.hyperparams[0]) == pytest.approx(np.exp(-2.0), rel=1e-3)
+
+
+def test_constants_must_be_scalars():
+    method = hg.methods.maid(**{**exact_constants(), "strong_convexity": jnp.exp})
+    batch = random_batch(0)
+    with pytest.raises(ValueError, match="strong_convexity to be a scalar"):
+        hg.minimize(PROBLEM, hg.BilevelParams(jnp.zeros(SIZE), jnp.zeros(SIZE)), batch, batch, method=method)

@@ -98,7 +98,8 @@ class MinimizeResult(NamedTuple):
     Attributes:
       params: the inner solution at ``hyperparams``.
       hyperparams: the last λ where converged, else the accepted one with the lowest outer loss; unconstrained.
-      value: scalar, the outer loss there.
+      value: scalar, the outer loss at ``params``: it differs from that at the solution as far as the inner residual and
+        the method's tolerance allow.
       converged: bool scalar, ‖dL_out/dλ‖ ≤ ``tol`` at a solved point.
       status: int32 scalar, a ``MinimizeStatus``.
       num_steps: int32 scalar, outer steps taken.
@@ -174,8 +175,9 @@ def minimize(
 
     Returns:
       A ``MinimizeResult``. Without ``callback`` the whole run is one compiled program; it may be jitted, and vmapped
-      over data, starts and keys: all problems run until the last one ends. Calls with the same problem, method and
-      solvers compile once. The same arguments give the same bits.
+      over data, starts and keys: all problems run until the last one ends. It compiles for about 10 seconds, once for
+      the same problem, method and solvers (the same objects: build them once) and the same shapes. The same arguments
+      give the same bits.
 
     Raises:
       TypeError: an argument of another kind.
@@ -422,23 +424,34 @@ def _message(result: MinimizeResult) -> str:
     solved = inner == InnerStatus.CONVERGED.name
     bound = float(history.error_bound[last]) if count else math.nan
     uncertain = "" if math.isnan(bound) else f" The bound on the error of the hypergradient there is {bound:.2g}."
+    wider = "" if np.asarray(result.value).dtype == np.float64 else ", or enable float64"
+    at_once = (
+        ""
+        if count > 1
+        else (
+            " That is at the hyperparameters given. If this is a surprise: the weights given may meet the first "
+            "tolerance of the method already (pass a smaller one), or the losses do not depend on the hyperparameters "
+            "there."
+        )
+    )
     left = uncertain + (
         ""
         if solved
         else f" The last inner solve ended with {inner}, at a residual of {residual:.2g} for a tolerance of "
-        f"{tolerance:.2g}: give inner_solver more steps, the method a larger tolerance, or enable float64."
+        f"{tolerance:.2g}: give inner_solver more steps (or take newton_cg()), or the method a larger tolerance{wider}."
     )
+    bad = "The hypergradient" if np.isfinite(float(result.value)) else "The inner or the outer loss"
     at = f"‖dL_out/dλ‖ = {size:.2g} after {count} steps ({spent})"
     return {
-        MinimizeStatus.CONVERGED: f"converged: {at}.",
+        MinimizeStatus.CONVERGED: f"converged: {at}.{at_once}",
         MinimizeStatus.MAX_STEPS: f"max_steps reached: {at}. Pass a larger max_steps, or a larger tol.{left}",
         MinimizeStatus.NO_STEP: f"no step: {at}. No step was found that lowers the outer loss for certain. Solve more "
-        "exactly, enable float64, or pass a larger tol. Where the outer loss has a kink (lasso, hinge), it may be the "
-        f"minimum.{left}",
+        f"exactly (a smaller tolerance of the method){wider}, or pass a larger tol. Where the outer loss has a kink "
+        f"(lasso, hinge), it may be the minimum.{left}",
         MinimizeStatus.INNER_SOLVER: f"inner solver: {at}, but the weights there are not solved.{left}",
         MinimizeStatus.LINEAR_SOLVER: f"linear solver: {at}, but its linear solve ended with {linear}: pass a "
         "linear_solver with more products or with damping, or the method a larger tolerance.",
-        MinimizeStatus.NOT_FINITE: f"not finite: {at}. A loss or the hypergradient is NaN or infinite (inner solve "
+        MinimizeStatus.NOT_FINITE: f"not finite: {at}. {bad} is NaN or infinite (inner solve "
         f"{inner}, linear solve {linear}): start from other hyperparameters, or bound them by hg.bijectors.interval.",
         MinimizeStatus.RUNNING: f"running: {at}.",
         MinimizeStatus.CALLBACK: f"stopped by the callback: {at}.",

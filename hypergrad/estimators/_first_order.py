@@ -120,7 +120,7 @@ def first_order(problem: BilevelProblem, *, penalty: float | Callable[[Array], A
         for _ in range(num_steps):
             copy = train(ctx, start=copy, loss=loss)
         copy = tree.match_dtypes(copy, state.copy)
-        finite = tree.all_finite((copy.params, copy.inner_loss))
+        finite = jnp.isfinite(tree.norm(copy.params)) & tree.all_finite(copy.model_state)
         fresh = ctx.at._replace(inner_loss=jnp.zeros_like(copy.inner_loss))
         copy = optax.tree.where(finite, copy, tree.match_dtypes(fresh, state.copy))
         return _State(copy, state.num_calls + 1, state.num_restarts + jnp.where(finite, 0, 1))
@@ -134,7 +134,8 @@ def first_order(problem: BilevelProblem, *, penalty: float | Callable[[Array], A
         value, aux = outer(ctx.at.params, ctx.hyperparams)
         direct = jax.grad(lambda h: outer_there(copy.params, h)[0])(ctx.hyperparams)
         penalised = jax.grad(lambda h: inner_there(copy.params, h) - inner(ctx.at.params, h))(ctx.hyperparams)
-        hypergrad = jax.tree.map(lambda d, p: d + sigma.astype(p.dtype) * p, direct, penalised)
+        factor = jnp.where(sigma > 0, sigma, jnp.nan)  # a schedule may give anything
+        hypergrad = jax.tree.map(lambda d, p: d + factor.astype(p.dtype) * p, direct, penalised)
         apart = tree.norm(optax.tree.sub(tree.promote(copy.params), tree.promote(ctx.at.params)))
         size = tree.norm(ctx.at.params)
         distance = (apart / jnp.where(size > 0, size, 1.0)).astype(sigma.dtype)

@@ -1,6 +1,6 @@
 """Identity in place of the inverse Hessian, adapted by the optimizer (SAMA): two gradients per outer step.
 
-    D = −∂update/∂gradient of the inner optimizer,     v = Dᵀ ∂L_out/∂w,     ε = step/‖v‖
+    D = −∂update/∂gradient of the inner optimizer,     v = Dᵀ ∂L_out/∂w,     ε = step max(1, ‖w‖)/‖v‖
     dL_out/dλ ≈ ∂_λ L_out − [∂_λ L_in(w + εv) − ∂_λ L_in(w − εv)]/2ε
 
 It is the derivative of one more training step, by central differences: for SGD with rate α, D is α times the identity;
@@ -13,9 +13,8 @@ difference quotient of Liu, Simonyan & Yang, DARTS, arXiv 1806.09055.
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from hypergrad import tree, validate
+from hypergrad import dataflow, tree, validate
 from hypergrad.estimators._paths import check_first_order_paths, refuse_solve_batch
 from hypergrad.estimators._protocol import Estimate, Estimator
 from hypergrad.problem import BilevelProblem, check_problem, refuse_residual, refuse_response
@@ -28,12 +27,12 @@ __all__ = ["sama"]
 def sama(problem: BilevelProblem, *, step: float = 0.01) -> Estimator:
     """Differentiate one training step, with the optimizer's own scaling, by first derivatives alone.
 
-    dL_out/dλ ≈ ∂_λ L_out − [∂_λ L_in(w + εv) − ∂_λ L_in(w − εv)]/2ε, v = Dᵀ ∂L_out/∂w, ε = step/‖v‖.
+    dL_out/dλ ≈ ∂_λ L_out − [∂_λ L_in(w + εv) − ∂_λ L_in(w − εv)]/2ε, v = Dᵀ ∂L_out/∂w, ε = step max(1, ‖w‖)/‖v‖.
 
     Args:
       problem: over plain weights, without a residual.
-      step: > 0, the distance ‖εv‖ by which the weights move for the difference. In float32 a distance of 1e-3 of the
-        norm of the weights or more.
+      step: > 0, the distance ‖εv‖ by which the weights move for the difference, relative to ‖w‖, or to 1 where ‖w‖ is
+        smaller. In float32 1e-3 or more.
 
     Returns:
       An ``Estimator`` without state and info. Per estimate: two gradients of each loss, and one update of the inner
@@ -42,7 +41,8 @@ def sama(problem: BilevelProblem, *, step: float = 0.01) -> Estimator:
     Raises:
       TypeError: no ``BilevelProblem``.
       ValueError: ``step`` ≤ 0; a problem with a residual or a response; at an estimate, an outer loss that does not
-        depend on the weights, or a hyperparameter leaf that enters neither loss: a learning rate, for instance.
+        depend on the weights, a hyperparameter leaf that enters neither loss (a learning rate, for instance), or an
+        optimizer whose update has no derivative in the gradient: one that takes signs (``optax.lion``).
 
     Valid as the derivative of one step from here. As a hypergradient of the solution it is a rough approximation: it
     has the rate of the optimizer where H⁻¹ should be. A weight whose gradient is 0 and whose update has no derivative
@@ -71,15 +71,17 @@ def sama(problem: BilevelProblem, *, step: float = 0.01) -> Estimator:
         check_first_order_paths("sama", ctx)
         (value, aux), (slope, direct) = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)(params, hyperparams)
         direction = tree.promote(_through_optimizer(ctx, slope))
-        norm = tree.norm(direction)
-        epsilon = jnp.where(norm == 0, 0.0, step / jnp.where(norm == 0, 1.0, norm))
+        norm = tree.scaled_norm(direction)
+        none = norm == 0
+        epsilon = jnp.where(none, 0.0, step * jnp.maximum(1.0, tree.norm(params)) / jnp.where(none, 1.0, norm))
+        wide, wide_hyperparams = tree.promote((params, hyperparams))  # a small move is below the rounding of bfloat16
 
         def slope_at(distance: jax.Array) -> PyTree:
-            moved = tree.add_scaled(tree.promote(params), distance, direction)
-            return jax.grad(inner, argnums=1)(optax.tree.cast_like(moved, params), hyperparams)
+            return jax.grad(inner, argnums=1)(tree.add_scaled(wide, distance, direction), wide_hyperparams)
 
         ahead, behind = slope_at(epsilon), slope_at(-epsilon)
-        width = jnp.where(norm == 0, 1.0, 2 * epsilon)
+        # No weight has a derivative of its update (Adam at second moment 0, optax.MultiSteps between its steps).
+        width = jnp.where(none, jnp.where(tree.scaled_norm(slope) == 0, 1.0, jnp.nan), 2 * epsilon)
         hypergrad = jax.tree.map(lambda d, a, b: d - ((a - b) / width).astype(d.dtype), direct, ahead, behind)
         return Estimate(value, hypergrad, state, (), aux)
 
@@ -99,6 +101,10 @@ def _through_optimizer(ctx: Context, slope: Params) -> Params:
 
     updates, pull_back = jax.vjp(update, gradient)
     pulled = pull_back(tree.match_dtypes(slope, updates))[0]
-    fixed = jax.tree.map(lambda g, d: (g == 0) & ~jnp.isfinite(d), gradient, pulled)
-    none_left = jnp.all(jnp.stack([leaf.all() for leaf in jax.tree.leaves(fixed)]))
-    return jax.tree.map(lambda mark, d: jnp.where(mark & ~none_left, 0.0, -d), fixed, pulled)
+    through = lambda s: pull_back(tree.match_dtypes(s, updates))[0]  # noqa: E731
+    if len(dataflow.independent_leaves(through, slope)) == len(jax.tree.leaves(slope)):
+        fix = "Its sama hypergradient would be zero by construction: train with another one, or use hg.implicit."
+        got = "one that takes signs, or moves no weight"
+        raise ValueError(validate.message("an inner optimizer whose update has a derivative", got, fix))
+    fixed = lambda g, d: jnp.where((g == 0) & ~jnp.isfinite(d), 0.0, -d)  # noqa: E731
+    return jax.tree.map(fixed, gradient, pulled)

@@ -17,7 +17,7 @@ from jax import lax
 from hypergrad import tree, validate
 from hypergrad.types import Array, Hyperparams, Params, PyTree
 
-__all__ = ["InnerProblem", "InnerSolution", "InnerSolver", "InnerStatus", "refuse_residual", "repeat", "status_of"]
+__all__ = ["InnerProblem", "InnerSolution", "InnerSolver", "InnerStatus", "ended", "refuse_residual", "repeat"]
 
 
 class InnerStatus(enum.IntEnum):
@@ -87,11 +87,38 @@ class InnerSolver(NamedTuple):
     solve: Callable[[InnerProblem, Params, PyTree, Any], InnerSolution]
 
 
-def status_of(norm: Array, tolerance: Any, *, stalled: Array, finite: Array) -> Array:
+def _status_of(norm: Array, tolerance: Any, *, stalled: Array, finite: Array) -> Array:
     """Return the ``InnerStatus`` of a solve that ended."""
     status = jnp.where(stalled, InnerStatus.STALLED, InnerStatus.MAX_STEPS)
     status = jnp.where(norm <= tolerance, InnerStatus.CONVERGED, status)
     return jnp.where(finite, status, InnerStatus.NOT_FINITE).astype(jnp.int32)
+
+
+def ended(
+    inner: InnerProblem,
+    solved: Params,
+    params: Params,
+    state: PyTree,
+    norm: Array,
+    tolerance: Any,
+    *,
+    num_gradients: Array,
+    num_products: Array,
+    stalled: Array,
+    finite: Array,
+) -> InnerSolution:
+    """Return the solution in the dtypes of ``params``; where that rounds it, with the residual of what is left."""
+    rounded = tree.match_dtypes(solved, params)
+    if _narrowed(rounded, solved):
+        norm = tree.norm(inner.condition(tree.promote(rounded))).astype(norm.dtype)
+        num_gradients, stalled = num_gradients + 1, stalled | (norm > tolerance)
+    status = _status_of(norm, tolerance, stalled=stalled, finite=finite)
+    return InnerSolution(rounded, state, norm, num_gradients, num_products, status)
+
+
+def _narrowed(rounded: Params, solved: Params) -> bool:
+    pairs = zip(jax.tree.leaves(rounded), jax.tree.leaves(solved), strict=True)
+    return any(r.dtype != s.dtype for r, s in pairs)
 
 
 def repeat(step: Callable[[Any], Any], start: Any, tolerance: Any, max_steps: int) -> Any:

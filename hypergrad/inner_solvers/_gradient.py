@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from hypergrad import tree, validate
-from hypergrad.inner_solvers._base import InnerProblem, InnerSolution, InnerSolver, refuse_residual, repeat, status_of
+from hypergrad.inner_solvers._base import InnerProblem, InnerSolution, InnerSolver, ended, refuse_residual, repeat
 from hypergrad.types import Array, Params, PyTree
 
 __all__ = ["gradient"]
@@ -76,9 +76,9 @@ def gradient(optimizer: Any, max_steps: int = 10_000) -> InnerSolver:
         norm, none = tree.norm(slope), jnp.zeros((), jnp.int32)
         start = _Loop(wide, state, slope, norm, none, jnp.array(False), jnp.isfinite(norm))
         end = repeat(step, start, tolerance, max_steps)
-        status = status_of(end.norm, tolerance, stalled=end.stalled, finite=end.finite)
-        return InnerSolution(
-            tree.match_dtypes(end.params, params), end.state, end.norm, end.num_steps + 1, none, status
+        counts = {"num_gradients": end.num_steps + 1, "num_products": none}
+        return ended(
+            inner, end.params, params, end.state, end.norm, tolerance, **counts, stalled=end.stalled, finite=end.finite
         )
 
     return InnerSolver(init, solve)

@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from hypergrad import tree, validate
-from hypergrad.inner_solvers._base import InnerProblem, InnerSolution, InnerSolver, refuse_residual, repeat, status_of
+from hypergrad.inner_solvers._base import InnerProblem, InnerSolution, InnerSolver, ended, refuse_residual, repeat
 from hypergrad.types import Array, Params, PyTree
 
 __all__ = ["lbfgs"]
@@ -152,8 +152,8 @@ def lbfgs(max_steps: int = 500, *, memory_size: int = 10, max_linesearch_steps: 
         )
         end = repeat(step, start, tolerance, max_steps)
         solved, norm = end.best
-        status = status_of(norm, tolerance, stalled=end.stalled, finite=end.finite)
-        return InnerSolution(tree.match_dtypes(solved, params), (), norm, end.num_gradients, none, status)
+        counts = {"num_gradients": end.num_gradients, "num_products": none}
+        return ended(inner, solved, params, (), norm, tolerance, **counts, stalled=end.stalled, finite=end.finite)
 
     return InnerSolver(lambda _: (), solve)
 

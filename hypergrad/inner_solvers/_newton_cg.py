@@ -20,7 +20,7 @@ import optax
 from jax import lax
 
 from hypergrad import curvature, dataflow, solvers, tree, validate
-from hypergrad.inner_solvers._base import InnerProblem, InnerSolution, InnerSolver, status_of
+from hypergrad.inner_solvers._base import InnerProblem, InnerSolution, InnerSolver, ended
 from hypergrad.types import Array, Params, PyTree
 
 __all__ = ["Optimum", "newton", "newton_cg", "root"]
@@ -100,9 +100,10 @@ def newton_cg(max_steps: int = 100, *, max_products: int = 20_000) -> InnerSolve
             found = root(inner.residual, params, **options)
         norm = found.gradient_norm
         finite = jnp.isfinite(norm) & tree.all_finite(found.params)
-        status = status_of(norm, tolerance, stalled=found.num_steps < max_steps, finite=finite)
-        solved = tree.match_dtypes(optax.tree.where(finite, found.params, tree.promote(params)), params)
-        return InnerSolution(solved, (), norm, found.num_gradients, found.num_products, status)
+        solved = optax.tree.where(finite, found.params, tree.promote(params))
+        counts = {"num_gradients": found.num_gradients, "num_products": found.num_products}
+        stalled = found.num_steps < max_steps
+        return ended(inner, solved, params, (), norm, tolerance, **counts, stalled=stalled, finite=finite)
 
     return InnerSolver(lambda _: (), solve)
 

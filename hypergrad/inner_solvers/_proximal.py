@@ -18,7 +18,7 @@ import optax
 from jax import lax
 
 from hypergrad import tree, validate
-from hypergrad.inner_solvers._base import InnerProblem, InnerSolution, InnerSolver, repeat, status_of
+from hypergrad.inner_solvers._base import InnerProblem, InnerSolution, InnerSolver, ended, repeat
 from hypergrad.types import Array, Hyperparams, Params
 
 __all__ = ["proximal"]
@@ -140,8 +140,8 @@ def proximal(prox: Callable[[Params, Hyperparams, Any], Params], max_steps: int 
         start = _Loop(wide, wide, one, state.astype(norm.dtype), norm, none, none + 1, jnp.array(False), finite)
         end = repeat(step, start, tolerance, max_steps)
         norm = tree.norm(residual(end.params))
-        status = status_of(norm, tolerance, stalled=end.stalled, finite=end.finite)
         kept = jnp.where(end.finite, end.step_size, one).astype(state.dtype)
-        return InnerSolution(tree.match_dtypes(end.params, params), kept, norm, end.num_gradients + 1, none, status)
+        counts = {"num_gradients": end.num_gradients + 1, "num_products": none}
+        return ended(inner, end.params, params, kept, norm, tolerance, **counts, stalled=end.stalled, finite=end.finite)
 
     return InnerSolver(init, solve)

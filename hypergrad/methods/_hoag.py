@@ -5,7 +5,8 @@
     slack = ¼ε + 1¼ ε_before Δ                            what the inexact solves may cost
     L_out(λ') ≤ L_out(λ) + slack − LΔ²                    accept, L ← 0.95 L
     L_out(λ') ≤ L_out(λ) + slack                          accept
-    else, or not finite                                   reject, L ← 2 L, ε ← ½ε, until as many are accepted
+    else, or not finite                                   reject, L ← 2 L, ε ← ½ε, until as many are accepted;
+                                                          solve at λ to ε too: what it compares with was less exact
 
 Reference: Pedregosa, Hyperparameter optimization with approximate gradient, arXiv 1602.02355. Its published code also
 accepts a rise of up to 20 %; on losses with a plateau (all weights of a lasso at zero) that ends on the plateau.
@@ -36,6 +37,7 @@ class HOAGState(NamedTuple):
       before: scalar, ε of the last accepted point.
       num_steps: int32 scalar.
       rejections: int32 scalar, in a row.
+      refining: bool scalar, whether ``candidate`` is the accepted point itself, to be solved more exactly.
     """
 
     candidate: Hyperparams
@@ -44,6 +46,7 @@ class HOAGState(NamedTuple):
     before: Array
     num_steps: Array
     rejections: Array
+    refining: Array
 
 
 def hoag(tolerance: float | Callable[[Array], Any] = 1e-3, *, decay: float = 0.9) -> Method:
@@ -55,8 +58,9 @@ def hoag(tolerance: float | Callable[[Array], Any] = 1e-3, *, decay: float = 0.9
       decay: ε_k = ε_0 decayᵏ, in (0, 1). Not with a schedule.
 
     Returns:
-      A ``Method`` for ``hg.minimize``. Every step takes one inner solve, and a linear solve where it is accepted. The
-      first step of λ has the length √dim λ: a factor of e per entry of log hyperparameters.
+      A ``Method`` for ``hg.minimize``. Every step takes one inner solve, and a linear solve where it is accepted. After
+      a rejection, a step of size 0 solves again where the method stands, more exactly. The first step of λ has the
+      length √dim λ: a factor of e per entry of log hyperparameters.
 
     Raises:
       TypeError, ValueError: ``tolerance`` ≤ 0, or ``decay`` outside (0, 1).
@@ -87,7 +91,7 @@ def hoag(tolerance: float | Callable[[Array], Any] = 1e-3, *, decay: float = 0.9
     def init(point: Point) -> HOAGState:
         dtype = point.value.dtype
         zero, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
-        return HOAGState(point.hyperparams, zero, jnp.ones((), dtype), zero, none, none)
+        return HOAGState(point.hyperparams, zero, jnp.ones((), dtype), zero, none, none, jnp.array(False))
 
     def step(oracle: Oracle, point: Point, state: HOAGState) -> MethodStep:
         dtype = point.value.dtype
@@ -98,21 +102,27 @@ def hoag(tolerance: float | Callable[[Array], Any] = 1e-3, *, decay: float = 0.9
         def rise(trial: Point) -> Array:
             return trial.value - point.value - 0.25 * epsilon - 1.25 * state.before * length
 
-        allowed = lambda trial: rise(trial) <= 0  # noqa: E731
+        allowed = lambda trial: state.refining | (rise(trial) <= 0)  # noqa: E731
         trial, new, accepted = attempt(oracle, point, state.candidate, epsilon, allowed, first=first)
-        good = accepted & (rise(trial) * state.step_size <= -(length**2))
+        good = accepted & ~state.refining & (rise(trial) * state.step_size <= -(length**2))
         factor = jnp.where(good, 1 / 0.95, jnp.where(accepted, 1.0, 0.5))
         rate = jnp.where(first, first_rate(new), state.step_size * factor).astype(dtype)
-        rejections = jnp.where(accepted, 0, state.rejections + 1)
+        moved = accepted & ~state.refining
+        rejections = jnp.where(moved, 0, jnp.where(accepted, state.rejections, state.rejections + 1))
+        shrink = jnp.where(moved, jnp.minimum(2.0 * state.shrink, 1.0), state.shrink * jnp.where(accepted, 1.0, 0.5))
+        refining = ~accepted & (point.inner_residual > tolerance_at(state.num_steps + 1, dtype) * shrink)
+        ahead = jnp.where(refining, 0.0, rate)
         new_state = HOAGState(
-            jax.tree.map(lambda h, p: h - rate.astype(h.dtype) * p, new.hyperparams, new.hypergrad),
+            jax.tree.map(lambda h, p: h - ahead.astype(h.dtype) * p, new.hyperparams, new.hypergrad),
             rate,
-            jnp.where(accepted, jnp.minimum(2.0 * state.shrink, 1.0), 0.5 * state.shrink),
+            shrink,
             jnp.where(accepted, epsilon, state.before),
             state.num_steps + 1,
             rejections,
+            refining,
         )
         stopped = (rejections >= _MOST_REJECTIONS) | (first & ~accepted)
-        return MethodStep(new, new_state, epsilon, state.step_size, accepted, stopped)
+        taken = jnp.where(state.refining, 0.0, state.step_size)
+        return MethodStep(new, new_state, epsilon, taken, accepted, stopped)
 
     return Method(init, step)

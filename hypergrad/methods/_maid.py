@@ -96,7 +96,8 @@ def maid(
       TypeError, ValueError: a constant that is negative, or None without ``uncertified=True``; ``tolerance`` ≤ 0.
 
     Valid where μ bounds the Hessian at the weights met, the others hold near the solutions, and ∂L_out/∂λ does not
-    depend on w. For networks there is no such μ.
+    depend on w. For networks there is no such μ. Wrong constants are not detected: with a μ that is too large, a start
+    far from its solution can end the run. Estimates are those of a minimum of the inner loss, not of a residual.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> inner = lambda w, h, batch, key: 0.5 * jnp.sum((w - h) ** 2)
@@ -121,11 +122,14 @@ def maid(
     some = any(constant is None for constant in given)
 
     def bounds_at(hyperparams: Hyperparams, estimated: Bounds) -> Bounds:
-        def value(constant: Any, estimate: Any) -> Any:
-            made = constant(hyperparams) if callable(constant) else constant
+        def value(name: str, constant: Any, estimate: Any) -> Any:
+            made: Any = constant(hyperparams) if callable(constant) else constant
+            if constant is not None and jnp.ndim(made) != 0:
+                fix = "Reduce it, e.g. jnp.exp(log_decay).min()."
+                raise ValueError(validate.message(f"{name} to be a scalar", f"shape {jnp.shape(made)}", fix))
             return jnp.asarray(estimate if constant is None else made, estimate.dtype)
 
-        return Bounds(*map(value, given, estimated))
+        return Bounds(*map(value, Bounds._fields, given, estimated))
 
     def estimate(oracle: Oracle, point: Point, known: Bounds) -> tuple[Bounds, Point]:
         if not some:
@@ -182,7 +186,7 @@ def maid(
         in_value = jnp.where(state.searching, _SMALL_PART * slope_squared / blurred, jnp.inf)  # > 1: exact enough
         in_slope = jnp.where(accepted, 0.5 * size / omega, jnp.inf)
         room = jnp.nan_to_num(jnp.minimum(in_value, in_slope), nan=0.0).astype(dtype)
-        too_long = ~accepted & (in_value >= 1)
+        too_long = ~accepted & ((in_value >= 1) | ~jnp.isfinite(trial.value) | allowed(trial))
         searching = jnp.where(accepted, exact, too_long)
         grown = jnp.where(moved, 1.25, jnp.where(too_long, 0.5, 1.0)) * state.step_size
         step_size = jnp.where(state.step_size == 0, first_rate(new), grown).astype(dtype)
