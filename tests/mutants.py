@@ -609,7 +609,7 @@ MUTANTS = [
     ),
     # minimize, its methods and inner solvers
     Mutant("methods/_hoag.py", "state.step_size * factor)", "state.step_size)", MINIMIZE, "step size that stays"),
-    Mutant("methods/_hoag.py", "rise(trial) <= 0 ", "rise(trial) <= 1e9 ", MINIMIZE, "every step accepted"),
+    Mutant("methods/_hoag.py", "(rise(trial) <= 0)", "(rise(trial) <= 1e9)", MINIMIZE, "every step accepted"),
     Mutant(
         "methods/_base.py",
         "tried & (first | tree.all_finite(new.hypergrad))",

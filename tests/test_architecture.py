@@ -57,7 +57,7 @@ LAYERS = {
     "training": 2.1,
     "solvers": 3.0,
     "inner_solvers": 3.1,
-    "methods": 3.1,
+    "methods": 3.2,
     "estimators": 4,
     "responses": 4,
     "drivers": 5,

@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 DENSE = (RNG.random((30, 8)) < 0.3) * RNG.normal(size=(30, 8))
 Y = jnp.asarray((DENSE.sum(1) > 0).astype(np.float32))
 ROWS = jnp.array([3, 1, 20, 20, 7])
-forms = pytest.mark.parametrize("n_batch", [0, 1])
+forms = pytest.mark.parametrize("n_batch", [pytest.param(0, marks=pytest.mark.slow), 1])
 
 
 def features(n_batch):
