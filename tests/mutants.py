@@ -725,7 +725,7 @@ MUTANTS = [
     ),
     Mutant(
         "methods/_maid.py",
-        "trial.value - point.value + blur(trial)",
+        "trial.value - point.value + blurred",
         "trial.value - point.value",
         "test_maid.py",
         "decrease not certified",

@@ -100,11 +100,10 @@ def _through_optimizer(ctx: Context, slope: Params) -> Params:
         return update_with("inner_optimizer", optimizer, gradient, ctx.at.inner_state, params)[0]
 
     updates, pull_back = jax.vjp(update, gradient)
-    pulled = pull_back(tree.match_dtypes(slope, updates))[0]
     through = lambda s: pull_back(tree.match_dtypes(s, updates))[0]  # noqa: E731
     if len(dataflow.independent_leaves(through, slope)) == len(jax.tree.leaves(slope)):
         fix = "Its sama hypergradient would be zero by construction: train with another one, or use hg.implicit."
         got = "one that takes signs, or moves no weight"
         raise ValueError(validate.message("an inner optimizer whose update has a derivative", got, fix))
     fixed = lambda g, d: jnp.where((g == 0) & ~jnp.isfinite(d), 0.0, -d)  # noqa: E731
-    return jax.tree.map(fixed, gradient, pulled)
+    return jax.tree.map(fixed, gradient, through(slope))

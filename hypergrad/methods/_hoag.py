@@ -104,11 +104,11 @@ def hoag(tolerance: float | Callable[[Array], Any] = 1e-3, *, decay: float = 0.9
 
         allowed = lambda trial: state.refining | (rise(trial) <= 0)  # noqa: E731
         trial, new, accepted = attempt(oracle, point, state.candidate, epsilon, allowed, first=first)
-        good = accepted & ~state.refining & (rise(trial) * state.step_size <= -(length**2))
+        moved = accepted & ~state.refining
+        good = moved & (rise(trial) * state.step_size <= -(length**2))
         factor = jnp.where(good, 1 / 0.95, jnp.where(accepted, 1.0, 0.5))
         rate = jnp.where(first, first_rate(new), state.step_size * factor).astype(dtype)
-        moved = accepted & ~state.refining
-        rejections = jnp.where(moved, 0, jnp.where(accepted, state.rejections, state.rejections + 1))
+        rejections = jnp.where(moved, 0, state.rejections + jnp.where(accepted, 0, 1))
         shrink = jnp.where(moved, jnp.minimum(2.0 * state.shrink, 1.0), state.shrink * jnp.where(accepted, 1.0, 0.5))
         refining = ~accepted & (point.inner_residual > tolerance_at(state.num_steps + 1, dtype) * shrink)
         ahead = jnp.where(refining, 0.0, rate)

@@ -147,29 +147,33 @@ def maid(
         dtype, first = point.value.dtype, state.num_steps == 0
         known = state.bounds  # at first 1 each, where they are estimated
 
-        def error_in_value(at: Point) -> tuple[Array, Array, Array]:
-            """Return the bound on |L_out(w) − L_out(w*)|, e and G."""
+        def error_in_value(at: Point, slope: Array) -> Array:
+            """Return the bound on |L_out(w) − L_out(w*)|, G = ``slope``."""
             here = bounds_at(at.hyperparams, known)
-            apart, slope = at.inner_residual / here.strong_convexity, oracle.outer_slope(at)
+            apart = at.inner_residual / here.strong_convexity
             bound = slope * apart + 0.5 * here.outer_smoothness * apart**2
-            return jnp.where(here.strong_convexity > 0, bound, jnp.inf), apart, slope
+            return jnp.where(here.strong_convexity > 0, bound, jnp.inf)
 
+        slope_here = oracle.outer_slope(point)
+        blur_here = error_in_value(point, slope_here)
         slope_squared = (state.step_size * tree.vdot(point.hypergrad, point.hypergrad)).astype(dtype)  # α‖z‖²
 
-        def blur(trial: Point) -> Array:
-            return error_in_value(trial)[0] + error_in_value(point)[0]
+        def falls(trial: Point, blurred: Array) -> Array:
+            return trial.value - point.value + blurred + _ETA * slope_squared <= 0
 
         def allowed(trial: Point) -> Array:
-            rise = trial.value - point.value + blur(trial)
-            return ~state.searching | (rise + _ETA * slope_squared <= 0)
+            blurred = error_in_value(trial, oracle.outer_slope(trial)) + blur_here
+            return ~state.searching | falls(trial, blurred)
 
         exactness = state.tolerance * jnp.maximum(bounds_at(state.candidate, known).strong_convexity, 0.0)
         trial, new, accepted = attempt(
             oracle, point, state.candidate, exactness, allowed, first=first, linear_tolerance=state.linear_tolerance
         )
         bounds, new = lax.cond(accepted, lambda at: estimate(oracle, at, known), lambda at: (known, at), new)
-        _, apart, slope = error_in_value(new)
-        here = bounds_at(new.hyperparams, bounds)
+        slope_there = oracle.outer_slope(trial)
+        blurred = error_in_value(trial, slope_there) + blur_here
+        here, slope = bounds_at(new.hyperparams, bounds), jnp.where(accepted, slope_there, slope_here)
+        apart = new.inner_residual / here.strong_convexity
         linear = new.linear_residual * slope
         adjoint = (slope + linear) / here.strong_convexity
         omega = here.mixed_lipschitz * adjoint * apart + (
@@ -182,11 +186,10 @@ def maid(
         exact = omega <= (1 - _ETA) * size
 
         moved = accepted & state.searching
-        blurred = blur(trial)
         in_value = jnp.where(state.searching, _SMALL_PART * slope_squared / blurred, jnp.inf)  # > 1: exact enough
         in_slope = jnp.where(accepted, 0.5 * size / omega, jnp.inf)
         room = jnp.nan_to_num(jnp.minimum(in_value, in_slope), nan=0.0).astype(dtype)
-        too_long = ~accepted & ((in_value >= 1) | ~jnp.isfinite(trial.value) | allowed(trial))
+        too_long = ~accepted & ((in_value >= 1) | ~jnp.isfinite(trial.value) | falls(trial, blurred) | ~state.searching)
         searching = jnp.where(accepted, exact, too_long)
         grown = jnp.where(moved, 1.25, jnp.where(too_long, 0.5, 1.0)) * state.step_size
         step_size = jnp.where(state.step_size == 0, first_rate(new), grown).astype(dtype)
