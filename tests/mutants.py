@@ -108,9 +108,9 @@ MUTANTS = [
     Mutant("training.py", "inner_loss=values[-1]", "inner_loss=values[0]", FAULTS, "loss of the first step"),
     Mutant(
         "training.py",
-        "{**others, **keywords}",
         "{**keywords, **others}",
-        "test_bilevel.py -k keyword",
+        "{**others, **keywords}",
+        "test_first_order.py -k own_loss",
         "swapped precedence",
     ),
     Mutant(
@@ -718,8 +718,8 @@ MUTANTS = [
     Mutant("estimators/_sama.py", "1.0, jnp.nan)", "1.0, 1.0)", "test_first_order.py", "silent zero"),
     Mutant(
         "estimators/_sama.py",
-        "pull_back(tree.match_dtypes(slope, updates))[0]",
-        "optax.tree.scale(-1.0, slope)",
+        "pull_back(tree.match_dtypes(s, updates))[0]",
+        "tree.scale(s, -1.0)",
         "test_first_order.py",
         "optimizer ignored",
     ),
