@@ -28,7 +28,7 @@ def test_quick_run(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["joint_training", "solver_accuracy", "peer_accuracy", "minimize"])
+@pytest.mark.parametrize("name", ["joint_training", "solver_accuracy", "peer_accuracy", "minimize", "scikit_learn"])
 def test_quick_run_of_quality(name, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "HYPERGRAD_DATA"}
     command = [sys.executable, f"benchmarks/quality/{name}.py", "--quick", "--out", str(tmp_path)]

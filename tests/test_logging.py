@@ -57,6 +57,33 @@ def test_what_is_not_known_is_left_out():
     assert two["solver/1/status"] == two["solver/0/status"]
 
 
+def minimized(**options):
+    example = ridge()
+    batches = example.inner_batch, example.outer_batch
+    return hg.minimize(example.problem, example.variables, *batches, max_steps=3, tol=0.0, **options)
+
+
+def test_a_result_of_minimize_is_its_last_step():
+    stream, seen = io.StringIO(), []
+    with hg.diagnostics.progress(3, file=stream, ncols=200, mininterval=0) as show:
+        result = minimized(callback=lambda result: (show(result), seen.append(hg.diagnostics.scalars(result))))
+    assert "3/3" in stream.getvalue()
+    assert "outer loss=" in stream.getvalue()
+    assert "residual=" in stream.getvalue()
+    assert [found["step"] for found in seen] == [0.0, 1.0, 2.0]
+    history = result.history
+    assert seen[1]["outer_loss"] == float(history.outer_loss[1])
+    assert seen[-1]["num_gradients"] == float(history.num_gradients.sum())
+    assert seen[-1] == hg.diagnostics.scalars(result)
+    assert set(seen[-1]) == {"step", *history._fields} - {"error_bound"}
+
+
+def test_results_of_several_problems_are_refused():
+    both = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), minimized())  # as vmap stacks them
+    with pytest.raises(ValueError, match="the result of one problem"):
+        hg.diagnostics.scalars(both)
+
+
 def test_scalars_refuse_what_is_no_info():
     with pytest.raises(TypeError, match="a HypergradInfo"):
         hg.diagnostics.scalars({"outer_loss": 1.0})

@@ -21,7 +21,7 @@ def implicit(problem: _peer.Problem, solve: Any = None) -> tuple[Any, str]:
     optimality = torch.func.grad(functools.partial(inner_loss, problem))  # (weights, logs) -> gradient in the weights
 
     @torchopt.diff.implicit.custom_root(optimality, argnums=1, solve=solve)  # type: ignore[untyped-decorator]
-    def solution(weights: Any, logs: Any) -> Any:  # noqa: ARG001
+    def solution(weights: Any, logs: Any) -> Any:
         return weights
 
     logs = torch.tensor(problem.logs, requires_grad=True)

@@ -247,17 +247,17 @@ def last_line(text: str) -> str:
     return re.sub(r"\S+://\S+|(?<![\w.])/\S+", "…", lines[-1])[:200] if lines else "no message"
 
 
-def ask(environments: Path, name: str, problems: Path, make: bool) -> dict[str, Any]:
-    """Return a library's versions and rows, or why there are none."""
+def ask(environments: Path, name: str, problems: Path, make: bool, script: str = "") -> dict[str, Any]:
+    """Return what a library's script, or another one, prints; or why it says nothing."""
     python, peer = interpreter(environments, name), PEERS[name]
     if not python.exists():
         reason = install(environments, name) if make else "no environment"
         if reason:
             return {"failed": f"not installed: {reason}"}
-    script = Path(__file__).resolve().parent / peer.script
+    path = Path(__file__).resolve().parent / (script or peer.script)
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     clean["JAX_PLATFORMS"] = "cpu"
-    done = subprocess.run([str(python), str(script), str(problems)], env=clean, capture_output=True, text=True)
+    done = subprocess.run([str(python), str(path), str(problems)], env=clean, capture_output=True, text=True)
     if done.returncode:
         return {"failed": last_line(done.stderr)}
     return {**json.loads(done.stdout.splitlines()[-1]), **({"note": peer.note} if peer.note else {})}

@@ -3,6 +3,8 @@
     scalars(info)      outer_loss, hypergrad_norm, num_skipped, solver/residual, …      one flat dict of floats
     progress(total)    outer loss, residual, skipped outer steps, seconds per outer step
 
+Both take what ``hg.bilevel`` tells, and the result so far of ``hg.minimize``.
+
 The dict is what TensorBoard, Weights & Biases, ``clu.metric_writers`` and ``csv.DictWriter`` take.
 """
 
@@ -16,16 +18,17 @@ import jax
 import numpy as np
 
 from hypergrad import tree, validate
-from hypergrad.drivers import BilevelState, HypergradInfo, SkipReason, solves_in
+from hypergrad.drivers import BilevelState, HypergradInfo, MinimizeResult, SkipReason, solves_in
 
 __all__ = ["progress", "scalars"]
 
 
-def scalars(info: HypergradInfo | BilevelState) -> dict[str, float]:
+def scalars(info: HypergradInfo | BilevelState | MinimizeResult) -> dict[str, float]:
     """Return the numbers of an outer step by name, as Python floats.
 
     Args:
-      info: ``state.info`` of ``hg.bilevel`` or its state, or the info of a functional call.
+      info: ``state.info`` of ``hg.bilevel`` or its state, the info of a functional call, or a result of
+        ``hg.minimize``, one problem's: the last one, or the one that ``callback`` gets.
 
     Returns:
       ``step`` (the call of ``update`` that made it), ``outer_loss``, ``inner_loss``, ``hypergrad_norm``,
@@ -33,10 +36,12 @@ def scalars(info: HypergradInfo | BilevelState) -> dict[str, float]:
       ``solver/num_products``, ``solver/residual``, ``solver/undamped_residual``, ``solver/damping`` and
       ``solver/status``; with several solves their places come between, ``solver/0/residual``. Figures that are not
       known (NaN: the inner loss of given gradients, a residual that was not measured) are left out. Empty before the
-      first outer step.
+      first outer step. Of a result of ``hg.minimize``: ``step``, the number of its last outer step from 0, and the
+      last entries of its ``history`` by name; ``num_gradients`` and ``num_products`` are sums over the steps so far.
 
     Raises:
       TypeError: not an info, or traced values: call it outside ``jax.jit``.
+      ValueError: results of several problems.
 
     Reading the numbers waits for the device: call it at every outer step or less often.
 
@@ -49,6 +54,8 @@ def scalars(info: HypergradInfo | BilevelState) -> dict[str, float]:
     (2.0, 1.0)
     """
     info = _checked(info)
+    if isinstance(info, MinimizeResult):
+        return _known(_last_step(info))
     made = int(info.step) >= 0 or float(info.hypergrad_norm) != 0 or int(info.skip_reason) != 0
     if not made:
         return {}
@@ -64,8 +71,7 @@ def scalars(info: HypergradInfo | BilevelState) -> dict[str, float]:
     for place, solve in enumerate(solves):
         prefix = "solver" if len(solves) == 1 else f"solver/{place}"
         found |= {f"{prefix}/{name}": value for name, value in solve._asdict().items() if np.ndim(value) == 0}
-    numbers = {name: float(value) for name, value in found.items()}
-    return {name: value for name, value in numbers.items() if not math.isnan(value)}
+    return _known(found)
 
 
 @contextlib.contextmanager
@@ -80,8 +86,8 @@ def progress(total: int, **options: Any) -> Iterator[Callable[..., None]]:
       **options: of ``tqdm.tqdm``, e.g. ``desc="seed 0"``.
 
     Yields:
-      ``show(info, advance=1)``: moves the bar by ``advance`` calls and shows ``info``, a ``HypergradInfo`` or a
-      ``BilevelState``.
+      ``show(info, advance=1)``: moves the bar by ``advance`` calls and shows ``info``: what ``scalars`` takes. It is a
+      ``callback`` of ``hg.minimize``, with ``max_steps`` for ``total``.
 
     Raises:
       ImportError: tqdm is not installed.
@@ -102,7 +108,7 @@ def progress(total: int, **options: Any) -> Iterator[Callable[..., None]]:
     last, since, pace = -1, time.perf_counter(), math.nan
     with tqdm(total=total, unit="call", **options) as bar:
 
-        def show(info: HypergradInfo | BilevelState, advance: int = 1) -> None:
+        def show(info: HypergradInfo | BilevelState | MinimizeResult, advance: int = 1) -> None:
             nonlocal last, since, pace
             found = scalars(info)
             if found and found["step"] != last:
@@ -112,7 +118,7 @@ def progress(total: int, **options: Any) -> Iterator[Callable[..., None]]:
             shown = {}
             if found:
                 shown["outer loss"] = f"{found['outer_loss']:.4g}" if "outer_loss" in found else "nan"
-            residuals = [value for name, value in found.items() if name.endswith("/residual")]
+            residuals = [value for name, value in found.items() if name.endswith(("/residual", "inner_gradient_norm"))]
             if residuals:
                 shown["residual"] = f"{max(residuals):.2g}"
             if found.get("num_skipped"):
@@ -127,9 +133,25 @@ def progress(total: int, **options: Any) -> Iterator[Callable[..., None]]:
         yield show
 
 
-def _checked(info: Any) -> HypergradInfo:
+def _last_step(result: MinimizeResult) -> dict[str, Any]:
+    if np.ndim(result.num_steps):
+        fix = "Take one: jax.tree.map(lambda leaf: leaf[i], result)."
+        raise ValueError(validate.message("the result of one problem", f"of {len(result.num_steps)}", fix))
+    last = int(result.num_steps) - 1
+    found = {name: entries[last] for name, entries in result.history._asdict().items()}
+    for name in ("num_gradients", "num_products"):
+        found[name] = np.sum(getattr(result.history, name))
+    return {"step": last, **found}
+
+
+def _known(found: dict[str, Any]) -> dict[str, float]:
+    numbers = {name: float(value) for name, value in found.items()}
+    return {name: value for name, value in numbers.items() if not math.isnan(value)}
+
+
+def _checked(info: Any) -> HypergradInfo | MinimizeResult:
     info = info.info if isinstance(info, BilevelState) else info
-    if not isinstance(info, HypergradInfo):
+    if not isinstance(info, HypergradInfo | MinimizeResult):
         raise TypeError(validate.message("a HypergradInfo", validate.describe(info), "Pass state.info."))
     if any(tree.is_traced(leaf) for leaf in jax.tree.leaves(info)):
         fix = "Call it outside jax.jit, on the state that the compiled step returned."
