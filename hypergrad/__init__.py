@@ -8,11 +8,11 @@ What is where:
                   with_prior, priors; with_residual, residuals; microbatched, cross_validation
                   IndexedBatch, FreshBatches
     estimators    implicit (with solvers, preconditioners), unrolled (reverse, forward), direct (with responses)
-                  first_order, sama: without second derivatives
+                  first_order, sama: without second derivatives; evolution: without derivatives in λ
     drivers       bilevel (one optax transformation), value_and_hypergrad, hypergrad, best_response; guard
                   minimize (with inner_solvers, methods): problems small enough to solve
     diagnostics   check_hypergrad, compare, retrain, plots
-    optimizers    pieces of inner optimizers whose settings are hyperparameters
+    optimizers    optimizers whose settings are learned, as hyperparameters or online
     a new method  Estimator, Estimate, Context, Keys, Trained, train; LinearSolver, LinearSystem, SolveInfo
 
 One log decay per weight, tuned by the validation loss while the weights train:
@@ -54,9 +54,13 @@ from hypergrad.drivers import (
 from hypergrad.estimators import (
     Estimate,
     Estimator,
+    EvolutionInfo,
     FirstOrderInfo,
+    ForwardInfo,
     UnrollMode,
+    centered_ranks,
     direct,
+    evolution,
     first_order,
     forward,
     implicit,
@@ -100,9 +104,13 @@ __all__ = [
     "penalties",
     "unconstrain",
     # estimators, with what they are made of
+    "EvolutionInfo",
     "FirstOrderInfo",
+    "ForwardInfo",
     "UnrollMode",
+    "centered_ranks",
     "direct",
+    "evolution",
     "first_order",
     "forward",
     "implicit",

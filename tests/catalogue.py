@@ -16,6 +16,7 @@ class EstimatorRow(NamedTuple):
     name: str
     make: Callable[[hg.BilevelProblem], hg.Estimator]
     rounding: float = 1e-6
+    trains: bool = False  # whether it takes inner steps of its own in an estimate
 
 
 class SolverRow(NamedTuple):
@@ -78,6 +79,16 @@ ESTIMATORS = [
     # A difference of two gradients, at weights that a few steps have hardly moved apart.
     EstimatorRow("first_order", lambda problem: hg.first_order(problem, penalty=0.01), rounding=2e-5),
     EstimatorRow("sama", hg.sama),
+    EstimatorRow("unrolled_persistent", lambda problem: hg.unrolled(problem, hg.forward(persistent=True))),
+    # Differences of two losses that are nearly equal, over σ.
+    EstimatorRow(
+        "evolution", lambda problem: hg.evolution(problem, sigma=0.1, num_pairs=4), rounding=1e-3, trains=True
+    ),
+    EstimatorRow(
+        "evolution_persistent",
+        lambda problem: hg.evolution(problem, sigma=0.1, num_pairs=4, persistent=True),
+        rounding=1e-3,
+    ),
     EstimatorRow("direct_gated", lambda problem: _learned(problem, hg.responses.gated())),
     EstimatorRow("direct_hypernetwork", lambda problem: _learned(problem, _HYPERNETWORK)),
     EstimatorRow("direct_delta_stn", lambda problem: _self_tuned(problem, hg.responses.delta_stn())),

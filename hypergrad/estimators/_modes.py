@@ -43,6 +43,8 @@ class UnrollMode(NamedTuple):
       truncate: differentiate the window's last steps only, this many; None for all.
       mixed: take the derivative of a step's gradient by reverse over forward.
       unroll: of the scan over steps.
+      persistent: in forward mode, carry the tangents on from window to window.
+      horizon: inner steps after which they start at zero again; None: never.
     """
 
     value_and_grad: Callable[[Window, OuterLoss, Hyperparams], tuple[tuple[Array, Any], PyTree, Hyperparams]]
@@ -51,6 +53,8 @@ class UnrollMode(NamedTuple):
     truncate: int | None
     mixed: bool
     unroll: int | bool
+    persistent: bool = False
+    horizon: int | None = None
 
     def interval(self, length: int) -> float:
         """Return the steps between checkpoints in a window: by default 1, and about √K from K = 50 on, dividing K."""
@@ -106,24 +110,43 @@ def reverse(
     return UnrollMode(_reverse_value_and_grad, True, checkpoint_every, truncate, mixed, unroll)
 
 
-def forward(*, unroll: int | bool = 1) -> UnrollMode:
+def forward(*, persistent: bool = False, horizon: int | None = None, unroll: int | bool = 1) -> UnrollMode:
     """Differentiate an unroll forward, by tangents carried along: for few hyperparameters and long windows.
 
     Cost and memory: about one forward unroll and one copy of weights and optimizer state per hyperparameter.
 
+    With ``persistent`` they go on from window to window (real-time recurrent learning): Z = d(w, s)/dλ, with s the
+    optimizer's state, so that a short window sees the effect of λ on all steps since the start. The hypergradient is
+    exact for a λ that was the same all the time, and close to it while λ moves slowly. Where training is chaotic Z
+    grows without bound: watch ``tangent_norm`` of the info, give a ``horizon``, or take the sign of the hypergradient
+    (``optax.rprop``).
+
     Args:
+      persistent: keep Z in the estimator's state, for ``hg.bilevel``; a functional call starts anew each time.
+      horizon: of ``persistent``: inner steps after which Z starts at zero again, before a window; None: never.
       unroll: of the scan over steps.
 
     Returns:
       An ``UnrollMode``, for ``hg.unrolled(problem, mode=...)``; it refuses more than 1,000 hyperparameters.
 
+    Raises:
+      TypeError: a setting of another type.
+      ValueError: ``horizon`` without ``persistent``, or below 1.
+
     >>> forward().is_reverse
     False
 
-    Reference: Franceschi et al., arXiv 1703.01785.
+    Reference: Franceschi et al., arXiv 1703.01785; Micaelli & Storkey, Gradient-based hyperparameter optimization over
+    long horizons, arXiv 2007.07869 (sharing over windows, signs).
     """
     validate.unroll(unroll)
-    return UnrollMode(_forward_value_and_grad, False, math.inf, None, False, unroll)
+    validate.flag("persistent", persistent)
+    if horizon is not None:
+        validate.positive_int("horizon", horizon)
+        if not persistent:
+            fix = "Pass persistent=True, or leave horizon out: without it every window starts anew."
+            raise ValueError(validate.message("no horizon without persistent=True", f"horizon={horizon}", fix))
+    return UnrollMode(_forward_value_and_grad, False, math.inf, None, False, unroll, persistent, horizon)
 
 
 def _reverse_value_and_grad(run_window: Window, outer_loss_fn: OuterLoss, hyperparams: Hyperparams) -> Any:
@@ -138,6 +161,13 @@ def _reverse_value_and_grad(run_window: Window, outer_loss_fn: OuterLoss, hyperp
 
 def _forward_value_and_grad(run_window: Window, outer_loss_fn: OuterLoss, hyperparams: Hyperparams) -> Any:
     """Carry one tangent per hyperparameter through the window; then pair them with the outer loss's slope."""
+    tangents, reached = _push(run_window, (hyperparams,), (basis(hyperparams),))
+    outcome, gradient = paired(tangents, reached, outer_loss_fn, hyperparams)
+    return outcome, reached, gradient
+
+
+def basis(hyperparams: Hyperparams) -> Hyperparams:
+    """Return a tree like λ with a leading axis: the unit tangent of each hyperparameter."""
     leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, hyperparams))
     count = sum(leaf.size for leaf in leaves)
     if count > _MOST_FORWARD:
@@ -145,27 +175,52 @@ def _forward_value_and_grad(run_window: Window, outer_loss_fn: OuterLoss, hyperp
         raise ValueError(
             validate.message(f"at most {_MOST_FORWARD:,} hyperparameters in forward mode", f"{count:,}", fix)
         )
-    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-    rows = jnp.split(jnp.eye(count), ends, axis=1)
-    basis = [row.reshape(count, *x.shape).astype(x.dtype) for row, x in zip(rows, leaves, strict=True)]
+    rows = jnp.split(jnp.eye(count), _ends(leaves), axis=1)
+    units = [row.reshape(count, *x.shape).astype(x.dtype) for row, x in zip(rows, leaves, strict=True)]
+    return jax.tree.unflatten(structure, units)
 
-    def along(direction: list[Array]) -> tuple[list[Array], PyTree]:
-        def floating(hyperparams: Hyperparams) -> tuple[list[Array], PyTree]:
-            reached = run_window(hyperparams)
-            return tree.split_floating(reached)[0], reached
 
-        tangent = jax.tree.unflatten(structure, direction)
-        _, tangents, reached = jax.jvp(floating, (hyperparams,), (tangent,), has_aux=True)
-        return tangents, reached
+def carried(
+    run_window: Callable[[Hyperparams, list[Array]], PyTree],
+    hyperparams: Hyperparams,
+    floats: list[Array],
+    tangents: list[Array],
+) -> tuple[list[Array], PyTree]:
+    """Return dz_K/dλ and what the window reached, z_K = run_window(λ, z_0), given z_0 and dz_0/dλ.
 
-    if count == 1:  # a batch of one costs more than one: 1.2 to 1.35 times on a scanned transformer
-        one, reached = along([row[0] for row in basis])
-        tangents = [x[None] for x in one]
-    else:
-        tangents, reached = jax.vmap(along, out_axes=(0, None))(basis)
+    ``floats`` are the floating leaves of z_0; tangents have a leading axis of hyperparameters.
+    """
+    return _push(run_window, (hyperparams, floats), (basis(hyperparams), tangents))
+
+
+def paired(tangents: list[Array], reached: PyTree, outer_loss_fn: OuterLoss, hyperparams: Hyperparams) -> Any:
+    """Return ``((value, aux), gradient)``: ∂L_out/∂λ + (dz_K/dλ)ᵀ ∂L_out/∂z_K."""
     floats, restore = tree.split_floating(reached)
     both = jax.value_and_grad(lambda h, floats: outer_loss_fn(h, restore(floats)), argnums=(0, 1), has_aux=True)
     (value, aux), (direct, slopes) = both(hyperparams, floats)
     indirect = jax.vmap(lambda tangents: tree.vdot(tangents, slopes))(tangents)
-    parts = [part.reshape(x.shape).astype(x.dtype) for part, x in zip(jnp.split(indirect, ends), leaves, strict=True)]
-    return (value, aux), reached, jax.tree.map(jnp.add, direct, jax.tree.unflatten(structure, parts))
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, hyperparams))
+    parts = zip(jnp.split(indirect, _ends(leaves)), leaves, strict=True)
+    shaped = [part.reshape(x.shape).astype(x.dtype) for part, x in parts]
+    return (value, aux), jax.tree.map(jnp.add, direct, jax.tree.unflatten(structure, shaped))
+
+
+def _ends(leaves: list[Array]) -> np.ndarray:
+    return np.cumsum([leaf.size for leaf in leaves])[:-1]
+
+
+def _push(fn: Callable[..., PyTree], at: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Array], PyTree]:
+    """Return ``fn``'s tangents along each row of ``tangents``, those of its floating leaves; and ``fn(*at)``."""
+
+    def floating(*at: Any) -> tuple[list[Array], PyTree]:
+        reached = fn(*at)
+        return tree.split_floating(reached)[0], reached
+
+    def along(tangents: tuple[Any, ...]) -> tuple[list[Array], PyTree]:
+        _, pushed, reached = jax.jvp(floating, at, tangents, has_aux=True)
+        return pushed, reached
+
+    if len(jax.tree.leaves(tangents)[0]) == 1:  # a batch of one costs more than one: 1.2 to 1.35 times on a transformer
+        one, reached = along(jax.tree.map(lambda x: x[0], tangents))
+        return [x[None] for x in one], reached
+    return jax.vmap(along, out_axes=(0, None))(tangents)

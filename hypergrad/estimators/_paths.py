@@ -51,6 +51,11 @@ ZERO_GRADIENT_HINTS = {
         "The inner loss must use it; learn a response to it (hg.responses.with_response, self_tuning). A learning "
         "rate, momentum or decoupled decay acts through the optimizer, which no response sees: use hg.unrolled for it.",
     ),
+    "evolution": (
+        "the inner loss, the inner optimizer or the outer loss",
+        "What acts through the optimizer needs an inner_optimizer that is a function of the hyperparameters, as for "
+        "hg.unrolled. Remove a leaf that nothing uses.",
+    ),
     "first_order": _THROUGH_LOSS,
     "sama": _THROUGH_LOSS,
 }

@@ -10,21 +10,41 @@ Reference: Maclaurin, Duvenaud & Adams, arXiv 1502.03492; Franceschi et al., arX
 al., arXiv 1810.10667 (truncation); Kemaev et al., arXiv 2505.00793 (mixed mode).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hypergrad import data, dataflow, tree, validate
 from hypergrad.estimators import _probe
-from hypergrad.estimators._modes import UnrollMode, reverse
+from hypergrad.estimators._modes import UnrollMode, carried, paired, reverse
 from hypergrad.estimators._paths import check_gradient_paths, check_outer_path, direct_path, refuse_solve_batch
 from hypergrad.estimators._protocol import Estimate, Estimator
 from hypergrad.problem import BilevelProblem, check_problem
 from hypergrad.training import Context, Trained, outer_loss_fn, resolve_optimizer, train
 from hypergrad.types import Array, Hyperparams, Params, PyTree
 
-__all__ = ["unrolled"]
+__all__ = ["ForwardInfo", "unrolled"]
+
+
+class ForwardInfo(NamedTuple):
+    """What persistent forward mode knows of itself.
+
+    Attributes:
+      tangent_norm: scalar, ‖d(w, s)/dλ‖ over all hyperparameters. Where it grows by a constant factor per window,
+        training is chaotic and the hypergradient says nothing: give ``hg.forward`` a ``horizon``.
+      age: int32 scalar, inner steps since it started at zero.
+    """
+
+    tangent_norm: Array
+    age: Array
+
+
+class _Tangents(NamedTuple):
+    """Of persistent forward mode: d(w, s)/dλ, each floating leaf with a leading axis of hyperparameters."""
+
+    rows: list[Array]
+    age: Array
 
 
 def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Estimator:
@@ -40,7 +60,8 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Estimat
       An ``Estimator`` that needs an inner optimizer: an optax transformation, or a function from the
       constrained hyperparameters to one. K is the leading axis of ``inner_batch``. An ``inner_state`` of None is a
       fresh one, whose dependence on λ is differentiated, too; a given one counts as independent. The estimate carries
-      the weights and optimizer state that the window reached, without a second forward pass.
+      the weights and optimizer state that the window reached, without a second forward pass. It has no state and
+      no info, except with ``hg.forward(persistent=True)``: the tangents, and a ``ForwardInfo``.
 
     Raises:
       TypeError: wrong ``problem`` or ``mode``.
@@ -64,6 +85,9 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Estimat
     if not isinstance(mode, UnrollMode):
         fix = "Pass mode=hg.reverse() or mode=hg.forward()."
         raise TypeError(validate.message("mode to be an UnrollMode", validate.describe(mode), fix))
+
+    if mode.persistent:
+        return _persistent(problem, mode)
 
     def init(_: Context) -> tuple[PyTree, PyTree]:
         return (), ()
@@ -113,6 +137,55 @@ def unrolled(problem: BilevelProblem, mode: UnrollMode | None = None) -> Estimat
         return _run_window(ctx, mode._replace(mixed=False), ctx.hyperparams).params
 
     return Estimator(problem, init, estimate, train=train_window, best_response=best_response)
+
+
+def _persistent(problem: BilevelProblem, mode: UnrollMode) -> Estimator:
+    """Return the estimator that carries d(w, s)/dλ in its state."""
+
+    def parts(at: Trained) -> Trained:
+        return at._replace(inner_loss=())
+
+    def init(ctx: Context) -> tuple[_Tangents, ForwardInfo]:
+        count = sum(jnp.size(leaf) for leaf in jax.tree.leaves(ctx.hyperparams))
+        floats, _ = tree.split_floating(parts(ctx.start))
+        zeros = [jnp.zeros((count, *leaf.shape), leaf.dtype) for leaf in floats]
+        none = jnp.zeros((), jnp.int32)
+        return _Tangents(zeros, none), ForwardInfo(tree.norm(zeros), none)
+
+    def train_window(state: _Tangents, ctx: Context) -> tuple[Trained, _Tangents, Any]:
+        _check_optimizer(ctx, mode)
+        outer = outer_loss_fn(ctx)
+        check_outer_path("unrolled", lambda w: outer(w, ctx.hyperparams)[0], ctx.start.params)
+        _check_paths(ctx, mode)
+        alone = ctx.start.inner_state is None  # a functional call: nothing is known of what was before these weights
+        if alone:
+            optimizer = resolve_optimizer(ctx.inner_optimizer, ctx.problem.constrain(ctx.hyperparams))
+            ctx = ctx._replace(start=ctx.start._replace(inner_state=optimizer.init(ctx.start.params)))
+        floats, restore = tree.split_floating(parts(ctx.start))
+
+        def run_window(hyperparams: Hyperparams, floats: list[Array]) -> tuple[Trained, Array]:
+            start = restore(floats)._replace(inner_loss=ctx.start.inner_loss)
+            reached = train(ctx, start=start, hyperparams=hyperparams, unroll=mode.unroll)
+            return parts(reached), jax.lax.stop_gradient(reached.inner_loss)
+
+        again = jnp.array(alone) if mode.horizon is None else alone | (state.age >= mode.horizon)
+        rows = [jnp.where(again, jnp.zeros_like(x), x) for x in state.rows]
+        rows, (reached, inner_loss) = carried(run_window, ctx.hyperparams, floats, rows)
+        age = jnp.where(again, 0, state.age) + data.window_length(ctx.inner_batches)
+        return reached._replace(inner_loss=inner_loss), _Tangents(rows[: len(floats)], age.astype(jnp.int32)), ()
+
+    def estimate(state: _Tangents, ctx: Context) -> Estimate:
+        refuse_solve_batch("unrolled", ctx)
+
+        def outer_loss(hyperparams: Hyperparams, reached: Trained) -> tuple[Array, Any]:
+            at = reached._replace(inner_state=ctx.at.inner_state, inner_loss=ctx.at.inner_loss)
+            return outer_loss_fn(ctx._replace(at=at))(at.params, hyperparams)
+
+        (value, aux), hypergrad = paired(state.rows, parts(ctx.at), outer_loss, ctx.hyperparams)
+        info = ForwardInfo(tree.norm(state.rows), state.age)
+        return Estimate(value, hypergrad, state, info, aux)
+
+    return Estimator(problem, init, estimate, train=train_window)
 
 
 def _run_window(ctx: Context, mode: UnrollMode, hyperparams: Hyperparams) -> Trained:

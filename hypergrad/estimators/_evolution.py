@@ -1,0 +1,406 @@
+"""Evolution strategies over unrolls: the hypergradient of a smoothed outer loss, from values alone.
+
+    L_σ(λ) = E_ε L_out(w_K(λ + ε), λ + ε),   ε ~ N(0, σ²)
+    ES:   dL_σ/dλ ≈ 1/(2n) Σ_i ε_i/σ² (L_i⁺ − L_i⁻)            particles i±: K steps under λ ± ε_i from the same weights
+    PES:  dL_σ/dλ ≈ 1/(2n) Σ_i ξ_i/σ² (L_i⁺ − L_i⁻)            particles live on over windows; ξ_i = Σ of their ε_i
+
+Nothing is differentiated in λ: it may enter a comparison, a rounding, a sampler, or a loss that is itself not
+differentiable. ES is blind to what comes after its window. PES sums the effects of all earlier perturbations on the
+present loss, so that short windows have the gradient of the whole life of a particle, at a higher variance.
+
+Reference: Vicol, Metz & Sohl-Dickstein, Unbiased gradient estimation in unrolled computation graphs with persistent
+evolution strategies, arXiv 2112.13835; Salimans et al., arXiv 1703.03864 (antithetic pairs, ranks).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
+
+from hypergrad import data, dataflow, tree, validate
+from hypergrad.estimators._paths import ZERO_GRADIENT_HINTS, refuse_solve_batch
+from hypergrad.estimators._protocol import Estimate, Estimator
+from hypergrad.problem import BilevelProblem, check_problem, refuse_response
+from hypergrad.training import Context, Trained, outer_loss_fn, train
+from hypergrad.types import Array, Hyperparams, PyTree
+
+__all__ = ["EvolutionInfo", "centered_ranks", "evolution"]
+
+
+class EvolutionInfo(NamedTuple):
+    """What the last estimate knows of itself.
+
+    Attributes:
+      standard_error: tree like the hyperparameters: of the mean over pairs, √(variance over pairs / pairs).
+      num_dropped: int32 scalar, pairs with a loss that was not finite: they do not count.
+      num_restarts: int32 scalar, pairs that started again so far, at ``horizon`` or because they were not finite; 0
+        without ``persistent``.
+    """
+
+    standard_error: Hyperparams
+    num_dropped: Array
+    num_restarts: Array
+
+
+class _Particles(NamedTuple):
+    """Of persistent evolution.
+
+    Attributes:
+      born: ``Trained`` at ``init``, where every particle starts.
+      at: ``Trained`` with two leading axes, (2, pairs): + and −.
+      noise: tree like λ with a leading axis of pairs: z of the present outer period.
+      sums: likewise, Σ of ε over a particle's life.
+      ages: (pairs,) int32, inner steps since the start.
+      renew: bool scalar, whether the next call draws noise: it follows an outer step.
+      restarts: int32 scalar.
+    """
+
+    born: Trained
+    at: Trained
+    noise: Hyperparams
+    sums: Hyperparams
+    ages: Array
+    renew: Array
+    restarts: Array
+
+
+def centered_ranks(losses: Array) -> Array:
+    """Return the ranks of losses, scaled to [−½, ½]: a ``fitness`` that no outlier and no scale can change.
+
+    Args:
+      losses: an array of any shape; one that is not finite ranks highest.
+
+    Returns:
+      An array of that shape: rank/(n − 1) − ½. The estimate is then no gradient of the loss, but a direction.
+
+    >>> import jax.numpy as jnp
+    >>> centered_ranks(jnp.array([3.0, 1e9, -2.0])).tolist()
+    [0.0, 0.5, -0.5]
+
+    Reference: Salimans et al., Evolution strategies as a scalable alternative, arXiv 1703.03864 §2.1.
+    """
+    flat = jnp.where(jnp.isfinite(losses), losses, jnp.inf).ravel()
+    ranks = jnp.zeros(flat.shape, losses.dtype).at[jnp.argsort(flat)].set(jnp.arange(flat.size, dtype=losses.dtype))
+    return (ranks / max(1, flat.size - 1) - 0.5).reshape(losses.shape)
+
+
+def evolution(
+    problem: BilevelProblem,
+    *,
+    sigma: Any,
+    num_pairs: int,
+    persistent: bool = False,
+    horizon: int | None = None,
+    fitness: Callable[[Array], Array] | None = None,
+    pairs_per_device: int | None = None,
+    sharding: Sharding | None = None,
+) -> Estimator:
+    """Estimate the hypergradient from outer losses at perturbed hyperparameters, without a derivative in them.
+
+    dL_σ/dλ ≈ 1/(2n) Σ_i ξ_i/σ² (L_i⁺ − L_i⁻), with ξ_i = ε_i of a window, or the sum over a particle's life.
+
+    Args:
+      problem: over plain weights; its inner loss must be differentiable in the weights, nothing in λ.
+      sigma: σ > 0, the standard deviation of ε in unconstrained λ: one number, or a tree prefix of λ with a number or
+        an array per leaf. Or a function from λ to such a tree, for a learned σ: then its derivative is added by the
+        score function, and a leaf that only sets σ has the Python number 0.
+      num_pairs: n ≥ 1, antithetic pairs; more lower the variance as 1/n.
+      persistent: let the particles live on over the windows (PES): the hypergradient of short windows has then no
+        short-horizon bias.
+      horizon: of ``persistent``, inner steps after which a particle starts again, before a window, with the weights,
+        optimizer state and model state of ``init``. Ages begin staggered. None: never.
+      fitness: function of the (pairs, 2) losses in their place, e.g. ``hg.centered_ranks``; None: the losses.
+      pairs_per_device: pairs that are trained at a time: memory for 2 × so many copies of the weights. None: all.
+      sharding: of the axis of pairs, e.g. ``NamedSharding(mesh, PartitionSpec("pairs"))``: particles are spread over
+        that axis of a mesh.
+
+    Returns:
+      An ``Estimator`` that needs a key on every call. With an inner optimizer a particle takes the call's K steps on
+      the batches and keys of the training itself, so that only λ differs; the weights train at the unperturbed λ.
+      Without one, the outer loss is taken at the weights as they are. Without ``persistent`` it has no state; with it,
+      2n copies of the weights and the optimizer's state, and 2n of λ. A pair with a loss that is not finite is dropped,
+      which biases the estimate, and starts again. Its info is an ``EvolutionInfo``.
+
+    Raises:
+      TypeError: no ``BilevelProblem``, or a number of another type; at a call, no key.
+      ValueError: a number out of its range, ``horizon`` without ``persistent``, a problem with a response; at a call, a
+        leaf of λ that is not perturbed and does not set σ, or that the losses and the optimizer do not use.
+
+    Valid as an unbiased estimate of the gradient of the smoothed loss, not of the loss: the two differ by O(σ²) where
+    the loss is smooth. For persistent particles in the limit of small changes of λ per window. If all pairs are dropped
+    it is NaN, which the guard reports.
+
+    >>> import hypergrad as hg, jax, jax.numpy as jnp
+    >>> problem = hg.BilevelProblem(lambda w, h, b, k: ((w - h) ** 2).sum(), lambda w, h, b, k: jnp.round(10 * h).sum())
+    >>> fn = hg.hypergrad(evolution(problem, sigma=0.3, num_pairs=2000))
+    >>> grad = fn(jnp.zeros(1), jnp.zeros(1), (), (), key=jax.random.key(0))   # of the smoothed staircase: about 10
+    >>> abs(float(grad[0]) - 10) < 0.5
+    True
+
+    Reference: Vicol, Metz & Sohl-Dickstein, arXiv 2112.13835.
+    """
+    check_problem(problem)
+    refuse_response("evolution", problem)
+    if not callable(sigma):
+        for scale in jax.tree.leaves(sigma):
+            if np.ndim(scale) == 0:
+                validate.number("sigma", scale, low=0.0, strict=True)
+    validate.positive_int("num_pairs", num_pairs)
+    validate.flag("persistent", persistent)
+    if horizon is not None:
+        validate.positive_int("horizon", horizon)
+        if not persistent:
+            fix = "Pass persistent=True, or leave horizon out: without it every window starts at the present weights."
+            raise ValueError(validate.message("no horizon without persistent=True", f"horizon={horizon}", fix))
+    chunks = _Chunks.of(num_pairs, pairs_per_device, sharding)
+
+    def scales(hyperparams: Hyperparams) -> list[Any]:
+        given = sigma(hyperparams) if callable(sigma) else sigma
+        return [scale for _, _, scale in validate.by_prefix("evolution", "sigma", hyperparams, given)]
+
+    def draw(ctx: Context) -> Hyperparams:
+        """Return ε with a leading axis of pairs."""
+        leaves, structure = jax.tree.flatten(ctx.hyperparams)
+        keys = jax.random.split(validate.required_key(ctx.keys.advance), len(leaves))
+        drawn = [
+            scale * jax.random.normal(key, (num_pairs, *jnp.shape(leaf)), leaf.dtype)
+            for key, leaf, scale in zip(keys, leaves, lax.stop_gradient(scales(ctx.hyperparams)), strict=True)
+        ]
+        return jax.tree.unflatten(structure, chunks.placed(drawn))
+
+    def trained(ctx: Context, start: Trained, hyperparams: Hyperparams) -> Trained:
+        return start if ctx.inner_optimizer is None else train(ctx, start=start, hyperparams=hyperparams)
+
+    def loss(ctx: Context, at: Trained, hyperparams: Hyperparams) -> Array:
+        there = ctx._replace(at=at, hyperparams=hyperparams)
+        return outer_loss_fn(there)(at.params, hyperparams)[0]
+
+    def init(ctx: Context) -> tuple[PyTree, EvolutionInfo]:
+        none = jnp.zeros((), jnp.int32)
+        blank = EvolutionInfo(optax.tree.zeros_like(ctx.hyperparams), none, none)
+        if not persistent:
+            return (), blank
+        born = jax.tree.map(jnp.copy, ctx.start._replace(inner_loss=jnp.zeros(())))
+        at = chunks.placed(jax.tree.map(lambda x: jnp.broadcast_to(x, (num_pairs, 2, *jnp.shape(x))), born))
+        per_pair = lambda: chunks.placed(  # noqa: E731
+            jax.tree.map(lambda h: jnp.zeros((num_pairs, *jnp.shape(h)), h.dtype), ctx.hyperparams)
+        )
+        ages = jnp.arange(num_pairs, dtype=jnp.int32) * (horizon or 0) // num_pairs
+        return _Particles(born, at, per_pair(), per_pair(), ages, jnp.array(True), none), blank
+
+    def advance(state: _Particles, ctx: Context) -> _Particles:
+        again = state.ages >= (_NEVER if horizon is None else horizon)
+        fresh = lambda x, new: jnp.where(again.reshape(-1, *[1] * (x.ndim - 1)), new, x)  # noqa: E731
+        at = jax.tree.map(lambda x, born: fresh(x, born.astype(x.dtype)), state.at, state.born)
+        noise = lax.cond(state.renew, lambda: draw(ctx), lambda: state.noise)
+        begun = jax.tree.map(lambda x: fresh(x, jnp.zeros((), x.dtype)), state.sums)
+        added = state.renew | again
+        sums = jax.tree.map(
+            lambda s, e: s + jnp.where(added.reshape(-1, *[1] * (e.ndim - 1)), e, jnp.zeros((), e.dtype)), begun, noise
+        )
+
+        def move(at: Trained, hyperparams: Hyperparams) -> Trained:
+            return tree.match_dtypes(trained(ctx, at, hyperparams), at)
+
+        at = chunks.map(_both_signs(move, ctx.hyperparams), at, noise)
+        steps = 0 if ctx.inner_optimizer is None else data.window_length(ctx.inner_batches)
+        ages = jnp.where(again, 0, state.ages) + steps
+        return _Particles(
+            state.born, at, noise, sums, ages, jnp.array(False), state.restarts + jnp.sum(again, dtype=jnp.int32)
+        )
+
+    def estimate(state: PyTree, ctx: Context) -> Estimate:
+        refuse_solve_batch("evolution", ctx)
+        _check_paths(ctx, scales, lambda h: (trained(ctx, ctx.start, h), h), loss)
+        value, aux = outer_loss_fn(ctx)(ctx.at.params, ctx.hyperparams)
+        if persistent:
+            noise, sums = state.noise, state.sums
+            of_pair = lambda at, hyperparams: loss(ctx, at, hyperparams)  # noqa: E731
+            losses = chunks.map(_both_signs(of_pair, ctx.hyperparams), state.at, noise)
+        else:
+            noise = sums = draw(ctx)
+            of_pair = lambda _, h: loss(ctx, lax.optimization_barrier(trained(ctx, ctx.start, h)), h)  # noqa: E731
+            losses = chunks.map(_both_signs(of_pair, ctx.hyperparams), jnp.zeros((num_pairs, 2)), noise)
+        # Barriers: to the last bit the same numbers for particles that live on over one window, and that do not.
+        noise, sums, losses = lax.optimization_barrier((noise, sums, losses))
+        finite = jnp.isfinite(losses).all(axis=1)
+        fits = losses if fitness is None else fitness(losses)
+        halves = jnp.where(finite, (fits[:, 0] - fits[:, 1]) / 2, 0.0)
+        count = jnp.sum(finite)
+        sizes = scales(ctx.hyperparams)
+        structure = jax.tree.structure(ctx.hyperparams)
+        pairs = [
+            _over_square(leaf, size) * halves.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)
+            for leaf, size in zip(jax.tree.leaves(sums), sizes, strict=True)
+        ]
+        means = [jnp.sum(leaf, axis=0) / count.astype(leaf.dtype) for leaf in pairs]  # 0/0: all pairs dropped
+        errors = [_standard_error(leaf, mean, finite, count) for leaf, mean in zip(pairs, means, strict=True)]
+        hypergrad = jax.tree.unflatten(structure, means)
+        if callable(sigma):
+            middles = jnp.where(finite, fits.mean(axis=1), 0.0)
+            slopes = _score_of_scales(jax.tree.leaves(noise), sizes, middles, finite, count)
+            scored = jax.vjp(lambda h: _arrays(scales(h)), ctx.hyperparams)[1](slopes)[0]
+            hypergrad = jax.tree.map(lambda a, b: a + b.astype(a.dtype), hypergrad, scored)
+        restarts = jnp.zeros((), jnp.int32)
+        if persistent:
+            restarts = state.restarts
+            state = state._replace(renew=jnp.array(True), ages=jnp.where(finite, state.ages, _NEVER))
+        dropped = (num_pairs - count).astype(jnp.int32)
+        info = EvolutionInfo(jax.tree.unflatten(structure, errors), dropped, restarts)
+        return Estimate(value, hypergrad, state, info, aux)
+
+    return Estimator(problem, init, estimate, advance=advance if persistent else None)
+
+
+_NEVER = np.iinfo(np.int32).max
+
+
+def _both_signs(fn: Callable[[Any, Hyperparams], Any], hyperparams: Hyperparams) -> Callable[[Any, Hyperparams], Any]:
+    """Return a function of a pair: its two states, and its ε, which is added and subtracted."""
+
+    def pair(at: Any, noise: Hyperparams) -> Any:
+        signs = jnp.array([1.0, -1.0])
+
+        def one(at: Any, sign: Array) -> Any:
+            return fn(
+                at,
+                lax.optimization_barrier(jax.tree.map(lambda h, e: h + sign.astype(h.dtype) * e, hyperparams, noise)),
+            )
+
+        return jax.vmap(one)(at, signs)
+
+    return pair
+
+
+class _Chunks(NamedTuple):
+    """How pairs are spread over devices and time: ``each`` pairs on every device at a time, ``rounds`` times."""
+
+    num_pairs: int
+    devices: int
+    each: int
+    rounds: int
+    sharding: Sharding | None
+
+    @classmethod
+    def of(cls, num_pairs: int, per_device: int | None, sharding: Sharding | None) -> "_Chunks":
+        if not (sharding is None or isinstance(sharding, Sharding)):
+            fix = 'Pass e.g. NamedSharding(mesh, PartitionSpec("pairs")).'
+            raise TypeError(validate.message("sharding to be a Sharding", validate.describe(sharding), fix))
+        devices = 1
+        if sharding is not None:
+            if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+                mesh = sharding.mesh  # constraints are for axes that the compiler may use as it likes
+                auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+                sharding = NamedSharding(auto, sharding.spec)
+            try:
+                devices = num_pairs // sharding.shard_shape((num_pairs,))[0]
+            except ValueError as refused:
+                fix = "Choose num_pairs as a multiple of the number of devices on that axis."
+                got = f"{num_pairs} pairs ({str(refused).splitlines()[0]})"
+                raise ValueError(validate.message("pairs that the sharding divides evenly", got, fix)) from None
+        local = num_pairs // devices
+        if per_device is None:
+            return cls(num_pairs, devices, local, 1, sharding)
+        validate.positive_int("pairs_per_device", per_device)
+        if local % per_device:
+            fix = f"Choose a divisor of {local}."
+            wanted = "pairs_per_device to divide the pairs of a device"
+            raise ValueError(validate.message(wanted, f"{per_device} for {local} pairs", fix))
+        return cls(num_pairs, devices, per_device, local // per_device, sharding)
+
+    def placed(self, of_pairs: PyTree) -> PyTree:
+        """Return leaves with a leading axis of pairs, spread over the mesh."""
+        if self.sharding is None:
+            return of_pairs
+        return jax.tree.map(lambda x: lax.with_sharding_constraint(x, self.sharding), of_pairs)
+
+    def map(self, fn: Callable[..., Any], *of_pairs: PyTree) -> PyTree:
+        """Return ``vmap(fn)``, in chunks one after the other."""
+        if self.rounds == 1:
+            return self.placed(jax.vmap(fn)(*of_pairs))
+        split = self.devices, self.rounds, self.each
+
+        def to_chunks(x: Array) -> Array:
+            return jnp.swapaxes(x.reshape(*split, *x.shape[1:]), 0, 1)
+
+        def from_chunks(x: Array) -> Array:
+            x = x.reshape(self.rounds, self.devices, self.each, *x.shape[2:])
+            return jnp.swapaxes(x, 0, 1).reshape(self.num_pairs, *x.shape[3:])
+
+        def body(_: None, chunk: Any) -> tuple[None, Any]:
+            flat = jax.tree.map(lambda x: x.reshape(self.devices * self.each, *x.shape[2:]), chunk)
+            return None, self.placed(jax.vmap(fn)(*self.placed(flat)))
+
+        _, found = lax.scan(body, None, jax.tree.map(to_chunks, of_pairs))
+        return self.placed(jax.tree.map(from_chunks, found))
+
+
+def _over_square(of_pairs: Array, scale: Any) -> Array:
+    """Return ξ/σ²; 0 for a leaf that is not perturbed."""
+    if _is_still(scale):
+        return jnp.zeros_like(of_pairs)
+    return of_pairs / jnp.square(jnp.asarray(scale, of_pairs.dtype))
+
+
+def _is_still(scale: Any) -> bool:
+    """Return whether σ is the Python number 0: a leaf that is not perturbed, and not one whose σ became 0."""
+    return isinstance(scale, int | float) and scale == 0
+
+
+def _standard_error(of_pairs: Array, mean: Array, finite: Array, count: Array) -> Array:
+    apart = jnp.where(finite.reshape(-1, *[1] * (of_pairs.ndim - 1)), of_pairs - mean, 0.0)
+    n = count.astype(of_pairs.dtype)
+    return jnp.sqrt(jnp.sum(jnp.square(apart), axis=0) / (n * jnp.maximum(n - 1, 1))).astype(of_pairs.dtype)
+
+
+def _arrays(scales: list[Any]) -> list[Array]:
+    return [jnp.asarray(scale, float) for scale in scales]
+
+
+def _score_of_scales(noise: list[Array], scales: list[Any], middles: Array, finite: Array, count: Array) -> list[Array]:
+    """Return dL_σ/dσ = E[(z² − 1)/σ L], z = ε/σ, with the mean of the other pairs as baseline."""
+    n = count.astype(middles.dtype)
+    centered = jnp.where(finite, middles - jnp.sum(middles) / n, 0.0) / jnp.maximum(n - 1, 1)
+    found = []
+    for drawn, scale in zip(noise, scales, strict=True):
+        size = jnp.asarray(scale, float)
+        if _is_still(scale):
+            found.append(jnp.zeros_like(size))
+            continue
+        z = drawn / size.astype(drawn.dtype)
+        each = jnp.tensordot(centered.astype(drawn.dtype), jnp.square(z) - 1, axes=1) / size.astype(drawn.dtype)
+        axes = tuple(range(each.ndim - size.ndim))
+        summed = jnp.sum(each, axis=axes)
+        kept = tuple(i for i, width in enumerate(size.shape) if width == 1)
+        found.append(jnp.sum(summed, axis=kept, keepdims=True).reshape(size.shape).astype(size.dtype))
+    return found
+
+
+def _check_paths(
+    ctx: Context,
+    scales: Callable[[Hyperparams], list[Any]],
+    reach: Callable[[Hyperparams], tuple[Trained, Hyperparams]],
+    loss: Callable[[Context, Trained, Hyperparams], Array],
+) -> None:
+    """Refuse leaves whose estimate would be zero, or noise alone."""
+    hyperparams, count = ctx.hyperparams, len(jax.tree.leaves(ctx.hyperparams))
+    one_leaf = [[i == j for j in range(count)] for i in range(count)]
+    names, sizes = tree.labels("hyperparams", hyperparams), scales(hyperparams)
+    set_scales = dataflow.dependence(lambda h: _arrays(scales(h)), hyperparams)
+    still = [i for i in range(count) if _is_still(sizes[i]) and not any(set_scales(one_leaf[i]))]
+    if still:
+        fix = "Give it a positive sigma, or leave it to another estimator."
+        got = f"sigma 0 for {', '.join(names[i] for i in still)}, which sets no other sigma"
+        raise ValueError(validate.message("every hyperparameter leaf to be perturbed", got, fix))
+    depends = dataflow.dependence(lambda h: loss(ctx, *reach(h)), hyperparams)
+    unseen = [i for i in range(count) if not _is_still(sizes[i]) and not any(depends(one_leaf[i]))]
+    if unseen:
+        path, hint = ZERO_GRADIENT_HINTS["evolution"]
+        got = f"{', '.join(names[i] for i in unseen)}, which enters neither"
+        fix = f"Its estimate would be noise alone. {hint}"
+        raise ValueError(validate.message(f"every hyperparameter leaf to enter {path}", got, fix))

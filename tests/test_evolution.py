@@ -1,0 +1,295 @@
+"""Evolution strategies: unbiased, blind only to what a window ends, and honest about noise and lost pairs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import hypergrad as hg
+
+pytestmark = pytest.mark.usefixtures("x64")
+SGD = optax.sgd(0.1)
+
+
+def pull(w, h, batch, key):
+    return 0.5 * jnp.sum((w - h) ** 2)
+
+
+# The loss is linear in λ through any number of steps: smoothing does not change its gradient.
+LINEAR = hg.BilevelProblem(pull, lambda w, h, batch, key: jnp.sum(w))
+SQUARE = hg.BilevelProblem(pull, lambda w, h, batch, key: jnp.sum(w**2) + jnp.sum(jnp.sin(h)))
+START = np.array([1.0, -2.0]), np.array([0.5, 0.25])
+
+
+def steps(count):
+    return hg.IndexedBatch((), jnp.arange(count))
+
+
+def estimate(estimator, key=0, *, at=START, count=5, optimizer=SGD, state=None):
+    fn = hg.value_and_hypergrad(estimator, optimizer)
+    (value, grad), info = fn(*at, steps(count), (), key=key, state=state)
+    return value, grad, info
+
+
+def test_it_is_unbiased_for_the_smoothed_loss():
+    """The smoothed gradient of sin is cos(λ) exp(−σ²/2); that of the square is the exact one."""
+    sigma, shrunk = 0.4, np.exp(-(0.4**2) / 2)
+    _, exact, _ = estimate(hg.unrolled(SQUARE))
+    of_sine = np.cos(START[1])
+    wanted = np.asarray(exact) + (shrunk - 1) * of_sine
+    _, grad, info = estimate(hg.evolution(SQUARE, sigma=sigma, num_pairs=10_000))
+    error = np.asarray(info.method.standard_error)
+    assert (np.abs(np.asarray(grad) - wanted) < 3 * error).all()
+    assert (error < 0.03 * np.abs(wanted).max()).all()
+
+
+def test_the_value_is_that_of_the_unperturbed_run():
+    value, _, _ = estimate(hg.evolution(SQUARE, sigma=0.4, num_pairs=2))
+    wanted, _, _ = estimate(hg.unrolled(SQUARE))
+    assert float(value) == pytest.approx(float(wanted), rel=1e-12)
+
+
+def test_persistent_particles_with_one_window_are_not_persistent():
+    """With a life of one window, from the same weights, the two kinds are the same numbers."""
+    options = {"sigma": 0.1, "num_pairs": 7}
+    plain = hg.evolution(SQUARE, **options)
+    lives = hg.evolution(SQUARE, **options, persistent=True, horizon=5)
+    state = None
+    for key in range(3):
+        _, grad, _ = estimate(plain, key)
+        _, same, info = estimate(lives, key, state=state)
+        state = info.state
+        np.testing.assert_array_equal(grad, same)
+    assert int(info.method.num_restarts) == 14  # seven at each of the last two windows
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_persistent_particles_see_past_the_window(persistent):
+    """Windows of 2 steps over a life of 20: truncation sees 2 steps of λ's influence, persistence all of it."""
+    estimator = hg.evolution(LINEAR, sigma=0.1, num_pairs=4000, persistent=persistent)
+    rate, state, found, errors = 0.1, None, [], []
+    for key in range(10):
+        _, grad, info = estimate(estimator, key, count=2, state=state)
+        state = info.state
+        found.append(np.asarray(grad))
+        errors.append(np.asarray(info.method.standard_error))
+    seen = [1 - (1 - rate) ** (2 * (k + 1) if persistent else 2) for k in range(10)]
+    for grad, error, wanted in zip(found, errors, seen, strict=True):
+        assert (np.abs(grad - wanted) < 4 * error).all()
+    whole = sum(1 - (1 - rate) ** (2 * (k + 1)) for k in range(10))
+    share = np.sum(found, axis=0) / whole
+    assert (np.abs(share - 1) < 0.05).all() if persistent else (share < 0.4).all()
+
+
+def test_the_standard_error_is_the_deviation_over_keys_and_falls_as_one_over_pairs():
+    @functools.partial(jax.jit, static_argnums=1)
+    def over_keys(keys, pairs):
+        def one(key):
+            _, grad, info = estimate(hg.evolution(SQUARE, sigma=0.2, num_pairs=pairs), key)
+            return grad, info.method.standard_error
+
+        return jax.vmap(one)(keys)
+
+    keys = jax.random.split(jax.random.key(3), 400)
+    few, many = (over_keys(keys, pairs) for pairs in (8, 32))
+    for grads, errors in (few, many):
+        said = np.sqrt(np.mean(np.square(errors), axis=0))
+        np.testing.assert_allclose(np.std(grads, axis=0), said, rtol=0.15)
+    ratio = np.var(few[0], axis=0) / np.var(many[0], axis=0)
+    assert ((ratio > 2.8) & (ratio < 5.6)).all()
+
+
+def test_pairs_share_data_and_keys():
+    """Noise of the key moves the weights a thousand times more than λ does, and cancels in each pair."""
+
+    def noisy(w, h, batch, key):
+        return pull(w, h, batch, key) + 1e3 * jnp.vdot(w, jax.random.normal(key, w.shape))
+
+    quiet, loud = LINEAR, hg.BilevelProblem(noisy, LINEAR.outer_loss)
+    _, wanted, _ = estimate(hg.evolution(quiet, sigma=0.1, num_pairs=4))
+    _, grad, _ = estimate(hg.evolution(loud, sigma=0.1, num_pairs=4))
+    np.testing.assert_allclose(grad, wanted, rtol=1e-8)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_chunks_and_devices_change_nothing(persistent):
+    wanted, got = [], []
+    sharding = NamedSharding(jax.make_mesh((4,), ("pairs",)), PartitionSpec("pairs"))
+    for found, options in (
+        (wanted, {}),
+        (got, {"pairs_per_device": 3}),
+        (got, {"sharding": sharding}),
+        (got, {"sharding": sharding, "pairs_per_device": 1}),
+    ):
+        estimator = hg.evolution(SQUARE, sigma=0.1, num_pairs=12, persistent=persistent, **options)
+        state = None
+        for key in range(2):
+            _, grad, info = estimate(estimator, key, count=2, state=state)
+            state = info.state
+        found.append((grad, info.method.standard_error))
+        if "sharding" in options and persistent:
+            assert state.at.params.sharding.shard_shape(state.at.params.shape)[0] == 3
+    for other in got:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), other, wanted[0])
+
+
+def test_a_learned_sigma_has_the_derivative_of_the_smoothed_loss():
+    """E (x + σz)² = x² + σ²: dσ is 2σ a coordinate, whatever the estimate in x."""
+    problem = hg.BilevelProblem(lambda w, h, b, k: pull(w, h["x"], b, k), lambda w, h, b, k: (w * h["x"] ** 2).sum())
+    estimator = hg.evolution(
+        problem, sigma=lambda h: {"x": jnp.exp(h["log_sigma"]), "log_sigma": 0.0}, num_pairs=200_000
+    )
+    h = {"x": jnp.array([0.3, -0.2]), "log_sigma": jnp.log(jnp.array([0.1, 0.2]))}
+    grad = hg.hypergrad(estimator)(jnp.ones(2), h, (), (), key=0)
+    np.testing.assert_allclose(grad["log_sigma"], [2 * 0.1**2, 2 * 0.2**2], rtol=0.05)
+    np.testing.assert_allclose(grad["x"], [0.6, -0.4], rtol=0.05)
+
+
+def test_one_sigma_per_leaf():
+    problem = hg.BilevelProblem(
+        lambda w, h, b, k: pull(w, h["a"], b, k), lambda w, h, b, k: 1e-9 * w.sum() + jnp.abs(h["b"]).sum()
+    )
+    h = {"a": jnp.zeros(2), "b": jnp.array([1e-3, -1.0])}
+    slopes = {}
+    for name, sigma in {"narrow": {"a": 0.1, "b": jnp.array([1e-5, 1e-5])}, "wide": {"a": 1e-5, "b": 1.0}}.items():
+        estimator = hg.evolution(problem, sigma=sigma, num_pairs=2000)
+        _, slopes[name], _ = estimate(estimator, at=(START[0], h))
+    np.testing.assert_allclose(slopes["narrow"]["b"], [1.0, -1.0], rtol=0.15)
+    assert abs(float(slopes["wide"]["b"][0])) < 0.1  # the kink at 0 is smoothed
+
+
+def test_a_discrete_choice_inside_the_loss_is_learned():
+    """The number of features that the loss uses is a rounded hyperparameter: no derivative, and yet a minimum at 6."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 12))
+    y = x[:, :6].sum(axis=1) + 0.1 * rng.normal(size=200)
+
+    def masked(w, h, batch, key):
+        mask = jnp.arange(12) < jnp.round(h)
+        return jnp.mean((batch[0] @ (w * mask) - batch[1]) ** 2) + 0.2 * jnp.round(h)
+
+    problem = hg.BilevelProblem(masked, masked)
+    tx = hg.bilevel(
+        hg.evolution(problem, sigma=0.5, num_pairs=8),
+        inner_optimizer=optax.sgd(0.1),
+        outer_optimizer=optax.adam(0.1),
+        key=0,
+    )
+    variables = hg.BilevelParams(jnp.zeros(12), jnp.array(3.0))
+    batch = jnp.asarray(x), jnp.asarray(y)
+
+    @jax.jit
+    def step(carry, _):
+        variables, state = carry
+        updates, state = tx.update(None, state, variables, inner_batch=batch, outer_batch=batch)
+        return (optax.apply_updates(variables, updates), state), None
+
+    (variables, state), _ = jax.lax.scan(step, (variables, tx.init(variables)), length=300)
+    assert round(float(variables.hyperparams)) == 6  # five would cost 1, seven 0.2 more
+    assert int(state.info.num_skipped) == 0
+
+
+def cliff(w, h, batch, key):
+    return jnp.sum(w) + jnp.sum(jnp.where(h > batch, jnp.nan, h))
+
+
+def test_pairs_that_are_not_finite_are_dropped_and_counted():
+    problem = hg.BilevelProblem(pull, cliff)
+    fn = hg.value_and_hypergrad(hg.evolution(problem, sigma=0.1, num_pairs=2000), SGD)
+    (_, grad), info = fn(*START, steps(2), jnp.array(0.6), key=0)
+    dropped = int(info.method.num_dropped)
+    assert 0.28 < dropped / 2000 < 0.36  # λ + ε or λ − ε above 0.6 from 0.5 at σ = 0.1: 2 × 16 %
+    # Kept are pairs with |ε| < σ in that entry, whose E ε² is 0.291 σ²: dropping pairs biases the estimate.
+    np.testing.assert_allclose(grad, (1 + (1 - 0.9**2)) * np.array([0.291, 1.0]), rtol=0.1)
+    (_, grad), info = fn(*START, steps(2), jnp.array(-3.0), key=0)
+    assert int(info.method.num_dropped) == 2000
+    assert bool(info.skipped)
+    assert np.isnan(grad).all()
+
+
+def test_a_lost_particle_starts_again():
+    problem = hg.BilevelProblem(pull, cliff)
+    fn = hg.value_and_hypergrad(hg.evolution(problem, sigma=0.1, num_pairs=50, persistent=True), SGD)
+    _, info = fn(*START, steps(2), jnp.array(0.6), key=0)
+    lost = int(info.method.num_dropped)
+    assert lost > 0
+    _, info = fn(*START, steps(2), jnp.array(9.0), key=1, state=info.state)
+    assert int(info.method.num_restarts) == lost
+    assert sorted(set(np.asarray(info.state.ages).tolist())) == [2, 4]
+
+
+def test_ages_begin_staggered_and_particles_start_at_the_weights_of_init():
+    estimator = hg.evolution(LINEAR, sigma=1e-9, num_pairs=4, persistent=True, horizon=8)
+    fn, state = hg.value_and_hypergrad(estimator, SGD), None
+    for key in range(4):
+        # The weights handed in move far away; the particles follow their own path.
+        _, info = fn(START[0] + 100.0 * key, START[1], steps(2), (), key=key, state=state)
+        state = info.state
+    assert np.asarray(state.ages).tolist() == [8, 2, 4, 6]
+    target = START[1]
+    for age, at in zip([8, 2, 4, 6], state.at.params, strict=True):
+        np.testing.assert_allclose(at, jnp.stack([target + (START[0] - target) * 0.9**age] * 2), rtol=1e-6)
+
+
+def test_between_outer_steps_the_noise_stays():
+    tx = hg.bilevel(
+        hg.evolution(LINEAR, sigma=0.1, num_pairs=3, persistent=True),
+        inner_optimizer=SGD,
+        outer_optimizer=optax.sgd(0.0),
+        every=3,
+        key=0,
+    )
+    variables = hg.BilevelParams(*START)
+    state, noise = tx.init(variables), []
+    for _ in range(6):
+        updates, state = tx.update(None, state, variables, inner_batch=(), outer_batch=())
+        variables = optax.apply_updates(variables, updates)
+        noise.append(np.asarray(state.estimator.noise))
+    np.testing.assert_array_equal(noise[0], noise[2])
+    assert (noise[2] != noise[3]).all()
+    np.testing.assert_allclose(state.estimator.sums, noise[0] + noise[3], rtol=1e-12)
+
+
+def test_ranks_replace_losses():
+    losses = jnp.array([[3.0, jnp.nan], [1e9, -2.0]])
+    np.testing.assert_allclose(hg.centered_ranks(losses), [[-1 / 6, 0.5], [1 / 6, -0.5]])
+    steep = hg.BilevelProblem(pull, lambda w, h, b, k: jnp.exp(30 * jnp.sum(w)))
+    with_ranks = functools.partial(hg.evolution, sigma=0.1, num_pairs=50, fitness=hg.centered_ranks)
+    _, one, _ = estimate(with_ranks(steep))
+    _, two, _ = estimate(with_ranks(LINEAR))
+    np.testing.assert_allclose(one, two)  # the order is the same
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sigma": 0.0}, "sigma to be finite and > 0"),
+        ({"num_pairs": 0}, "num_pairs"),
+        ({"horizon": 5}, "no horizon without persistent"),
+        ({"pairs_per_device": 3}, "pairs_per_device to divide"),
+        ({"sharding": NamedSharding(jax.make_mesh((8,), ("d",)), PartitionSpec("d"))}, "divides evenly"),
+    ],
+)
+def test_bad_settings_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        hg.evolution(LINEAR, **{"sigma": 0.1, "num_pairs": 4, **options})
+
+
+def test_what_it_cannot_estimate_is_refused():
+    with pytest.raises(TypeError, match="key"):
+        estimate(hg.evolution(LINEAR, sigma=0.1, num_pairs=4), None)
+    two = {"h": START[1], "rate": np.array(0.1)}
+    problem = hg.BilevelProblem(lambda w, h, b, k: pull(w, h["h"], b, k), LINEAR.outer_loss)
+    with pytest.raises(ValueError, match=r"\['rate'\].*enters neither.*inner_optimizer"):
+        estimate(hg.evolution(problem, sigma=0.1, num_pairs=4), at=(START[0], two))
+    still = hg.evolution(problem, sigma=lambda h: {"h": 0.1, "rate": 0.0}, num_pairs=4)
+    with pytest.raises(ValueError, match=r"sigma 0 for .*\['rate'\]"):
+        estimate(still, at=(START[0], two))
+    # A rate that the optimizer takes is no noise.
+    by_rate = hg.evolution(problem, sigma=0.01, num_pairs=4)
+    _, grad, _ = estimate(by_rate, at=(START[0], two), optimizer=lambda h: optax.sgd(h["rate"]))
+    assert float(grad["rate"]) != 0.0
