@@ -9,6 +9,7 @@ What is where:
                   IndexedBatch, FreshBatches
     estimators    implicit (with solvers, preconditioners), unrolled (reverse, forward), direct (with responses)
                   first_order, sama: without second derivatives; evolution: without derivatives in λ
+                  partition: different leaves of λ to different estimators
     drivers       bilevel (one optax transformation), value_and_hypergrad, hypergrad, best_response; guard
                   minimize (with inner_solvers, methods): problems small enough to solve
     diagnostics   check_hypergrad, compare, retrain, plots
@@ -64,6 +65,7 @@ from hypergrad.estimators import (
     first_order,
     forward,
     implicit,
+    partition,
     reverse,
     sama,
     unrolled,
@@ -115,6 +117,7 @@ __all__ = [
     "forward",
     "implicit",
     "optimizers",
+    "partition",
     "preconditioners",
     "responses",
     "reverse",

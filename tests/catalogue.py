@@ -68,6 +68,16 @@ def _self_tuned(problem: hg.BilevelProblem, variant: hg.responses.SelfTuningVari
     return hg.direct(hg.responses.perturbed(tuned, scale=0.1))
 
 
+def _parted(problem: hg.BilevelProblem) -> hg.Estimator:
+    """Return ``implicit`` for the first leaf of the hyperparameters, ``sama`` for the others."""
+
+    def labels(hyperparams: Any) -> Any:
+        leaves, structure = jax.tree.flatten(hyperparams)
+        return jax.tree.unflatten(structure, ["first", *["others"] * (len(leaves) - 1)])
+
+    return hg.partition({"first": hg.implicit(problem), "others": hg.sama(problem)}, labels)
+
+
 ESTIMATORS = [
     EstimatorRow("implicit", hg.implicit),
     EstimatorRow("implicit_neumann", lambda problem: hg.implicit(problem, hg.solvers.neumann(10))),
@@ -89,6 +99,7 @@ ESTIMATORS = [
         lambda problem: hg.evolution(problem, sigma=0.1, num_pairs=4, persistent=True),
         rounding=1e-3,
     ),
+    EstimatorRow("partition", _parted),
     EstimatorRow("direct_gated", lambda problem: _learned(problem, hg.responses.gated())),
     EstimatorRow("direct_hypernetwork", lambda problem: _learned(problem, _HYPERNETWORK)),
     EstimatorRow("direct_delta_stn", lambda problem: _self_tuned(problem, hg.responses.delta_stn())),

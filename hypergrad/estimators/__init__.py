@@ -5,6 +5,7 @@ from hypergrad.estimators._evolution import EvolutionInfo, centered_ranks, evolu
 from hypergrad.estimators._first_order import FirstOrderInfo, first_order
 from hypergrad.estimators._implicit import implicit
 from hypergrad.estimators._modes import UnrollMode, forward, reverse
+from hypergrad.estimators._partition import partition
 from hypergrad.estimators._protocol import Estimate, Estimator
 from hypergrad.estimators._sama import sama
 from hypergrad.estimators._unrolled import ForwardInfo, unrolled
@@ -22,6 +23,7 @@ __all__ = [
     "first_order",
     "forward",
     "implicit",
+    "partition",
     "reverse",
     "sama",
     "unrolled",

@@ -172,13 +172,13 @@ def hypergradient_descent(
     a rule that returns NaN or infinity.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp, optax
-    >>> tx = hypergradient_descent(optax.adam, multiplicative(0.05), init_rate=1e-4)
+    >>> tx = hypergradient_descent(optax.adam, multiplicative(0.1), init_rate=1e-3)
     >>> loss, w = lambda w: 0.5 * jnp.sum((w - 3.0) ** 2), jnp.zeros(4)
-    >>> state = tx.init(w)
-    >>> for _ in range(400):
-    ...     updates, state = tx.update(jax.grad(loss)(w), state, w)
+    >>> state, update = tx.init(w), jax.jit(tx.update)
+    >>> for _ in range(60):
+    ...     updates, state = update(jax.grad(loss)(w), state, w)
     ...     w = optax.apply_updates(w, updates)
-    >>> bool(loss(w) < 1e-3), bool(state.rate > 1e-3)
+    >>> bool(loss(w) < 0.1), bool(state.rate > 0.1)
     (True, True)
 
     Reference: Baydin et al., arXiv 1703.04782.
@@ -201,9 +201,9 @@ def hypergradient_descent(
         return HypergradientDescentState(rate, optax.tree.zeros_like(params), cosine, optimizer.init(params))
 
     def update(
-        grads: Params, state: HypergradientDescentState, params: Params | None = None, **extra: Any
+        updates: Params, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Params, HypergradientDescentState]:
-        given, last = jax.tree.leaves(grads), jax.tree.leaves(state.direction)
+        given, last = jax.tree.leaves(updates), jax.tree.leaves(state.direction)
         products = [(_vdot(g, d), _vdot(g, g), _vdot(d, d)) for g, d in zip(given, last, strict=True)]
         groups = products if per_leaf else [tuple(tree.total(list(parts)) for parts in zip(*products, strict=True))]
         rates, cosines = jax.tree.leaves(state.rate), []
@@ -216,7 +216,7 @@ def hypergradient_descent(
             new = jnp.asarray(rule.step(rates[place], inner, cosine), jnp.float32)
             rates[place] = jnp.where(usable & jnp.isfinite(new), new, rates[place])
             cosines.append(cosine)
-        updates, inner_state = optimizer.update(grads, state.inner_state, params, **extra)
+        updates, inner_state = optimizer.update(updates, state.inner_state, params, **extra)
         direction = jax.tree.map(jnp.negative, updates)
         whose = rates if per_leaf else rates * len(given)
         scaled = [(rate.astype(u.dtype) * u) for rate, u in zip(whose, jax.tree.leaves(updates), strict=True)]

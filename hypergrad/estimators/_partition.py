@@ -1,0 +1,224 @@
+"""Several estimators in one run, each for its own leaves of the hyperparameters.
+
+    λ = (λ_a, λ_b, …):    dL_out/dλ_a by estimator a,  dL_out/dλ_b by estimator b,  …      at the same weights
+
+Each estimator sees a problem in its own leaves alone; the others are constants there. The weights are trained once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax import lax
+
+from hypergrad import tree, validate
+from hypergrad.estimators._protocol import Estimate, Estimator
+from hypergrad.problem import BilevelProblem, ResponseSpec
+from hypergrad.training import Context, Trained
+from hypergrad.types import Array, Hyperparams, PyTree
+
+__all__ = ["partition"]
+
+
+def partition(estimators: Mapping[str, Estimator], labels: PyTree | Callable[[Hyperparams], PyTree]) -> Estimator:
+    """Give different leaves of the hyperparameters to different estimators, as ``optax.partition`` does for weights.
+
+    dL_out/dλ leaf by leaf: each leaf has the hypergradient that its estimator alone would give it.
+
+    Args:
+      estimators: by label. All are of the same problem. Beside ``direct`` of a learned response, others may be of the
+        problem over plain weights that the response was made for: they see the weights that it gives.
+      labels: a tree prefix of the hyperparameters with a label in place of each leaf, or a function from the
+        hyperparameters to one.
+
+    Returns:
+      An ``Estimator``. Its state and info are dicts by label. The guard looks at the linear solves of all. One of the
+      estimators may differentiate the training steps (``unrolled``): the weights are trained once, by it or as usual.
+
+    Raises:
+      TypeError: something else than estimators by name.
+      ValueError: estimators of different problems, or two that differentiate the training; at ``init``, labels that
+        are no tree prefix of the hyperparameters, a label without estimator, or an estimator without a leaf. What an
+        estimator refuses names the leaf.
+
+    Valid where each estimator is, with the other leaves held fixed.
+
+    >>> import hypergrad as hg, jax.numpy as jnp, optax
+    >>> inner = lambda w, h, b, k: 0.5 * ((w - h["target"]) ** 2).sum()
+    >>> problem = hg.BilevelProblem(inner, lambda w, h, b, k: (w**2).sum())
+    >>> estimator = partition({"by ift": hg.implicit(problem, hg.solvers.cg(2)), "by unroll": hg.unrolled(problem)},
+    ...                       labels={"target": "by ift", "rate": "by unroll"})
+    >>> fn = hg.hypergrad(estimator, lambda h: optax.sgd(h["rate"]))
+    >>> grad = fn(jnp.zeros(1), {"target": jnp.ones(1), "rate": jnp.array(0.5)}, jnp.arange(2), (), key=None)
+    >>> round(float(grad["target"][0]), 3), float(grad["rate"])                 # 2 w at w = 3/4, and d w²/d rate
+    (1.5, 1.5)
+    """
+    problem = _common_problem(estimators)
+    trains = [label for label, estimator in estimators.items() if estimator.train is not None]
+    if len(trains) > 1:
+        fix = "Give their leaves one label, or tune one of them by hg.implicit, hg.evolution or the optimizer itself."
+        got = f"{len(trains)}: {', '.join(map(repr, trains))}"
+        raise ValueError(validate.message("at most one estimator that differentiates the training steps", got, fix))
+    spread = functools.partial(_spread, labels, tuple(estimators))
+
+    def init(ctx: Context) -> tuple[PyTree, PyTree]:
+        marks = spread(ctx.hyperparams)
+        made = {label: each.init(_restricted(ctx, each, label, marks)) for label, each in estimators.items()}
+        return {label: state for label, (state, _) in made.items()}, {label: info for label, (_, info) in made.items()}
+
+    def train(state: Any, ctx: Context) -> tuple[Trained, PyTree, Any]:
+        (label,) = trains
+        each = estimators[label]
+        assert each.train is not None
+        at, own, tape = each.train(state[label], _restricted(ctx, each, label, spread(ctx.hyperparams)))
+        return at, {**state, label: own}, tape
+
+    def advance(state: Any, ctx: Context) -> PyTree:
+        marks, new = spread(ctx.hyperparams), dict(state)
+        for label, each in estimators.items():
+            if each.advance is not None:
+                new[label] = each.advance(state[label], _restricted(ctx, each, label, marks))
+        return new
+
+    def estimate(state: Any, ctx: Context) -> Estimate:
+        marks, found = spread(ctx.hyperparams), {}
+        for label, each in estimators.items():
+            own = _restricted(ctx, each, label, marks)
+            found[label] = each.estimate(state[label], own._replace(tape=ctx.tape if label in trains else ()))
+        leaves = {label: iter(jax.tree.leaves(result.hypergrad)) for label, result in found.items()}
+        hypergrad = jax.tree.map(lambda label: next(leaves[label]), marks)
+        first = found[trains[0]] if trains else next(iter(found.values()))
+        states, infos = ({label: getattr(r, part) for label, r in found.items()} for part in ("state", "info"))
+        return Estimate(first.value, hypergrad, states, infos, first.aux)
+
+    advances = any(estimator.advance is not None for estimator in estimators.values())
+    return Estimator(problem, init, estimate, advance=advance if advances else None, train=train if trains else None)
+
+
+def _common_problem(estimators: Any) -> BilevelProblem:
+    """Return the problem of all; the one with a response where they are of it and of its base."""
+    wanted = "a dict from labels to estimators"
+    if not (isinstance(estimators, Mapping) and estimators):
+        fix = 'Pass e.g. {"decay": hg.implicit(problem), "rate": hg.unrolled(problem)}.'
+        raise TypeError(validate.message(wanted, validate.describe(estimators), fix))
+    for label, estimator in estimators.items():
+        if not (isinstance(label, str) and isinstance(estimator, Estimator)):
+            got = f"{label!r}: {validate.describe(estimator)}"
+            raise TypeError(validate.message(wanted, got, "Pass strings and e.g. hg.implicit(problem)."))
+    problems = [estimator.problem for estimator in estimators.values()]
+    main = next((problem for problem in problems if problem.response is not None), problems[0])
+    allowed = [main] if main.response is None else [main, main.response.base_problem]
+    for label, problem in zip(estimators, problems, strict=True):
+        if not any(problem is other for other in allowed):
+            fix = (
+                "Build the problem once and hand the same object to each. Beside a learned response: the problem that "
+                "it was made for, or the one with the response."
+            )
+            raise ValueError(validate.message("estimators of one problem", f"another one for {label!r}", fix))
+    return main
+
+
+def _spread(labels: Any, known: tuple[str, ...], hyperparams: Hyperparams) -> PyTree:
+    """Return a label per leaf of the hyperparameters."""
+    given = labels(hyperparams) if callable(labels) else labels
+    try:
+        marks = jax.tree.broadcast(given, hyperparams)
+    except (ValueError, TypeError) as error:
+        fix = "Use the structure of the hyperparameters with labels in place of subtrees, or one label."
+        got = f"{jax.tree.structure(given)} for {jax.tree.structure(hyperparams)}"
+        raise ValueError(validate.message("labels that are a tree prefix of the hyperparameters", got, fix)) from error
+    names, used = tree.labels("hyperparams", hyperparams), jax.tree.leaves(marks)
+    for name, label in zip(names, used, strict=True):
+        if label not in known:
+            fix = f"The estimators are {', '.join(map(repr, known))}."
+            raise ValueError(validate.message(f"the label of an estimator for {name}", repr(label), fix))
+    idle = [label for label in known if label not in used]
+    if idle:
+        fix = "Label a leaf with it, or leave the estimator out."
+        raise ValueError(validate.message("a leaf for each estimator", f"none for {', '.join(map(repr, idle))}", fix))
+    return marks
+
+
+def _restricted(ctx: Context, estimator: Estimator, label: str, marks: PyTree) -> Context:
+    """Return what an estimator knows of a call: its own leaves; the others are constants of the problem."""
+    problem, hyperparams = ctx.problem, ctx.hyperparams
+    if estimator.problem.response is None and problem.response is not None:
+        response = problem.response
+        if response.weights is None:
+            fix = "Use a response over weights, hg.responses.with_response or self_tuning."
+            raise ValueError(validate.message("a response that gives plain weights", "one that does not", fix))
+        plain = [
+            at._replace(params=response.weights(at.params, hyperparams), inner_state=None) for at in (ctx.start, ctx.at)
+        ]
+        problem, hyperparams = response.base_problem, response.base_hyperparams(hyperparams)
+        marks = response.base_hyperparams(marks)
+        ctx = ctx._replace(start=plain[0], at=plain[1], inner_optimizer=None)
+    own = _kept(label, marks, hyperparams)
+    return ctx._replace(problem=_in_own_leaves(problem, hyperparams, label, marks), hyperparams=own)
+
+
+def _kept(label: str, marks: PyTree, hyperparams: Hyperparams) -> Hyperparams:
+    """Return the hyperparameters with None for the leaves of other labels, so that paths to the rest stay."""
+    return jax.tree.map(lambda mark, leaf: leaf if mark == label else None, marks, hyperparams)
+
+
+def _in_own_leaves(problem: BilevelProblem, hyperparams: Hyperparams, label: str, marks: PyTree) -> BilevelProblem:
+    """Return the problem as one in the leaves of a label, the others fixed at ``hyperparams``."""
+    fixed = lax.stop_gradient(hyperparams)
+
+    def whole(own: Hyperparams) -> Hyperparams:
+        mine = iter(jax.tree.leaves(own))
+        return jax.tree.map(lambda mark, leaf: next(mine) if mark == label else leaf, marks, fixed)
+
+    def of_whole(fn: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fn)
+        def in_own(params: PyTree, own: Hyperparams, *rest: Any) -> Any:
+            return fn(params, whole(own), *rest)
+
+        return in_own
+
+    def optional(fn: Callable[..., Any] | None, wrap: Callable[[Any], Any]) -> Any:
+        return None if fn is None else wrap(fn)
+
+    response, prior = problem.response, problem.prior
+    base_marks = marks
+    if response is not None:
+        base_marks = response.base_hyperparams(marks)
+        response = _response_in_own_leaves(response, hyperparams, label, marks, whole)
+    base = hyperparams if problem.response is None else problem.response.base_hyperparams(hyperparams)
+
+    def own_prior(own: Hyperparams) -> Array:
+        mine = iter(jax.tree.leaves(own))
+        all_leaves = jax.tree.map(
+            lambda mark, leaf: next(mine) if mark == label else leaf, base_marks, lax.stop_gradient(base)
+        )
+        assert prior is not None
+        return prior(all_leaves)
+
+    return dataclasses.replace(
+        problem,
+        inner_loss=of_whole(problem.inner_loss),
+        outer_loss=of_whole(problem.outer_loss),
+        residual=optional(problem.residual, of_whole),
+        prior=optional(prior, lambda _: own_prior),
+        constrain=lambda own: problem.constrain(whole(own)),
+        response=response,
+    )
+
+
+def _response_in_own_leaves(
+    response: ResponseSpec,
+    hyperparams: Hyperparams,
+    label: str,
+    marks: PyTree,
+    whole: Callable[[Hyperparams], Hyperparams],
+) -> ResponseSpec:
+    base, base_marks = response.base_hyperparams(hyperparams), response.base_hyperparams(marks)
+    weights = response.weights
+    return response._replace(
+        weights=None if weights is None else lambda params, own: weights(params, whole(own)),
+        base_problem=_in_own_leaves(response.base_problem, base, label, base_marks),
+        base_hyperparams=lambda own: _kept(label, base_marks, response.base_hyperparams(whole(own))),
+    )
