@@ -878,3 +878,18 @@ def test_many_leaves_are_moved_together_first(wrong):
     assert "2 of 6 leaves were moved one by one" in cut.note
     assert cut.passed == (wrong is None), str(cut)
     assert [row.error <= row.uncertainty + 1e-2 for row in cut.rows[:2]] == [wrong is None] * 2
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda problem: hg.first_order(problem, penalty=10.0), "1/penalty"),
+        (hg.sama, "one optimizer step"),
+        (lambda problem: hg.evolution(problem, sigma=0.1, num_pairs=2), "standard_error"),
+        (lambda problem: hg.partition({"a": hg.implicit(problem)}, "a"), "each of its estimators"),
+    ],
+)
+def test_methods_that_are_no_derivative_of_the_outer_loss_are_refused_not_accused(make, words):
+    example = problems.ridge()
+    with pytest.raises(ValueError, match=words):
+        on(example, make(example.problem))

@@ -421,7 +421,7 @@ def measured(name: str, seed: int, quick: bool, environments: Path | None) -> di
     for method, (of, steps) in _methods().items():
         done(method, by_minimize(task, of, 3 if quick else steps, repeats=repeats))
     longest = by_minimize(task, LONGEST, 5 if quick else 100, repeats=0, tol=1e-9)
-    evaluate(task.variables.hyperparams, task.variables.params)  # compiles
+    evaluate(jnp.asarray(np.asarray(task.variables.hyperparams)), task.variables.params)  # compiles
     for method in [*(["grid of 100"] if size == 1 else []), "random search", "TPE"]:
         points = 100 if method == "grid of 100" and not quick else evaluations
         done(method, by_search(task, method, evaluate, seed, points))
@@ -463,7 +463,7 @@ def _row(run: Run, losses: list[float], best: float) -> dict[str, Any]:
         "note": run.note,
         "curve": [[_cost(stop), gap] for stop, gap in zip(run.path, gaps, strict=True)],
     }
-    for share in (0.01, 0.001):
+    for share in (0.01, 0.001) if last.gradients is not None else ():
         near = [index for index, gap in enumerate(gaps) if gap <= share]
         found[f"steps to {100 * share:g} %"] = near[0] + 1 if near else None
         found[f"cost to {100 * share:g} %"] = _cost(run.path[near[0]]) if near else None
@@ -510,7 +510,7 @@ def report(record: dict[str, Any]) -> str:
                 *("steps to 1 %", "cost to 1 %", "cost to 0.1 %"),
                 *("gradients", "products", "seconds", "first_seconds"),
             ]
-            cells = [_median([row[key] for row in rows], "seconds" in key) for key in of]
+            cells = [_median([row.get(key) for row in rows], "seconds" in key) for key in of]
             lines.append("| " + " | ".join([method, shown, *cells, ended]) + " |")
         lines += ["", *_starts(seeds)]
     machine = record["machine"]

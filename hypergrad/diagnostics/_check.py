@@ -184,7 +184,8 @@ def check_hypergrad(
 
     Raises:
       TypeError: no estimator, or variables that are no ``BilevelParams``.
-      ValueError: what the estimator itself refuses; ``rtol`` or ``step`` not positive.
+      ValueError: what the estimator itself refuses; ``rtol`` or ``step`` not positive; an estimator that is biased or
+        random by construction (``first_order``, ``sama``, ``evolution``), or a ``partition``.
 
     Valid when φ is smooth within the steps: where a kink (ReLU) or a basin's edge is nearer than 1e-7, differences of
     two step sizes disagree, and the check is inconclusive. A random direction sees an error in one of a leaf's n like
@@ -209,6 +210,9 @@ def check_hypergrad(
     if not isinstance(estimator, Estimator):
         fix = "Pass e.g. hg.implicit(problem, hg.solvers.neumann(20))."
         raise TypeError(validate.message("an Estimator", validate.describe(estimator), fix))
+    if estimator.unchecked:
+        wanted = "an estimator whose hypergradient equals differences of the outer loss"
+        raise ValueError(validate.message(wanted, "one that does not by construction", estimator.unchecked))
     check_variables(variables)
     validate.number("rtol", rtol, low=0.0, strict=True)
     if max_seconds != math.inf:

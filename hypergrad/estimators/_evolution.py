@@ -254,7 +254,11 @@ def evolution(
         info = EvolutionInfo(jax.tree.unflatten(structure, errors), dropped, restarts)
         return Estimate(value, hypergrad, state, info, aux)
 
-    return Estimator(problem, init, estimate, advance=advance if persistent else None)
+    unchecked = (
+        "It samples the gradient of a smoothed loss: info.method.standard_error is its error. Where λ has a derivative, "
+        "check hg.unrolled(problem) here, which proves losses, keys and batches."
+    )
+    return Estimator(problem, init, estimate, advance=advance if persistent else None, unchecked=unchecked)
 
 
 _NEVER = np.iinfo(np.int32).max

@@ -141,4 +141,8 @@ def first_order(problem: BilevelProblem, *, penalty: float | Callable[[Array], A
         distance = (apart / jnp.where(size > 0, size, 1.0)).astype(sigma.dtype)
         return Estimate(value, hypergrad, state, FirstOrderInfo(sigma, distance, state.num_restarts), aux)
 
-    return Estimator(problem, init, estimate, advance=advance)
+    unchecked = (
+        "Its error is O(1/penalty). Check hg.implicit(problem) here, which proves losses, keys and batches; then "
+        "compare the two with hg.diagnostics.compare."
+    )
+    return Estimator(problem, init, estimate, advance=advance, unchecked=unchecked)

@@ -94,7 +94,12 @@ def partition(estimators: Mapping[str, Estimator], labels: PyTree | Callable[[Hy
         return Estimate(first.value, hypergrad, states, infos, first.aux)
 
     advances = any(estimator.advance is not None for estimator in estimators.values())
-    return Estimator(problem, init, estimate, advance=advance if advances else None, train=train if trains else None)
+    unchecked = (
+        "Check each of its estimators, on a problem in its own leaves: write the other hyperparameters into the losses "
+        "as constants."
+    )
+    methods: dict[str, Any] = {"advance": advance if advances else None, "train": train if trains else None}
+    return Estimator(problem, init, estimate, **methods, unchecked=unchecked)
 
 
 def _common_problem(estimators: Any) -> BilevelProblem:

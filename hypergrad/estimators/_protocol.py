@@ -55,6 +55,8 @@ class Estimator(NamedTuple):
         damping. ``check_hypergrad`` judges it, and reports the difference as a number.
       unknowns: None, or ``unknowns(ctx) -> tree of bools``: which weights the inner problem solves for; others are
         frozen. ``check_hypergrad`` solves for the same ones.
+      unchecked: "", or why differences of the outer loss do not judge this method and what to check in its place; then
+        ``check_hypergrad`` refuses it with this sentence.
     """
 
     problem: BilevelProblem
@@ -65,6 +67,7 @@ class Estimator(NamedTuple):
     best_response: Callable[[Context], Params] | None = None
     reference: Callable[[], "Estimator"] | None = None
     unknowns: Callable[[Context], PyTree] | None = None
+    unchecked: str = ""
 
 
 def train_first(ctx: Context) -> Context:

@@ -85,7 +85,11 @@ def sama(problem: BilevelProblem, *, step: float = 0.01) -> Estimator:
         hypergrad = jax.tree.map(lambda d, a, b: d - ((a - b) / width).astype(d.dtype), direct, ahead, behind)
         return Estimate(value, hypergrad, state, (), aux)
 
-    return Estimator(problem, init, estimate)
+    unchecked = (
+        "It is that of one optimizer step. Check hg.implicit(problem) here, which proves losses, keys and batches; "
+        "then compare the two with hg.diagnostics.compare."
+    )
+    return Estimator(problem, init, estimate, unchecked=unchecked)
 
 
 def _through_optimizer(ctx: Context, slope: Params) -> Params:
