@@ -1,6 +1,7 @@
-"""Turn the results of ``methods.py`` into Markdown: a file of their own, the table of README and that of the docs.
+"""Turn results into Markdown: ``methods.md``, and the tables of costs in README and the docs.
 
-``python benchmarks/methods_report.py`` prints both tables, from results/methods.json and self_tuning_cost.json.
+``python benchmarks/methods_report.py`` writes the tables into the pages, from ``methods.json``,
+``self_tuning_cost.json`` and ``step_cost.json`` in the results.
 """
 
 import json
@@ -13,6 +14,16 @@ import report
 RESULTS = Path(__file__).parent / "results"
 README_HEAD = ("method", "hyperparameters", "time", "memory", "what to know")
 DOCS_HEAD = ("method", "time", "memory", "cosine", "length")
+STEP_HEAD = (
+    "network, weights",
+    "Neumann 10, in gradients",
+    "CG 10, in gradients",
+    "joint step every 10, Neumann 10, in plain steps",
+    "the same, default solver",
+    "call with nothing due, in plain steps",
+    "scratch, MiB",
+)
+NETWORK_NAMES = {"mlp64": "MLP", "mlp256": "MLP", "mlp1024": "MLP", "cnn": "CNN"}
 
 
 class Row(NamedTuple):
@@ -96,6 +107,24 @@ def docs_table(found: dict[str, Any]) -> str:
     return report.table(DOCS_HEAD, rows)
 
 
+def step_cost_table(found: dict[str, Any]) -> str:
+    """Return the table of the docs: what joint steps cost; in brackets the same loop by hand."""
+
+    def beside(calls: dict[str, Any], which: str) -> str:
+        own, hand = (calls[f"{which} {by}"]["in_units"] for by in ("library", "hand"))
+        return f"{own:.2f} ({hand:.2f})"
+
+    rows: list[Sequence[str]] = []
+    for name, network in found["networks"].items():
+        title = NETWORK_NAMES.get(name, name)
+        grads, calls = network["hypergradient"]["candidates"], network["steps"]["candidates"]
+        cells = [beside(grads, "neumann 10"), beside(grads, "cg 10"), beside(calls, "joint step")]
+        cells += [beside(calls, "joint step default"), beside(calls, "idle step")]
+        scratch = grads["neumann 10 library"]["scratch_mib"]
+        rows.append((f"{title}, {network['weights']:,}", *cells, f"{scratch:.0f}"))
+    return report.table(STEP_HEAD, rows)
+
+
 def _cost(found: dict[str, Any], name: str) -> tuple[str, str]:
     """Return time in gradients and memory in copies of the weights, each on the small and the large network."""
     both = [found["networks"][network]["candidates"][name] for network in ("mlp256", "mlp1024")]
@@ -103,10 +132,34 @@ def _cost(found: dict[str, Any], name: str) -> tuple[str, str]:
     return time, memory
 
 
+def pages() -> dict[str, dict[str, str]]:
+    """Return the tables by page and by the name of their place there."""
+    names = "methods", "self_tuning_cost", "step_cost"
+    found, self_tuning, cost = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
+    return {
+        "README.md": {"methods": readme_table(found, self_tuning)},
+        "docs/how_to_choose.md": {"methods": docs_table(found)},
+        "docs/results.md": {"step cost": step_cost_table(cost)},
+    }
+
+
+def placed(text: str, name: str, table: str) -> str:
+    """Return a page with a table in its place."""
+    before, start, rest = text.partition(f"<!-- {name} -->")
+    _, end, after = rest.partition(f"<!-- end {name} -->")
+    if not (start and end):
+        raise ValueError(f"no place for {name!r} in the page")
+    return f"{before}{start}\n\n{table}\n\n{end}{after}"
+
+
 def main() -> None:
-    """Print both tables."""
-    found, self_tuning = (json.loads((RESULTS / f"{n}.json").read_text()) for n in ("methods", "self_tuning_cost"))
-    print(readme_table(found, self_tuning), docs_table(found), sep="\n\n")
+    """Write the tables into the pages."""
+    for page, tables in pages().items():
+        path = Path(__file__).resolve().parents[1] / page
+        text = path.read_text()
+        for name, table in tables.items():
+            text = placed(text, name, table)
+        path.write_text(text)
 
 
 if __name__ == "__main__":

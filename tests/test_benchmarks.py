@@ -83,11 +83,8 @@ def test_the_device_check_runs_on_a_cpu(tmp_path):
 def test_the_tables_of_methods_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = runpy.run_path(str(ROOT / "benchmarks" / "methods_report.py"), run_name="methods_report")
-    read = lambda name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())  # noqa: E731
-    tables = {
-        "README.md": module["readme_table"](read("methods"), read("self_tuning_cost")),
-        "docs/how_to_choose.md": module["docs_table"](read("methods")),
-    }
-    for page, table in tables.items():
-        assert f"<!-- methods -->\n\n{table}\n\n<!-- end methods -->" in (ROOT / page).read_text()
-    assert f"number {read('methods')['goodness']['condition']:.0f})" in (ROOT / "docs/how_to_choose.md").read_text()
+    for page, tables in module["pages"]().items():
+        for name, table in tables.items():
+            assert f"<!-- {name} -->\n\n{table}\n\n<!-- end {name} -->" in (ROOT / page).read_text()
+    goodness = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text())["goodness"]
+    assert f"number {goodness['condition']:.0f})" in (ROOT / "docs/how_to_choose.md").read_text()

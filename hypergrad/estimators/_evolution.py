@@ -255,7 +255,7 @@ def evolution(
         return Estimate(value, hypergrad, state, info, aux)
 
     unchecked = (
-        "It samples the gradient of a smoothed loss: info.method.standard_error is its error. Where λ has a derivative, "
+        "It samples the gradient of a smoothed loss: info.method.standard_error is its error. Where λ is smooth, "
         "check hg.unrolled(problem) here, which proves losses, keys and batches."
     )
     return Estimator(problem, init, estimate, advance=advance if persistent else None, unchecked=unchecked)
