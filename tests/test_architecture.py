@@ -78,7 +78,17 @@ COMPUTES = {
         "init",
         "deployable_params",
     ),
-    *("minimize", "hoag", "evolution", "hypergradient_descent", "multiplicative", "additive", "clipped"),
+    *(
+        "minimize",
+        "hoag",
+        "evolution",
+        "learned",
+        "per_parameter_mlp",
+        "hypergradient_descent",
+        "multiplicative",
+        "additive",
+        "clipped",
+    ),
     *("check_hypergrad", "compare", "extreme_eigenvalues", "horizon_bias", "retrain"),
 }
 EXTRAS = {"_plots.py": "matplotlib", "_logging.py": "tqdm"}  # imported where they are asked for, not with the library

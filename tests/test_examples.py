@@ -49,6 +49,7 @@ def test_the_index_names_every_example():
         pytest.param("11_elastic_net", {"max_steps": 2, "ratios": (0.5, 0.9)}, 6, marks=pytest.mark.slow),
         pytest.param("12_kernel_ridge", {"max_steps": 2, "grid": 3}, 6, marks=pytest.mark.slow),
         pytest.param("13_denoising", {"max_steps": 2, "tolerances": (1.0,)}, 3, marks=pytest.mark.slow),
+        pytest.param("14_federated", {"rounds": 2, "seeds": 2, "rates": (1e-3,)}, 4, marks=pytest.mark.slow),
     ],
 )
 def test_an_example_prints_and_saves_a_picture(name, settings, count, tmp_path, capsys, monkeypatch):

@@ -16,9 +16,12 @@ from hypergrad.optimizers._hypergradient_descent import (
     hypergradient_descent,
     multiplicative,
 )
+from hypergrad.optimizers._learned import LearnedState, PerParameterMLP, learned, per_parameter_mlp
 
 __all__ = [
     "HypergradientDescentState",
+    "LearnedState",
+    "PerParameterMLP",
     "RateRule",
     "add_decayed_weights",
     "additive",
@@ -26,8 +29,10 @@ __all__ = [
     "clip_by_global_norm",
     "clipped",
     "hypergradient_descent",
+    "learned",
     "multiplicative",
     "normalize_by_update_norm",
+    "per_parameter_mlp",
     "scale_by_learning_rate",
     "schedule",
 ]
