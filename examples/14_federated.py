@@ -89,7 +89,7 @@ def main(rounds=60, seeds=5, rates=(1e-3, 1e-2, 1e-1), out="14_federated.png"): 
             axis.fill_between(range(rounds), middle - deviation, middle + deviation, alpha=0.15)
             print(f"{rule}, first rate {rate:g}: test accuracy {middle[-1]:.3f} ± {deviation[-1]:.3f}")
     for axis, rate in zip(axes, rates, strict=True):
-        axis.set(title=f"first rate {rate:g}", xlabel="round")
+        axis.set(title=f"first rate {rate:g}", xlabel="round", ylabel="test accuracy")
         axis.axhline(max(found[f"FedAvg, {rate:g}"] for rate in rates), ls="--", color="k", label="FedAvg, best rate")
     axes[-1].legend(frameon=False)
     figure.savefig(out, dpi=90)
