@@ -3,7 +3,7 @@
     client k:  E steps  w_k ← w_k − α_k g_k  from the server's w;     server:  w ← w − β Δ,  Δ = w − mean_k w_k
 
 FedAvg has one constant α and β = 1. The rules of FedHyper follow the hypergradient of a step, here by the cosine of a
-gradient (or Δ) with the direction of the last step, and within a factor of ten (server: three) of where they begin:
+gradient (or Δ) with the direction of the last step, and within a factor of ten (global: three) of where they begin:
 
     client    α_k from g_k and the last local direction, to which Δ of the last round / E is added
     server    α, one for all clients, from Δ and the last Δ;     global    β, from the same

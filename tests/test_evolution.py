@@ -254,9 +254,82 @@ def test_between_outer_steps_the_noise_stays():
     np.testing.assert_allclose(state.estimator.sums, noise[0] + noise[3], rtol=1e-12)
 
 
+def log_of_square(w, h, batch, key):
+    return jnp.log1p(jnp.sum(w**2))
+
+
+@pytest.mark.parametrize("pairs", [1, 16])
+def test_particles_that_overflow_start_again_and_do_not_stop_the_run(pairs):
+    """A rate of exp(−2 + 3 z) makes SGD overflow within a window, for one pair in six."""
+    problem = hg.BilevelProblem(lambda w, h, b, k: 0.5 * jnp.sum(w**2), log_of_square)
+    tx = hg.bilevel(
+        hg.evolution(problem, sigma=3.0, num_pairs=pairs, persistent=True),
+        inner_optimizer=lambda h: optax.sgd(jnp.exp(h)),
+        outer_optimizer=optax.sgd(0.01),
+        window=100,
+        key=0,
+    )
+    variables = hg.BilevelParams(jnp.ones(2), jnp.array(-2.0))
+    update, found, skipped = jax.jit(tx.update), tx.init(variables), []
+    for _ in range(30):
+        _, found = update(None, found, variables, inner_batch=steps(100), outer_batch=())
+        skipped.append(int(found.info.skip_reason))
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found.estimator))
+    assert int(found.info.method.num_restarts) > 0
+    assert skipped.count(0) > 10
+    allowed = {hg.SkipReason.NONE, hg.SkipReason.HYPERGRAD} if pairs == 1 else {hg.SkipReason.NONE}
+    assert set(skipped) <= allowed
+
+
+def test_ages_of_long_horizons_fit():
+    state = estimate(hg.evolution(LINEAR, sigma=0.1, num_pairs=4096, persistent=True, horizon=1_000_000))[2].state
+    assert int(state.ages.max()) == 4095 * 1_000_000 // 4096 + 5
+    assert int(state.ages.min()) == 5
+
+
+def test_one_pair_does_not_know_its_error():
+    _, _, info = estimate(hg.evolution(LINEAR, sigma=0.1, num_pairs=1))
+    assert np.isinf(info.method.standard_error).all()
+
+
+def test_a_prior_alone_does_not_count_as_use():
+    problem = hg.BilevelProblem(lambda w, h, b, k: pull(w, h["h"], b, k), LINEAR.outer_loss)
+    at = (START[0], {"h": START[1], "idle": np.array(1.0)})
+    problem = hg.with_prior(problem, hg.priors.normal(at[1], 1.0), num_examples=10)
+    with pytest.raises(ValueError, match=r"\['idle'\], which enters neither"):
+        estimate(hg.evolution(problem, sigma=0.1, num_pairs=4), at=at)
+
+
+def test_rounding_of_lambda_is_part_of_the_noise():
+    """Around 8 a bfloat16 moves by 1/32 or 1/16: the quotient divides by the move that was made."""
+    problem = hg.BilevelProblem(pull, lambda w, h, batch, key: jnp.sum(h.astype(jnp.float32)) + 0.0 * jnp.sum(w))
+    at = (jnp.zeros(1, jnp.bfloat16), jnp.full(1, 8.0, jnp.bfloat16))
+    _, grad, _ = estimate(hg.evolution(problem, sigma=np.float64(0.1), num_pairs=2000), at=at, optimizer=None)
+    assert grad.dtype == jnp.bfloat16
+    assert float(grad[0]) == pytest.approx(1.0, abs=0.15)
+    tx = hg.bilevel(
+        hg.evolution(problem, sigma=np.float64(0.1), num_pairs=4, persistent=True),
+        inner_optimizer=SGD,
+        outer_optimizer=SGD,
+        key=0,
+    )
+    variables = hg.BilevelParams(*at)
+    _, state = jax.jit(tx.update)(None, tx.init(variables), variables, inner_batch=(), outer_batch=())
+    assert state.estimator.sums.dtype == jnp.bfloat16
+
+
+def test_ranks_and_errors_under_strict_promotion():
+    with jax.numpy_rank_promotion("raise"):
+        for options in ({"sigma": 0.1}, {"sigma": lambda h: 0.1 + 0.0 * h}, {"sigma": 0.1, "persistent": True}):
+            grad = estimate(hg.evolution(SQUARE, num_pairs=4, **options))[1]
+            assert np.isfinite(grad).all()
+
+
 def test_ranks_replace_losses():
     losses = jnp.array([[3.0, jnp.nan], [1e9, -2.0]])
     np.testing.assert_allclose(hg.centered_ranks(losses), [[-1 / 6, 0.5], [1 / 6, -0.5]])
+    np.testing.assert_allclose(hg.centered_ranks(jnp.array([2.0, 1.0, 2.0, 2.0])), [1 / 6, -0.5, 1 / 6, 1 / 6])
+    np.testing.assert_array_equal(hg.centered_ranks(jnp.zeros((2, 2))), 0.0)
     steep = hg.BilevelProblem(pull, lambda w, h, b, k: jnp.exp(30 * jnp.sum(w)))
     with_ranks = functools.partial(hg.evolution, sigma=0.1, num_pairs=50, fitness=hg.centered_ranks)
     _, one, _ = estimate(with_ranks(steep))
@@ -269,6 +342,9 @@ def test_ranks_replace_losses():
     [
         ({"sigma": 0.0}, "sigma to be finite and > 0"),
         ({"num_pairs": 0}, "num_pairs"),
+        ({"sigma": np.array([0.1, 0.0])}, "sigma to be finite and > 0"),
+        ({"sigma": lambda h: 0.1, "persistent": True}, "sigma as numbers with persistent"),
+        ({"sigma": lambda h: 0.1, "num_pairs": 1}, "two pairs or more"),
         ({"horizon": 5}, "no horizon without persistent"),
         ({"pairs_per_device": 3}, "pairs_per_device to divide"),
         ({"sharding": NamedSharding(jax.make_mesh((8,), ("d",)), PartitionSpec("d"))}, "divides evenly"),
@@ -280,6 +356,10 @@ def test_bad_settings_are_refused(options, words):
 
 
 def test_what_it_cannot_estimate_is_refused():
+    with pytest.raises(TypeError, match="fitness to be callable"):
+        hg.evolution(LINEAR, sigma=0.1, num_pairs=4, fitness="ranks")
+    with pytest.raises(ValueError, match="fitness to return shape"):
+        estimate(hg.evolution(LINEAR, sigma=0.1, num_pairs=4, fitness=jnp.sum))
     with pytest.raises(TypeError, match="key"):
         estimate(hg.evolution(LINEAR, sigma=0.1, num_pairs=4), None)
     two = {"h": START[1], "rate": np.array(0.1)}

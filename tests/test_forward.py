@@ -78,6 +78,64 @@ def test_a_functional_call_starts_anew():
     assert int(info.method.age) == 3
 
 
+def test_a_functional_call_differentiates_a_fresh_optimizer_state():
+    square = lambda w, h, batch, key: 0.5 * jnp.sum(w**2)  # noqa: E731
+    problem, none = hg.BilevelProblem(square, square), hg.IndexedBatch((), jnp.arange(5))
+    injected = lambda h: optax.inject_hyperparams(optax.sgd)(learning_rate=0.1 * jnp.exp(h))  # noqa: E731
+    modes = hg.forward(), hg.forward(persistent=True)
+    one, two = (
+        hg.hypergrad(hg.unrolled(problem, mode), injected)(jnp.ones(2), jnp.zeros(()), none, (), key=None)
+        for mode in modes
+    )
+    assert abs(float(one)) > 0.1
+    equal(one, two)
+
+
+def test_tangents_that_overflow_start_again():
+    """The logistic map x ← r x (1 − x) is chaotic at r = 3.9: tangents double at each step."""
+    chaos = lambda w, h, batch, key: -jnp.sum((h - 1) * w**2 / 2 - h * w**3 / 3)  # noqa: E731
+    problem = hg.BilevelProblem(chaos, lambda w, h, batch, key: jnp.sum(w))
+    tx = hg.bilevel(
+        hg.unrolled(problem, hg.forward(persistent=True)),
+        inner_optimizer=optax.sgd(1.0),
+        outer_optimizer=optax.sgd(0.0),
+        window=5,
+    )
+    with jax.enable_x64(False):
+        variables = hg.BilevelParams(jnp.array([0.3]), jnp.array(3.9))
+        state, update, reasons, ages = tx.init(variables), jax.jit(tx.update), [], []
+        for _ in range(100):
+            updates, state = update(
+                None, state, variables, inner_batch=hg.IndexedBatch((), jnp.arange(5)), outer_batch=()
+            )
+            variables = optax.apply_updates(variables, updates)
+            reasons.append(hg.SkipReason(int(state.info.skip_reason)))
+            ages.append(int(state.info.method.age))
+    assert set(reasons) == {hg.SkipReason.NONE, hg.SkipReason.HYPERGRAD}
+    assert [age == 0 for age in ages] == [reason == hg.SkipReason.HYPERGRAD for reason in reasons]
+    assert reasons.count(hg.SkipReason.HYPERGRAD) < 10
+
+
+def test_calls_without_an_outer_step_need_no_outer_batch():
+    tx = hg.bilevel(
+        hg.unrolled(PROBLEM, hg.forward(persistent=True)),
+        inner_optimizer=OPTIMIZERS["momentum"],
+        outer_optimizer=optax.sgd(0.0),
+        window=1,
+        every=2,
+    )
+    variables = hg.BilevelParams(W, H)
+    state = tx.init(variables)
+    _, state = tx.update(None, state, variables, inner_batch=jnp.asarray(X[0]), outer_batch=None)
+    assert int(state.estimator.age) == 1
+
+
+def test_best_response_is_that_of_the_window():
+    fn = lambda mode: hg.best_response(hg.unrolled(PROBLEM, mode), OPTIMIZERS["momentum"])  # noqa: E731
+    one, two = (fn(mode)(W, H, jnp.asarray(X[:3]), key=None) for mode in (hg.forward(), hg.forward(persistent=True)))
+    equal(one, two)
+
+
 def test_it_goes_on_where_no_outer_step_is_due():
     """Eight calls of one step, an outer step at every fourth: they equal unrolls of four and of eight."""
     tx = hg.bilevel(

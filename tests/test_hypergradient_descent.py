@@ -111,9 +111,48 @@ def test_a_gradient_that_says_nothing_leaves_the_rate(grad):
 def test_a_rule_of_ones_own_and_one_that_fails():
     halves = hg.optimizers.RateRule(lambda rate, inner, cosine: rate / 2)
     _, states = run(hd(optax.sgd, halves, init_rate=0.4), 3)
-    assert [float(s.rate) for s in states] == pytest.approx([0.4, 0.2, 0.1])
+    assert [float(s.rate) for s in states] == pytest.approx([0.2, 0.1, 0.05])
     fails = hg.optimizers.RateRule(lambda rate, inner, cosine: jnp.nan)
     assert float(run(hd(optax.sgd, fails, init_rate=0.4), 3)[1][-1].rate) == pytest.approx(0.4)
+
+
+def test_bounds_hold_from_the_first_step():
+    _, states = run(hd(optax.sgd, clipped(multiplicative(0.1), 1e-3, 0.1), init_rate=5.0), 1)
+    assert float(states[0].rate) == pytest.approx(0.1)
+
+
+def test_a_rule_that_returns_a_vector_is_refused():
+    pair = hg.optimizers.RateRule(lambda rate, inner, cosine: jnp.stack([rate, rate]))
+    with pytest.raises(ValueError, match="returns a scalar"):
+        run(hd(optax.sgd, pair, init_rate=0.4), 1)
+
+
+def test_no_leaf_and_complex_leaves():
+    parts = {"a": hd(optax.sgd, multiplicative(0.1), init_rate=0.1), "b": optax.sgd(0.1)}
+    tx, w = optax.partition(parts, {"w": "b"}), {"w": jnp.ones(2)}
+    updates, _ = tx.update(w, tx.init(w), w)
+    np.testing.assert_allclose(updates["w"], -0.1)
+    with pytest.raises(TypeError, match="floating dtype"):
+        hd(optax.sgd, multiplicative(0.1), init_rate=0.1).init(jnp.ones(2, jnp.complex64))
+
+
+@pytest.mark.parametrize("per_leaf", [False, True])
+def test_an_unroll_through_it_is_finite_where_a_gradient_is_zero(per_leaf, x64):
+    """A bias at zero has a gradient of zero: reverse and forward mode agree."""
+
+    def inner(w, h, batch, key):
+        return 0.5 * jnp.sum((w["a"] - 2.0) ** 2) + 0.5 * jnp.exp(h) * jnp.sum(w["bias"] ** 2)
+
+    problem = hg.BilevelProblem(inner, lambda w, h, batch, key: jnp.sum(w["a"] ** 2) + jnp.sum(w["bias"]) + h)
+    rule = multiplicative(0.1)
+    make = lambda h: hd(lambda rate: optax.sgd(rate * jnp.exp(h)), rule, init_rate=0.1, per_leaf=per_leaf)  # noqa: E731
+    w, steps = {"a": jnp.ones(2), "bias": jnp.zeros(2)}, hg.IndexedBatch((), jnp.arange(4))
+    grads = [
+        hg.hypergrad(hg.unrolled(problem, mode), make)(w, jnp.array(0.3), steps, (), key=None)
+        for mode in (hg.reverse(), hg.forward())
+    ]
+    assert np.isfinite(float(grads[0]))
+    assert float(grads[0]) == pytest.approx(float(grads[1]), rel=1e-6)  # rates are float32
 
 
 def test_large_and_small_gradients_have_a_cosine():
@@ -196,8 +235,11 @@ def test_a_part_that_does_not_scale_with_the_rate_is_refused_by_leaf():
     def decoupled(rate):
         return optax.chain(optax.adam(rate), optax.add_decayed_weights(-1e-2))
 
-    with pytest.raises(ValueError, match=r"proportional to the learning rate.*\['a'\]"):
-        hd(decoupled, multiplicative(0.1), init_rate=0.1).init(jax.tree.map(jnp.asarray, W))
+    for scale in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"proportional to the learning rate.*\['a'\]"):
+            hd(decoupled, multiplicative(0.1), init_rate=0.1).init(
+                {name: jnp.asarray(scale * w) for name, w in W.items()}
+            )
     hd(lambda rate: optax.adamw(rate), multiplicative(0.1), init_rate=0.1).init(jax.tree.map(jnp.asarray, W))
 
 

@@ -74,6 +74,25 @@ def test_state_is_four_copies_and_dtypes_stay():
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updates))
 
 
+def test_averages_of_bfloat16_gradients_are_float32():
+    """0.999 is 1 in bfloat16: an average of that dtype would never forget."""
+    w = jnp.ones(2, jnp.bfloat16)
+    tx = learned(NETWORK.init(0))
+    state, update = tx.init(w), jax.jit(tx.update)
+    for size in [10.0] * 5 + [0.01] * 200:
+        _, state = update(jnp.full(2, size, jnp.bfloat16), state, w)
+    assert state.squares.dtype == jnp.float32
+    np.testing.assert_allclose(state.squares, 0.5 * 0.998 * 0.999**200, rtol=0.01)
+
+
+def test_strict_settings_and_a_leaf_without_entries():
+    w = {"a": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones((0,)), "c": jnp.ones(())}
+    tx = learned(NETWORK.init(0), widths={"a": jnp.ones((1, 2)), "b": 1.0, "c": 2.0})
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+        updates, _ = tx.update(w, tx.init(w), w)
+    assert updates["b"].shape == (0,)
+
+
 def test_a_gradient_of_zero_gives_finite_updates_and_derivatives():
     w = jnp.ones(3)
 

@@ -210,6 +210,28 @@ def test_priors_and_bijectors_pass_through():
         )
 
 
+def test_a_solve_batch_is_for_the_solve():
+    fn = hg.value_and_hypergrad(hg.partition(estimators(PROBLEM), LABELS), optimizer)
+    half = jax.tree.map(lambda x: x[0, :8], batches()[0])
+    (_, grad), _ = fn(W, H, *batches(), key=3, solve_batch=half)
+    (_, other), _ = fn(W, H, *batches(), key=3)
+    assert float(jnp.abs(grad["decay"] - other["decay"]).max()) > 1e-6
+    np.testing.assert_array_equal(grad["rate"], other["rate"])
+    without = hg.partition({"direct": hg.direct(PROBLEM)}, "direct")
+    own = {"shift": H["shift"]}
+    problem = hg.BilevelProblem(lambda w, h, b, k: inner(w, H | h, b, k), lambda w, h, b, k: outer(w, H | h, b, k))
+    without = hg.value_and_hypergrad(hg.partition({"direct": hg.direct(problem)}, "direct"), optax.sgd(0.1))
+    with pytest.raises(ValueError, match="no solve_batch for direct"):
+        without(W, own, *batches(), key=3, solve_batch=half)
+
+
+def test_methods_with_steps_are_refused_over_plain_weights_beside_a_response():
+    base = hg.BilevelProblem(lambda w, h, b, k: inner(w, h, b, k), outer)
+    learned = hg.responses.perturbed(hg.responses.with_response(base, hg.responses.linear()), scale=0.1)
+    with pytest.raises(ValueError, match=r"without inner steps.*'rates'"):
+        hg.partition({"rates": hg.unrolled(base), "all": hg.direct(learned)}, "all")
+
+
 @pytest.mark.parametrize(
     ("change", "labels", "words"),
     [

@@ -12,6 +12,7 @@ Reference: Vicol, Metz & Sohl-Dickstein, Unbiased gradient estimation in unrolle
 evolution strategies, arXiv 2112.13835; Salimans et al., arXiv 1703.03864 (antithetic pairs, ranks).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,7 +37,8 @@ class EvolutionInfo(NamedTuple):
     """What the last estimate knows of itself.
 
     Attributes:
-      standard_error: tree like the hyperparameters: of the mean over pairs, √(variance over pairs / pairs).
+      standard_error: tree like the hyperparameters: of the mean over pairs, √(variance over pairs / pairs); infinite
+        where it is not known: one pair, or a leaf that is not perturbed.
       num_dropped: int32 scalar, pairs with a loss that was not finite: they do not count.
       num_restarts: int32 scalar, pairs that started again so far, at ``horizon`` or because they were not finite; 0
         without ``persistent``.
@@ -55,7 +57,8 @@ class _Particles(NamedTuple):
       at: ``Trained`` with two leading axes, (2, pairs): + and −.
       noise: tree like λ with a leading axis of pairs: z of the present outer period.
       sums: likewise, Σ of ε over a particle's life.
-      ages: (pairs,) int32, inner steps since the start.
+      losses: (pairs, 2), the outer losses of the last outer step; 0 for pairs that must start again.
+      ages: (pairs,) int32, inner steps since the start; the largest number for pairs that must start again.
       renew: bool scalar, whether the next call draws noise: it follows an outer step.
       restarts: int32 scalar.
     """
@@ -64,6 +67,7 @@ class _Particles(NamedTuple):
     at: Trained
     noise: Hyperparams
     sums: Hyperparams
+    losses: Array
     ages: Array
     renew: Array
     restarts: Array
@@ -73,10 +77,10 @@ def centered_ranks(losses: Array) -> Array:
     """Return the ranks of losses, scaled to [−½, ½]: a ``fitness`` that no outlier and no scale can change.
 
     Args:
-      losses: an array of any shape; one that is not finite ranks highest.
+      losses: an array of any shape; one that is not finite ranks highest. Equal losses share the mean of their ranks.
 
     Returns:
-      An array of that shape: rank/(n − 1) − ½. The estimate is then no gradient of the loss, but a direction.
+      A float array of that shape: rank/(n − 1) − ½. The estimate is then no gradient of the loss, but a direction.
 
     >>> import jax.numpy as jnp
     >>> centered_ranks(jnp.array([3.0, 1e9, -2.0])).tolist()
@@ -85,8 +89,9 @@ def centered_ranks(losses: Array) -> Array:
     Reference: Salimans et al., Evolution strategies as a scalable alternative, arXiv 1703.03864 §2.1.
     """
     flat = jnp.where(jnp.isfinite(losses), losses, jnp.inf).ravel()
-    ranks = jnp.zeros(flat.shape, losses.dtype).at[jnp.argsort(flat)].set(jnp.arange(flat.size, dtype=losses.dtype))
-    return (ranks / max(1, flat.size - 1) - 0.5).reshape(losses.shape)
+    ordered = jnp.sort(flat)
+    below, up_to = (jnp.searchsorted(ordered, flat, side=side).astype(float) for side in ("left", "right"))
+    return ((below + up_to - 1.0) / (2.0 * max(1, flat.size - 1)) - 0.5).reshape(losses.shape)
 
 
 def evolution(
@@ -107,14 +112,15 @@ def evolution(
     Args:
       problem: over plain weights; its inner loss must be differentiable in the weights, nothing in λ.
       sigma: σ > 0, the standard deviation of ε in unconstrained λ: one number, or a tree prefix of λ with a number or
-        an array per leaf. Or a function from λ to such a tree, for a learned σ: then its derivative is added by the
-        score function, and a leaf that only sets σ has the Python number 0.
+        an array per leaf. Or, without ``persistent``, a function from λ to such a tree, for a learned σ: then its
+        derivative is added by the score function, and a leaf that only sets σ has the Python number 0.
       num_pairs: n ≥ 1, antithetic pairs; more lower the variance as 1/n.
       persistent: let the particles live on over the windows (PES): the hypergradient of short windows has then no
         short-horizon bias.
       horizon: of ``persistent``, inner steps after which a particle starts again, before a window, with the weights,
         optimizer state and model state of ``init``. Ages begin staggered. None: never.
-      fitness: function of the (pairs, 2) losses in their place, e.g. ``hg.centered_ranks``; None: the losses.
+      fitness: function from the (pairs, 2) losses to as many numbers, which take their place, e.g.
+        ``hg.centered_ranks``; None: the losses.
       pairs_per_device: pairs that are trained at a time: memory for 2 × so many copies of the weights. None: all.
       sharding: of the axis of pairs, e.g. ``NamedSharding(mesh, PartitionSpec("pairs"))``: particles are spread over
         that axis of a mesh.
@@ -123,17 +129,18 @@ def evolution(
       An ``Estimator`` that needs a key on every call. With an inner optimizer a particle takes the call's K steps on
       the batches and keys of the training itself, so that only λ differs; the weights train at the unperturbed λ.
       Without one, the outer loss is taken at the weights as they are. Without ``persistent`` it has no state; with it,
-      2n copies of the weights and the optimizer's state, and 2n of λ. A pair with a loss that is not finite is dropped,
-      which biases the estimate, and starts again. Its info is an ``EvolutionInfo``.
+      2n + 1 copies of the weights and the optimizer's state, and 2n of λ. A pair of which one loss is not finite is
+      left out, and the estimate is then biased; a persistent pair starts again. Its info is an ``EvolutionInfo``.
 
     Raises:
-      TypeError: no ``BilevelProblem``, or a number of another type; at a call, no key.
-      ValueError: a number out of its range, ``horizon`` without ``persistent``, a problem with a response; at a call, a
-        leaf of λ that is not perturbed and does not set σ, or that the losses and the optimizer do not use.
+      TypeError: no ``BilevelProblem``, or a setting of another type; at a call, no key.
+      ValueError: a number out of its range, ``horizon`` without ``persistent``, a learned σ with it or with one pair, a
+        problem with a response; at a call, a leaf of λ that is not perturbed and does not set σ, or that the losses and
+        the optimizer do not use, or a ``fitness`` of another shape.
 
     Valid as an unbiased estimate of the gradient of the smoothed loss, not of the loss: the two differ by O(σ²) where
-    the loss is smooth. For persistent particles in the limit of small changes of λ per window. If all pairs are dropped
-    it is NaN, which the guard reports.
+    the loss is smooth. With persistent particles it is unbiased if λ changes little during a particle's life. If all
+    pairs are left out it is NaN, which the guard reports. σ must be above the rounding of λ: keep λ in float32.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp
     >>> problem = hg.BilevelProblem(lambda w, h, b, k: ((w - h) ** 2).sum(), lambda w, h, b, k: jnp.round(10 * h).sum())
@@ -146,12 +153,12 @@ def evolution(
     """
     check_problem(problem)
     refuse_response("evolution", problem)
-    if not callable(sigma):
-        for scale in jax.tree.leaves(sigma):
-            if np.ndim(scale) == 0:
-                validate.number("sigma", scale, low=0.0, strict=True)
     validate.positive_int("num_pairs", num_pairs)
     validate.flag("persistent", persistent)
+    _check_sigma(sigma, num_pairs, persistent=persistent)
+    if not (fitness is None or callable(fitness)):
+        fix = "Pass e.g. hg.centered_ranks, or None."
+        raise TypeError(validate.message("fitness to be callable", validate.describe(fitness), fix))
     if horizon is not None:
         validate.positive_int("horizon", horizon)
         if not persistent:
@@ -161,16 +168,14 @@ def evolution(
 
     def scales(hyperparams: Hyperparams) -> list[Any]:
         given = sigma(hyperparams) if callable(sigma) else sigma
-        return [scale for _, _, scale in validate.by_prefix("evolution", "sigma", hyperparams, given)]
+        return [scale for *_, scale in validate.by_prefix("evolution", "sigma", hyperparams, given, of="hyperparams")]
 
     def draw(ctx: Context) -> Hyperparams:
         """Return ε with a leading axis of pairs."""
         leaves, structure = jax.tree.flatten(ctx.hyperparams)
         keys = jax.random.split(validate.required_key(ctx.keys.advance), len(leaves))
-        drawn = [
-            scale * jax.random.normal(key, (num_pairs, *jnp.shape(leaf)), leaf.dtype)
-            for key, leaf, scale in zip(keys, leaves, lax.stop_gradient(scales(ctx.hyperparams)), strict=True)
-        ]
+        sizes = lax.stop_gradient(scales(ctx.hyperparams))
+        drawn = [_noise(key, leaf, size, num_pairs) for key, leaf, size in zip(keys, leaves, sizes, strict=True)]
         return jax.tree.unflatten(structure, chunks.placed(drawn))
 
     def trained(ctx: Context, start: Trained, hyperparams: Hyperparams) -> Trained:
@@ -190,29 +195,38 @@ def evolution(
         per_pair = lambda: chunks.placed(  # noqa: E731
             jax.tree.map(lambda h: jnp.zeros((num_pairs, *jnp.shape(h)), h.dtype), ctx.hyperparams)
         )
-        ages = jnp.arange(num_pairs, dtype=jnp.int32) * (horizon or 0) // num_pairs
-        return _Particles(born, at, per_pair(), per_pair(), ages, jnp.array(True), none), blank
+        ages = jnp.asarray(np.arange(num_pairs) * (horizon or 0) // num_pairs, jnp.int32)
+        losses = jnp.zeros((num_pairs, 2))
+        return _Particles(born, at, per_pair(), per_pair(), losses, ages, jnp.array(True), none), blank
 
     def advance(state: _Particles, ctx: Context) -> _Particles:
         again = state.ages >= (_NEVER if horizon is None else horizon)
-        fresh = lambda x, new: jnp.where(again.reshape(-1, *[1] * (x.ndim - 1)), new, x)  # noqa: E731
-        at = jax.tree.map(lambda x, born: fresh(x, born.astype(x.dtype)), state.at, state.born)
+        at = jax.tree.map(lambda x, born: _rows(~again, x, born.astype(x.dtype)), state.at, state.born)
         noise = lax.cond(state.renew, lambda: draw(ctx), lambda: state.noise)
-        begun = jax.tree.map(lambda x: fresh(x, jnp.zeros((), x.dtype)), state.sums)
-        added = state.renew | again
-        sums = jax.tree.map(
-            lambda s, e: s + jnp.where(added.reshape(-1, *[1] * (e.ndim - 1)), e, jnp.zeros((), e.dtype)), begun, noise
-        )
+        begun = jax.tree.map(lambda x: _rows(~again, x, jnp.zeros((), x.dtype)), state.sums)
+        added = jax.tree.map(lambda e: _rows(state.renew | again, e, jnp.zeros((), e.dtype)), noise)
+        sums = jax.tree.map(jnp.add, begun, added)
 
         def move(at: Trained, hyperparams: Hyperparams) -> Trained:
             return tree.match_dtypes(trained(ctx, at, hyperparams), at)
 
         at = chunks.map(_both_signs(move, ctx.hyperparams), at, noise)
         steps = 0 if ctx.inner_optimizer is None else data.window_length(ctx.inner_batches)
-        ages = jnp.where(again, 0, state.ages) + steps
-        return _Particles(
-            state.born, at, noise, sums, ages, jnp.array(False), state.restarts + jnp.sum(again, dtype=jnp.int32)
-        )
+        alive = _finite_rows(at, num_pairs)
+        at = jax.tree.map(lambda x, born: _rows(alive, x, born.astype(x.dtype)), at, state.born)
+        due = jnp.asarray(ctx.due)
+
+        def losses_at() -> Array:
+            of_pair = lambda at, hyperparams: loss(ctx, at, hyperparams)  # noqa: E731
+            return chunks.map(_both_signs(of_pair, ctx.hyperparams), at, noise).astype(state.losses.dtype)
+
+        losses = state.losses if ctx.due is False else lax.cond(due, losses_at, lambda: state.losses)
+        alive = alive & jnp.isfinite(losses).all(axis=1)
+        losses = jnp.where(alive[:, None], losses, jnp.zeros((), losses.dtype))  # a state with NaN would be refused
+        ages = jnp.where(alive, jnp.where(again, 0, state.ages) + steps, _NEVER)
+        restarts = state.restarts + jnp.sum(again, dtype=jnp.int32)
+        # The next call draws noise after an outer step, whether that is taken or skipped.
+        return _Particles(state.born, at, noise, sums, losses, ages, due, restarts)
 
     def estimate(state: PyTree, ctx: Context) -> Estimate:
         refuse_solve_batch("evolution", ctx)
@@ -220,36 +234,37 @@ def evolution(
         value, aux = outer_loss_fn(ctx)(ctx.at.params, ctx.hyperparams)
         if persistent:
             noise, sums = state.noise, state.sums
-            of_pair = lambda at, hyperparams: loss(ctx, at, hyperparams)  # noqa: E731
-            losses = chunks.map(_both_signs(of_pair, ctx.hyperparams), state.at, noise)
+            losses = jnp.where((state.ages < _NEVER)[:, None], state.losses, jnp.full_like(state.losses, jnp.nan))
         else:
             noise = sums = draw(ctx)
             of_pair = lambda _, h: loss(ctx, lax.optimization_barrier(trained(ctx, ctx.start, h)), h)  # noqa: E731
             losses = chunks.map(_both_signs(of_pair, ctx.hyperparams), jnp.zeros((num_pairs, 2)), noise)
         # Barriers: to the last bit the same numbers for particles that live on over one window, and that do not.
-        noise, sums, losses = lax.optimization_barrier((noise, sums, losses))
+        noise, sums, losses = lax.optimization_barrier((noise, sums, losses.astype(float)))
         finite = jnp.isfinite(losses).all(axis=1)
-        fits = losses if fitness is None else fitness(losses)
+        fits = losses if fitness is None else jnp.asarray(fitness(losses))
+        if fits.shape != losses.shape:
+            fix = "Return one number per loss, as hg.centered_ranks does."
+            raise ValueError(validate.message(f"fitness to return shape {losses.shape}", f"{fits.shape}", fix))
         halves = jnp.where(finite, (fits[:, 0] - fits[:, 1]) / 2, 0.0)
-        count = jnp.sum(finite)
-        sizes = scales(ctx.hyperparams)
+        count, sizes = jnp.sum(finite), scales(ctx.hyperparams)
         structure = jax.tree.structure(ctx.hyperparams)
         pairs = [
-            _over_square(leaf, size) * halves.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)
+            _over_square(leaf, size) * _column(halves, leaf.ndim).astype(leaf.dtype)
             for leaf, size in zip(jax.tree.leaves(sums), sizes, strict=True)
         ]
-        means = [jnp.sum(leaf, axis=0) / count.astype(leaf.dtype) for leaf in pairs]  # 0/0: all pairs dropped
-        errors = [_standard_error(leaf, mean, finite, count) for leaf, mean in zip(pairs, means, strict=True)]
+        means = [jnp.sum(leaf, axis=0) / count.astype(leaf.dtype) for leaf in pairs]  # 0/0: no pair is left
+        errors = [
+            jnp.full_like(mean, jnp.inf) if _is_still(size) else _standard_error(leaf, mean, finite, count)
+            for leaf, mean, size in zip(pairs, means, sizes, strict=True)
+        ]
         hypergrad = jax.tree.unflatten(structure, means)
         if callable(sigma):
             middles = jnp.where(finite, fits.mean(axis=1), 0.0)
             slopes = _score_of_scales(jax.tree.leaves(noise), sizes, middles, finite, count)
             scored = jax.vjp(lambda h: _arrays(scales(h)), ctx.hyperparams)[1](slopes)[0]
             hypergrad = jax.tree.map(lambda a, b: a + b.astype(a.dtype), hypergrad, scored)
-        restarts = jnp.zeros((), jnp.int32)
-        if persistent:
-            restarts = state.restarts
-            state = state._replace(renew=jnp.array(True), ages=jnp.where(finite, state.ages, _NEVER))
+        restarts = state.restarts if persistent else jnp.zeros((), jnp.int32)
         dropped = (num_pairs - count).astype(jnp.int32)
         info = EvolutionInfo(jax.tree.unflatten(structure, errors), dropped, restarts)
         return Estimate(value, hypergrad, state, info, aux)
@@ -262,6 +277,49 @@ def evolution(
 
 
 _NEVER = np.iinfo(np.int32).max
+
+
+def _check_sigma(sigma: Any, num_pairs: int, *, persistent: bool) -> None:
+    if callable(sigma):
+        fix = "Pass numbers, or leave one of the two out."
+        if persistent:
+            wanted = "sigma as numbers with persistent=True: a particle's life has one sigma"
+            raise ValueError(validate.message(wanted, "a function of λ", fix))
+        if num_pairs < 2:
+            raise ValueError(validate.message("two pairs or more for a learned sigma", f"{num_pairs}", fix))
+        return
+    for scale in jax.tree.leaves(sigma):
+        if np.ndim(scale) == 0:
+            validate.number("sigma", scale, low=0.0, strict=True)
+        elif not (np.isfinite(np.asarray(scale, float)) & (np.asarray(scale, float) > 0)).all():
+            fix = "Choose sigma finite and > 0."
+            raise ValueError(validate.message("sigma to be finite and > 0", f"{scale}", fix))
+
+
+def _noise(key: Array, leaf: Any, scale: Any, count: int) -> Array:
+    """Return ε with a leading axis of pairs: (λ + ε) − λ, so that rounding of λ + ε is part of it."""
+    leaf = jnp.asarray(leaf)
+    size = jnp.broadcast_to(jnp.asarray(scale, leaf.dtype), leaf.shape)[None]
+    drawn = size * jax.random.normal(key, (count, *leaf.shape), leaf.dtype)
+    return drawn if jnp.finfo(leaf.dtype).bits >= 32 else (leaf[None] + drawn) - leaf[None]
+
+
+def _column(of_pairs: Array, ndim: int) -> Array:
+    """Return a vector over pairs in the shape (pairs, 1, …) of an array of ``ndim`` axes."""
+    return of_pairs.reshape(-1, *[1] * (ndim - 1))
+
+
+def _rows(marks: Array, x: Array, other: Array) -> Array:
+    """Return the rows of marked pairs from ``x``, others from ``other``."""
+    return jnp.where(_column(marks, x.ndim), x, jnp.broadcast_to(other, x.shape))
+
+
+def _finite_rows(of_pairs: PyTree, count: int) -> Array:
+    """Return which pairs have finite floating leaves only."""
+    marks = jnp.ones(count, bool)
+    for leaf in tree.split_floating(of_pairs)[0]:
+        marks = marks & jnp.isfinite(leaf).reshape(count, -1).all(axis=1)
+    return marks
 
 
 def _both_signs(fn: Callable[[Any, Hyperparams], Any], hyperparams: Hyperparams) -> Callable[[Any, Hyperparams], Any]:
@@ -348,7 +406,8 @@ def _over_square(of_pairs: Array, scale: Any) -> Array:
     """Return ξ/σ²; 0 for a leaf that is not perturbed."""
     if _is_still(scale):
         return jnp.zeros_like(of_pairs)
-    return of_pairs / jnp.square(jnp.asarray(scale, of_pairs.dtype))
+    shape = of_pairs.shape[1:]
+    return of_pairs / jnp.square(jnp.broadcast_to(jnp.asarray(scale, of_pairs.dtype), shape))[None]
 
 
 def _is_still(scale: Any) -> bool:
@@ -357,9 +416,11 @@ def _is_still(scale: Any) -> bool:
 
 
 def _standard_error(of_pairs: Array, mean: Array, finite: Array, count: Array) -> Array:
-    apart = jnp.where(finite.reshape(-1, *[1] * (of_pairs.ndim - 1)), of_pairs - mean, 0.0)
-    n = count.astype(of_pairs.dtype)
-    return jnp.sqrt(jnp.sum(jnp.square(apart), axis=0) / (n * jnp.maximum(n - 1, 1))).astype(of_pairs.dtype)
+    apart = jnp.where(_column(finite, of_pairs.ndim), of_pairs - mean[None], 0.0)
+    several = count > 1
+    n = jnp.where(several, count, 2).astype(of_pairs.dtype)
+    found = jnp.sqrt(jnp.sum(jnp.square(apart), axis=0) / (n * (n - 1)))
+    return jnp.where(several, found, jnp.inf).astype(of_pairs.dtype)
 
 
 def _arrays(scales: list[Any]) -> list[Array]:
@@ -376,8 +437,9 @@ def _score_of_scales(noise: list[Array], scales: list[Any], middles: Array, fini
         if _is_still(scale):
             found.append(jnp.zeros_like(size))
             continue
-        z = drawn / size.astype(drawn.dtype)
-        each = jnp.tensordot(centered.astype(drawn.dtype), jnp.square(z) - 1, axes=1) / size.astype(drawn.dtype)
+        wide = jnp.broadcast_to(size.astype(drawn.dtype), drawn.shape[1:])
+        z = drawn / wide[None]
+        each = jnp.tensordot(centered.astype(drawn.dtype), jnp.square(z) - 1, axes=1) / wide
         axes = tuple(range(each.ndim - size.ndim))
         summed = jnp.sum(each, axis=axes)
         kept = tuple(i for i, width in enumerate(size.shape) if width == 1)
@@ -401,7 +463,9 @@ def _check_paths(
         fix = "Give it a positive sigma, or leave it to another estimator."
         got = f"sigma 0 for {', '.join(names[i] for i in still)}, which sets no other sigma"
         raise ValueError(validate.message("every hyperparameter leaf to be perturbed", got, fix))
-    depends = dataflow.dependence(lambda h: loss(ctx, *reach(h)), hyperparams)
+    # Without the prior, which every leaf may enter and which measures none.
+    measured = ctx._replace(problem=dataclasses.replace(ctx.problem, prior=None))
+    depends = dataflow.dependence(lambda h: loss(measured, *reach(h)), hyperparams)
     unseen = [i for i in range(count) if not _is_still(sizes[i]) and not any(depends(one_leaf[i]))]
     if unseen:
         path, hint = ZERO_GRADIENT_HINTS["evolution"]

@@ -181,16 +181,15 @@ def basis(hyperparams: Hyperparams) -> Hyperparams:
 
 
 def carried(
-    run_window: Callable[[Hyperparams, list[Array]], PyTree],
-    hyperparams: Hyperparams,
-    floats: list[Array],
-    tangents: list[Array],
+    run_window: Callable[..., PyTree], hyperparams: Hyperparams, *start: list[Array]
 ) -> tuple[list[Array], PyTree]:
-    """Return dz_K/dλ and what the window reached, z_K = run_window(λ, z_0), given z_0 and dz_0/dλ.
+    """Return dz_K/dλ and what the window reached, z_K = run_window(λ, z_0).
 
-    ``floats`` are the floating leaves of z_0; tangents have a leading axis of hyperparameters.
+    ``start`` is the floating leaves of z_0, and dz_0/dλ with a leading axis of hyperparameters. Without: z_K =
+    run_window(λ), from a z_0 that does not depend on λ.
     """
-    return _push(run_window, (hyperparams, floats), (basis(hyperparams), tangents))
+    given, tangents = start[:1], start[1:]
+    return _push(run_window, (hyperparams, *given), (basis(hyperparams), *tangents))
 
 
 def paired(tangents: list[Array], reached: PyTree, outer_loss_fn: OuterLoss, hyperparams: Hyperparams) -> Any:

@@ -28,8 +28,10 @@ def partition(estimators: Mapping[str, Estimator], labels: PyTree | Callable[[Hy
     dL_out/dλ leaf by leaf: each leaf has the hypergradient that its estimator alone would give it.
 
     Args:
-      estimators: by label. All are of the same problem. Beside ``direct`` of a learned response, others may be of the
-        problem over plain weights that the response was made for: they see the weights that it gives.
+      estimators: by label. All are of the same problem. Beside ``direct`` of a learned response, those that take no
+        inner steps (``implicit``) may be of the problem over plain weights that the response was made for: they see the
+        weights that it gives. Settings that are trees like λ (``sigma``) have an entry for each leaf of λ; only
+        those of the estimator's own leaves count.
       labels: a tree prefix of the hyperparameters with a label in place of each leaf, or a function from the
         hyperparameters to one.
 
@@ -62,30 +64,32 @@ def partition(estimators: Mapping[str, Estimator], labels: PyTree | Callable[[Hy
         got = f"{len(trains)}: {', '.join(map(repr, trains))}"
         raise ValueError(validate.message("at most one estimator that differentiates the training steps", got, fix))
     spread = functools.partial(_spread, labels, tuple(estimators))
+    solves = any(estimator.unknowns is not None for estimator in estimators.values())
+    restricted = functools.partial(_restricted, solves=solves)
 
     def init(ctx: Context) -> tuple[PyTree, PyTree]:
         marks = spread(ctx.hyperparams)
-        made = {label: each.init(_restricted(ctx, each, label, marks)) for label, each in estimators.items()}
+        made = {label: each.init(restricted(ctx, each, label, marks)) for label, each in estimators.items()}
         return {label: state for label, (state, _) in made.items()}, {label: info for label, (_, info) in made.items()}
 
     def train(state: Any, ctx: Context) -> tuple[Trained, PyTree, Any]:
         (label,) = trains
         each = estimators[label]
         assert each.train is not None
-        at, own, tape = each.train(state[label], _restricted(ctx, each, label, spread(ctx.hyperparams)))
+        at, own, tape = each.train(state[label], restricted(ctx, each, label, spread(ctx.hyperparams)))
         return at, {**state, label: own}, tape
 
     def advance(state: Any, ctx: Context) -> PyTree:
         marks, new = spread(ctx.hyperparams), dict(state)
         for label, each in estimators.items():
             if each.advance is not None:
-                new[label] = each.advance(state[label], _restricted(ctx, each, label, marks))
+                new[label] = each.advance(state[label], restricted(ctx, each, label, marks))
         return new
 
     def estimate(state: Any, ctx: Context) -> Estimate:
         marks, found = spread(ctx.hyperparams), {}
         for label, each in estimators.items():
-            own = _restricted(ctx, each, label, marks)
+            own = restricted(ctx, each, label, marks)
             found[label] = each.estimate(state[label], own._replace(tape=ctx.tape if label in trains else ()))
         leaves = {label: iter(jax.tree.leaves(result.hypergrad)) for label, result in found.items()}
         hypergrad = jax.tree.map(lambda label: next(leaves[label]), marks)
@@ -122,6 +126,13 @@ def _common_problem(estimators: Any) -> BilevelProblem:
                 "it was made for, or the one with the response."
             )
             raise ValueError(validate.message("estimators of one problem", f"another one for {label!r}", fix))
+    for label, estimator in estimators.items():
+        if estimator.problem is not main and (estimator.train or estimator.advance):
+            fix = (
+                f"Hand {label!r} the problem with the response, or use hg.implicit: plain weights are not trained here."
+            )
+            wanted = "an estimator without inner steps for the plain problem beside a response"
+            raise ValueError(validate.message(wanted, f"one that takes steps, {label!r}", fix))
     return main
 
 
@@ -146,9 +157,11 @@ def _spread(labels: Any, known: tuple[str, ...], hyperparams: Hyperparams) -> Py
     return marks
 
 
-def _restricted(ctx: Context, estimator: Estimator, label: str, marks: PyTree) -> Context:
+def _restricted(ctx: Context, estimator: Estimator, label: str, marks: PyTree, *, solves: bool) -> Context:
     """Return what an estimator knows of a call: its own leaves; the others are constants of the problem."""
     problem, hyperparams = ctx.problem, ctx.hyperparams
+    if estimator.unknowns is None and solves:
+        ctx = ctx._replace(solve_batch=None)  # it is for those that solve a linear system
     if estimator.problem.response is None and problem.response is not None:
         response = problem.response
         if response.weights is None:

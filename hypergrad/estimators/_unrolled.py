@@ -33,7 +33,8 @@ class ForwardInfo(NamedTuple):
     Attributes:
       tangent_norm: scalar, ‖d(w, s)/dλ‖ over all hyperparameters. Where it grows by a constant factor per window,
         training is chaotic and the hypergradient says nothing: give ``hg.forward`` a ``horizon``.
-      age: int32 scalar, inner steps since it started at zero.
+      age: int32 scalar, inner steps since it started at zero. 0: it was not finite, and starts at zero again; the
+        hypergradient is then NaN.
     """
 
     tangent_norm: Array
@@ -154,25 +155,31 @@ def _persistent(problem: BilevelProblem, mode: UnrollMode) -> Estimator:
 
     def train_window(state: _Tangents, ctx: Context) -> tuple[Trained, _Tangents, Any]:
         _check_optimizer(ctx, mode)
-        outer = outer_loss_fn(ctx)
-        check_outer_path("unrolled", lambda w: outer(w, ctx.hyperparams)[0], ctx.start.params)
-        _check_paths(ctx, mode)
+        if ctx.due is not False:
+            outer = outer_loss_fn(ctx)
+            check_outer_path("unrolled", lambda w: outer(w, ctx.hyperparams)[0], ctx.start.params)
+            _check_paths(ctx, mode)
         alone = ctx.start.inner_state is None  # a functional call: nothing is known of what was before these weights
-        if alone:
-            optimizer = resolve_optimizer(ctx.inner_optimizer, ctx.problem.constrain(ctx.hyperparams))
-            ctx = ctx._replace(start=ctx.start._replace(inner_state=optimizer.init(ctx.start.params)))
         floats, restore = tree.split_floating(parts(ctx.start))
 
-        def run_window(hyperparams: Hyperparams, floats: list[Array]) -> tuple[Trained, Array]:
-            start = restore(floats)._replace(inner_loss=ctx.start.inner_loss)
+        def run_window(hyperparams: Hyperparams, *floats: list[Array]) -> tuple[Trained, Array]:
+            start = restore(*floats)._replace(inner_loss=ctx.start.inner_loss) if floats else ctx.start
             reached = train(ctx, start=start, hyperparams=hyperparams, unroll=mode.unroll)
             return parts(reached), jax.lax.stop_gradient(reached.inner_loss)
 
-        again = jnp.array(alone) if mode.horizon is None else alone | (state.age >= mode.horizon)
-        rows = [jnp.where(again, jnp.zeros_like(x), x) for x in state.rows]
-        rows, (reached, inner_loss) = carried(run_window, ctx.hyperparams, floats, rows)
-        age = jnp.where(again, 0, state.age) + data.window_length(ctx.inner_batches)
-        return reached._replace(inner_loss=inner_loss), _Tangents(rows[: len(floats)], age.astype(jnp.int32)), ()
+        age = jnp.zeros((), jnp.int32)
+        if alone:  # a fresh optimizer state is made in the window, and may depend on λ
+            rows, (reached, inner_loss) = carried(run_window, ctx.hyperparams)
+        else:
+            again = jnp.array(False) if mode.horizon is None else state.age >= mode.horizon
+            rows = [jnp.where(again, jnp.zeros_like(x), x) for x in state.rows]
+            rows, (reached, inner_loss) = carried(run_window, ctx.hyperparams, floats, rows)
+            age = jnp.where(again, 0, state.age)
+        rows = rows[: len(state.rows)]
+        finite = jnp.isfinite(tree.norm(rows))
+        rows = [jnp.where(finite, x, jnp.zeros_like(x)) for x in rows]
+        age = jnp.where(finite, age + data.window_length(ctx.inner_batches), 0).astype(jnp.int32)
+        return reached._replace(inner_loss=inner_loss), _Tangents(rows, age), ()
 
     def estimate(state: _Tangents, ctx: Context) -> Estimate:
         refuse_solve_batch("unrolled", ctx)
@@ -182,10 +189,12 @@ def _persistent(problem: BilevelProblem, mode: UnrollMode) -> Estimator:
             return outer_loss_fn(ctx._replace(at=at))(at.params, hyperparams)
 
         (value, aux), hypergrad = paired(state.rows, parts(ctx.at), outer_loss, ctx.hyperparams)
+        hypergrad = jax.tree.map(lambda g: jnp.where(state.age > 0, g, jnp.full_like(g, jnp.nan)), hypergrad)
         info = ForwardInfo(tree.norm(state.rows), state.age)
         return Estimate(value, hypergrad, state, info, aux)
 
-    return Estimator(problem, init, estimate, train=train_window)
+    of_one_window = unrolled(problem, mode._replace(persistent=False, horizon=None))
+    return of_one_window._replace(init=init, estimate=estimate, train=train_window)
 
 
 def _run_window(ctx: Context, mode: UnrollMode, hyperparams: Hyperparams) -> Trained:

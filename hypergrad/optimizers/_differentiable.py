@@ -138,7 +138,7 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
     """
 
     def clip(updates: PyTree) -> PyTree:
-        norm = _root(optax.tree.norm(updates, squared=True))
+        norm = root(optax.tree.norm(updates, squared=True))
         divisor, is_small = jnp.where(norm > 0, norm, 1), norm < max_norm
         limited = lambda u: _in_dtype_of(u, lambda u, m: u / divisor.astype(u.dtype) * m, u, max_norm)  # noqa: E731
         return jax.tree.map(lambda u: jnp.where(is_small, u, limited(u)), updates)
@@ -169,7 +169,7 @@ def clip_by_block_rms(threshold: Any) -> optax.GradientTransformation:
     """
 
     def clip(u: Array) -> Array:
-        rms = _root(jnp.mean(jnp.square(u)))
+        rms = root(jnp.mean(jnp.square(u)))
         return _in_dtype_of(u, lambda u, rms, t: u / jnp.maximum(1, rms / t), u, rms, threshold)
 
     return optax.stateless(lambda updates, _: jax.tree.map(clip, updates))
@@ -199,7 +199,7 @@ def normalize_by_update_norm(scale_factor: Any = 1.0, eps: Any = 1e-6) -> optax.
     """
 
     def normalize(updates: PyTree) -> PyTree:
-        divisor = (_root(optax.tree.norm(updates, squared=True)) + eps) / scale_factor
+        divisor = (root(optax.tree.norm(updates, squared=True)) + eps) / scale_factor
         return jax.tree.map(lambda u: _in_dtype_of(u, jnp.divide, u, divisor), updates)
 
     return optax.stateless(lambda updates, _: normalize(updates))
@@ -236,7 +236,7 @@ def schedule(values: PyTree) -> Callable[[Any], Any]:
     return lambda count: jax.tree.map(lambda leaf: jnp.asarray(leaf)[count % length], values)
 
 
-def _root(square: Array) -> Array:
+def root(square: Array) -> Array:
     """Return √square, with derivative 0 instead of infinity at 0."""
     is_zero = square == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from hypergrad import tree, validate
+from hypergrad.optimizers._differentiable import root
 from hypergrad.types import Array, Params, PyTree
 
 __all__ = [
@@ -39,18 +40,18 @@ class RateRule(NamedTuple):
     """How a rate follows its hypergradient.
 
     Attributes:
-      step: ``step(rate, inner, cosine) -> rate``, all float32 scalars: α_t, ⟨g_{t+1}, d_t⟩ and their cosine; 0 at the
-        first step, and where a gradient is zero.
+      step: ``step(rate, inner, cosine) -> rate``, all float32 scalars: α_t, ⟨g_{t+1}, d_t⟩ and their cosine. Both are
+        0 at the first step, and where a gradient is zero or not finite.
     """
 
     step: Callable[[Array, Array, Array], Array]
 
 
 def additive(rate: float) -> RateRule:
-    """Return α ← max(0, α + β ⟨g, d⟩), the rule of the paper.
+    """Return α ← max(0, α + β ⟨g, d⟩): the rule of the paper, with a rate that stays ≥ 0.
 
     Args:
-      rate: β > 0, in units of rate²/loss: it must fit the scale of the loss, and of the optimizer's direction.
+      rate: β > 0. It must fit the scale of the loss, and that of the optimizer's direction.
 
     Returns:
       A ``RateRule``.
@@ -100,7 +101,7 @@ def multiplicative(rate: float) -> RateRule:
 
 
 def clipped(rule: RateRule, low: float, high: float) -> RateRule:
-    """Return a rule whose rates stay in [low, high].
+    """Return a rule whose rates stay in [low, high], from the first step on.
 
     Args:
       rule: a ``RateRule``.
@@ -165,11 +166,11 @@ def hypergradient_descent(
 
     Raises:
       TypeError: ``make_optimizer`` is not callable or makes something else, or ``rule`` is not a ``RateRule``.
-      ValueError: ``init_rate`` ≤ 0; at ``init``, with concrete weights, an update that is not proportional to the rate.
+      ValueError: ``init_rate`` ≤ 0; at ``init``, outside of ``jax.jit``, an update that is not proportional to the
+        rate; at ``update``, a rule that returns no scalar.
 
-    Valid for gradients of the loss that is trained, transformed inside of ``make_optimizer`` only: a clipped gradient
-    in front of it counts as the loss's own. A step whose products are not finite leaves the rate as it is, and so does
-    a rule that returns NaN or infinity.
+    Give it the gradient of the loss itself: clip inside of ``make_optimizer``, not in front. A rule that returns NaN or
+    infinity leaves the rate as it is.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp, optax
     >>> tx = hypergradient_descent(optax.adam, multiplicative(0.1), init_rate=1e-3)
@@ -192,7 +193,9 @@ def hypergradient_descent(
     optimizer = optax.with_extra_args_support(_made(make_optimizer, 1.0))
 
     def init(params: Params) -> HypergradientDescentState:
-        _check_proportional(make_optimizer, params)
+        if jax.tree.leaves(params):  # optax.partition may leave none
+            validate.floating_leaves("params", params)
+            _check_proportional(make_optimizer, params)
         count = len(jax.tree.leaves(params))
         each = lambda value: [jnp.asarray(value, jnp.float32) for _ in range(count)]  # noqa: E731
         rate, cosine = jnp.asarray(init_rate, jnp.float32), jnp.zeros((), jnp.float32)
@@ -205,21 +208,28 @@ def hypergradient_descent(
     ) -> tuple[Params, HypergradientDescentState]:
         given, last = jax.tree.leaves(updates), jax.tree.leaves(state.direction)
         products = [(_vdot(g, d), _vdot(g, g), _vdot(d, d)) for g, d in zip(given, last, strict=True)]
-        groups = products if per_leaf else [tuple(tree.total(list(parts)) for parts in zip(*products, strict=True))]
+        groups = products
+        if given and not per_leaf:
+            inner, square, other = (tree.total(list(parts)) for parts in zip(*products, strict=True))
+            groups = [(inner, square, other)]
         rates, cosines = jax.tree.leaves(state.rate), []
         for place, (inner, square, other) in enumerate(groups):
             # Each root apart: the product of the squares can overflow or vanish where the cosine does not.
-            size = jnp.sqrt(square) * jnp.sqrt(other)
+            size = root(square) * root(other)
             usable = (size > 0) & jnp.isfinite(size) & jnp.isfinite(inner)
             inner = jnp.where(usable, inner, 0.0)
             cosine = jnp.clip(inner / jnp.where(usable, size, 1.0), -1.0, 1.0)
             new = jnp.asarray(rule.step(rates[place], inner, cosine), jnp.float32)
-            rates[place] = jnp.where(usable & jnp.isfinite(new), new, rates[place])
+            if new.ndim:
+                fix = "Return one number: the next rate."
+                raise ValueError(validate.message("a rule that returns a scalar", f"shape {new.shape}", fix))
+            rates[place] = jnp.where(jnp.isfinite(new), new, rates[place])
             cosines.append(cosine)
         updates, inner_state = optimizer.update(updates, state.inner_state, params, **extra)
         direction = jax.tree.map(jnp.negative, updates)
         whose = rates if per_leaf else rates * len(given)
         scaled = [(rate.astype(u.dtype) * u) for rate, u in zip(whose, jax.tree.leaves(updates), strict=True)]
+        cosines = cosines or jax.tree.leaves(state.cosine)
         as_before = lambda leaves: jax.tree.unflatten(jax.tree.structure(state.rate), leaves)  # noqa: E731
         new_state = HypergradientDescentState(as_before(rates), direction, as_before(cosines), inner_state)
         return jax.tree.unflatten(jax.tree.structure(updates), scaled), new_state
@@ -246,25 +256,26 @@ def _made(make_optimizer: Callable[..., Any], rate: float) -> optax.GradientTran
 
 
 def _check_proportional(make_optimizer: Callable[..., Any], params: Params) -> None:
-    """Refuse an optimizer with a part that does not scale with the rate, where the weights are there to try it."""
-    grads = jax.tree.map(jnp.ones_like, params)
+    """Refuse an optimizer with a part that does not scale with the rate: tried on weights and gradients of 0 and 1."""
+    ones = jax.tree.map(lambda w: jnp.ones(jnp.shape(w), jnp.float32), params)
 
-    def first_update(rate: float) -> Params:
+    def first_update(rate: float, grads: Params) -> Params:
         tx = _made(make_optimizer, rate)
-        return optax.with_extra_args_support(tx).update(grads, tx.init(params), params)[0]
+        return optax.with_extra_args_support(tx).update(grads, tx.init(ones), ones)[0]
 
-    try:
-        one, two = first_update(1.0), first_update(2.0)
-    except (TypeError, ValueError):
-        return  # it asks for more than gradients: a value, a loss function
-    if any(map(tree.is_traced, jax.tree.leaves((one, two)))):
-        return
-    pairs = zip(tree.labels("params", params), jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
-    for name, a, b in pairs:
-        if not np.allclose(np.asarray(2.0 * a, np.float32), np.asarray(b, np.float32), rtol=1e-2, equal_nan=True):
-            fix = (
-                "Put what does not scale with the rate outside, e.g. in optax.chain behind this transformation, or in "
-                "the loss."
-            )
-            wanted = "make_optimizer to return an update that is proportional to the learning rate"
-            raise ValueError(validate.message(wanted, f"one that is not, for {name}", fix))
+    for grads in (optax.tree.zeros_like(ones), ones):
+        try:
+            one, two = first_update(1.0, grads), first_update(2.0, grads)
+        except (TypeError, ValueError):
+            return  # it asks for more than gradients: a value, a loss function
+        if any(map(tree.is_traced, jax.tree.leaves((one, two)))):
+            return
+        pairs = zip(tree.labels("params", params), jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+        for name, a, b in pairs:
+            if not np.allclose(2.0 * np.asarray(a), np.asarray(b), rtol=1e-4, equal_nan=True):
+                fix = (
+                    "Put what does not scale with the rate outside, e.g. in optax.chain behind this transformation, or "
+                    "in the loss."
+                )
+                wanted = "make_optimizer to return an update that is proportional to the learning rate"
+                raise ValueError(validate.message(wanted, f"one that is not, for {name}", fix))

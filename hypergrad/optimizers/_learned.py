@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hypergrad import validate
+from hypergrad import tree, validate
 from hypergrad.types import Array, Params, PyTree
 
 __all__ = ["LearnedState", "PerParameterMLP", "learned", "per_parameter_mlp"]
@@ -34,8 +34,9 @@ class LearnedState(NamedTuple):
 
     Attributes:
       num_steps: int32 scalar, steps so far.
-      averages: a tuple of trees like the weights: averages of the gradients at decays 0.5, 0.9 and 0.99.
-      squares: tree like the weights, average of their squares at decay 0.999.
+      averages: a tuple of trees like the weights: averages of the gradients at decays 0.5, 0.9 and 0.99, in at least
+        float32, as their rounding would be that of 1 − decay.
+      squares: tree like the weights, average of their squares at decay 0.999, likewise.
     """
 
     num_steps: Array
@@ -96,7 +97,8 @@ def per_parameter_mlp(hidden: int = 16, *, step: float = 1e-3, mu_scaled: bool =
     def apply(theta: PyTree, features: Array) -> Array:
         x = features
         for place in range(len(sizes) - 1):
-            x = x @ theta[f"w{place}"].astype(x.dtype) + theta[f"b{place}"].astype(x.dtype)
+            bias = theta[f"b{place}"].astype(x.dtype)
+            x = x @ theta[f"w{place}"].astype(x.dtype) + jnp.broadcast_to(bias, (*x.shape[:-1], len(bias)))
             x = jnp.tanh(x) if place < len(sizes) - 2 else x
         x = x / hidden if mu_scaled else x
         return -step * x[..., 0] * jnp.exp(step * x[..., 1])
@@ -140,8 +142,8 @@ def learned(
         raise TypeError(validate.message("apply to be callable", validate.describe(apply), fix))
 
     def init(params: Params) -> LearnedState:
-        zeros = tuple(optax.tree.zeros_like(params) for _ in _DECAYS)
-        return LearnedState(jnp.zeros((), jnp.int32), zeros, optax.tree.zeros_like(params))
+        zeros = tuple(tree.promoted_zeros_like(params) for _ in _DECAYS)
+        return LearnedState(jnp.zeros((), jnp.int32), zeros, tree.promoted_zeros_like(params))
 
     def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, LearnedState]:
         if params is None:
@@ -150,19 +152,24 @@ def learned(
         found = validate.by_prefix("optimizers.learned", "widths", params, widths)
         count = jnp.asarray(optax.safe_increment(state.num_steps))
         averages = tuple(
-            jax.tree.map(lambda old, g, decay=decay: decay * old + (1 - decay) * g, old, updates)
+            jax.tree.map(lambda old, g, decay=decay: decay * old + (1 - decay) * g.astype(old.dtype), old, updates)
             for decay, old in zip(_DECAYS, state.averages, strict=True)
         )
         squares = jax.tree.map(
-            lambda old, g: _SQUARE_DECAY * old + (1 - _SQUARE_DECAY) * jnp.square(g), state.squares, updates
+            lambda old, g: _SQUARE_DECAY * old + (1 - _SQUARE_DECAY) * jnp.square(g.astype(old.dtype)),
+            state.squares,
+            updates,
         )
         leaves = zip(
             found, jax.tree.leaves(updates), *map(jax.tree.leaves, averages), jax.tree.leaves(squares), strict=True
         )
         moved = []
         for (_, w, width), g, *averaged, square in leaves:
+            if not w.size:
+                moved.append(g)
+                continue
             u = apply(theta, _features(w, g, averaged, square, count))
-            moved.append((u / jnp.asarray(width, u.dtype)).astype(g.dtype))
+            moved.append((u / jnp.broadcast_to(jnp.asarray(width, u.dtype), u.shape)).astype(g.dtype))
         new = jax.tree.unflatten(jax.tree.structure(updates), moved)
         return new, LearnedState(count, averages, squares)
 
@@ -173,8 +180,8 @@ _NUM_FEATURES = 2 + 2 * len(_DECAYS) + 2 + len(_TIMES)
 
 
 def _features(w: Array, g: Array, averages: list[Array], square: Array, count: Array) -> Array:
-    """Return (…, F): each kind of mean square 1 over its leaf, but for those of time."""
-    wide = jnp.promote_types(w.dtype, jnp.float32)
+    """Return (…, F). Each feature but those of time is scaled to a mean square of 1 over the leaf."""
+    wide = square.dtype
     steps = count.astype(wide)
     root = jnp.sqrt(square.astype(wide) / (1 - _SQUARE_DECAY**steps) + _SMALL**2)
     unbiased = [m.astype(wide) / (1 - decay**steps) for m, decay in zip(averages, _DECAYS, strict=True)]
