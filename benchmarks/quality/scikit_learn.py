@@ -259,9 +259,9 @@ def report(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-ABOUT = """Means over seeds, on the same five folds; seconds are medians. Test loss: fitted on all training data with the
-penalties chosen. Seconds of `minimize` are those of a second call with the same objects; the first compiles (the
-longest is shown). `python benchmarks/quality/scikit_learn.py` describes the problems and writes this file."""
+ABOUT = """Means over seeds, on the same five folds; seconds are medians. Test loss: fitted on all training data with
+the penalties chosen. Seconds of `minimize` are those of a second call with the same objects; the first call compiles
+(the longest is shown). `python benchmarks/quality/scikit_learn.py` describes the problems and writes this file."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
