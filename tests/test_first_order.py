@@ -280,3 +280,38 @@ def test_the_copy_searches_along_its_own_loss():
         variables = optax.apply_updates(variables, updates)
     want = minimum(np.asarray(variables.hyperparams), 10.0)
     assert relative_error(state.estimator.copy.params, want) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "guard", "state", "scratch"),
+    [
+        (lambda problem: hg.first_order(problem, penalty=10.0), None, 3, 4.5),
+        (lambda problem: hg.first_order(problem, penalty=10.0), hg.guard(), 3, 8.5),
+        (hg.sama, hg.guard(), 0, 3.5),
+    ],
+    ids=["first_order", "first_order, guarded", "sama"],
+)
+def test_memory_in_copies_of_the_weights(make, guard, state, scratch):
+    """Of a joint step with Adam inside: state beside that of plain training, and scratch, where that takes 1.1."""
+    w = {"a": jnp.zeros((784, 512)), "b": jnp.zeros((512, 10))}
+    count = 4 * sum(x.size for x in jax.tree.leaves(w))
+
+    def error(w, batch):
+        logits = jnp.tanh(batch[0] @ w["a"]) @ w["b"]
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    problem = hg.BilevelProblem(
+        lambda w, h, b, k: error(w, b) + hg.penalties.l2(w, jnp.exp(h)), lambda w, h, b, k: error(w, b)
+    )
+    tx = hg.bilevel(make(problem), inner_optimizer=optax.adam(1e-3), outer_optimizer=optax.sgd(0.1), guard=guard)
+    variables, batch = hg.BilevelParams(w, jnp.array(-3.0)), (jnp.zeros((32, 784)), jnp.zeros(32, jnp.int32))
+
+    def step(variables, state):
+        updates, state = tx.update(None, state, variables, inner_batch=batch, outer_batch=batch)
+        return optax.apply_updates(variables, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(variables, tx.init(variables)).compile()
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes / count == pytest.approx(3 + state, abs=0.1)
+    assert memory.temp_size_in_bytes / count <= scratch
