@@ -289,8 +289,9 @@ def test_the_copy_searches_along_its_own_loss():
         (lambda problem: hg.first_order(problem, penalty=10.0), None, 3, 4.5),
         (lambda problem: hg.first_order(problem, penalty=10.0), hg.guard(), 3, 8.5),
         (hg.sama, hg.guard(), 0, 3.5),
+        (hg.implicit, hg.guard(), 1, 7.5),
     ],
-    ids=["first_order", "first_order, guarded", "sama"],
+    ids=["first_order", "first_order, guarded", "sama", "implicit"],
 )
 def test_memory_in_copies_of_the_weights(make, guard, state, scratch):
     """Of a joint step with Adam inside: state beside that of plain training, and scratch, where that takes 1.1."""
