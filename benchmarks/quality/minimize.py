@@ -58,7 +58,7 @@ INNER = hg.inner_solvers.lbfgs()
 PROBLEMS = "ridge", "logistic", "ijcnn1, one", "elastic net", "ijcnn1", "data cleaning", "words"
 OUTER_RATES = 0.1, 0.03, 0.01
 CHECKPOINTS = 20
-PEER = "JAXopt"
+PEER, PEER_SECONDS = "JAXopt", 180.0
 
 
 class Task(NamedTuple):
@@ -386,7 +386,9 @@ def by_jaxopt(task: Task, environments: Path) -> Run:
         arrays = [task.variables.params, task.variables.hyperparams, *task.inner_batch[:2], *task.outer_batch[:2]]
         path = Path(folder) / "problem.npz"
         np.savez(path, *[np.asarray(part) for part in arrays], kind=task.peer)
-        found = peer_accuracy.ask(environments, PEER, path, make=True, script="_peer_jaxopt_minimize.py")
+        found = peer_accuracy.ask(
+            environments, PEER, path, make=True, script="_peer_jaxopt_minimize.py", seconds=PEER_SECONDS
+        )
     if "failed" in found:
         return Run([], 0.0, note=found["failed"])
     stop = Stop(jnp.asarray(found["hyperparams"]), None, None)
@@ -638,12 +640,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     problems = json.loads(kept.read_text())["problems"] if args.merge and kept.exists() else {}
     record: dict[str, Any] = {}
     for name in ["ridge"] if args.quick else args.only.split("; "):
-        problems[name] = {
-            str(seed): measured(name, seed, args.quick, args.environments)
-            for seed in range(1 if args.quick else args.seeds)
-        }
-        record = {**harness.circumstances(1), "problems": harness.in_order(problems, PROBLEMS)}
-        harness.write(args.out, "minimize", record, report(record))
+        problems[name] = {}
+        for seed in range(1 if args.quick else args.seeds):
+            problems[name][str(seed)] = measured(name, seed, args.quick, args.environments)
+            record = {**harness.circumstances(1), "problems": harness.in_order(problems, PROBLEMS)}
+            harness.write(args.out, "minimize", record, report(record))
     draw(record, args.out / "minimize.png")
     return record
 

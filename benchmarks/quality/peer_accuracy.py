@@ -247,8 +247,10 @@ def last_line(text: str) -> str:
     return re.sub(r"\S+://\S+|(?<![\w.])/\S+", "…", lines[-1])[:200] if lines else "no message"
 
 
-def ask(environments: Path, name: str, problems: Path, make: bool, script: str = "") -> dict[str, Any]:
-    """Return what a library's script, or another one, prints; or why it says nothing."""
+def ask(
+    environments: Path, name: str, problems: Path, make: bool, script: str = "", seconds: float | None = None
+) -> dict[str, Any]:
+    """Return what a library's script, or another one, prints within so many seconds; or why it says nothing."""
     python, peer = interpreter(environments, name), PEERS[name]
     if not python.exists():
         reason = install(environments, name) if make else "no environment"
@@ -257,7 +259,11 @@ def ask(environments: Path, name: str, problems: Path, make: bool, script: str =
     path = Path(__file__).resolve().parent / (script or peer.script)
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     clean["JAX_PLATFORMS"] = "cpu"
-    done = subprocess.run([str(python), str(path), str(problems)], env=clean, capture_output=True, text=True)
+    try:
+        command = [str(python), str(path), str(problems)]
+        done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no answer in {seconds:.0f} s"}
     if done.returncode:
         return {"failed": last_line(done.stderr)}
     return {**json.loads(done.stdout.splitlines()[-1]), **({"note": peer.note} if peer.note else {})}

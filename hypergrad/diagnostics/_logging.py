@@ -37,7 +37,8 @@ def scalars(info: HypergradInfo | BilevelState | MinimizeResult) -> dict[str, fl
       ``solver/status``; with several solves their places come between, ``solver/0/residual``. Figures that are not
       known (NaN: the inner loss of given gradients, a residual that was not measured) are left out. Empty before the
       first outer step. Of a result of ``hg.minimize``: ``step``, the number of its last outer step from 0, and the
-      last entries of its ``history`` by name; ``num_gradients`` and ``num_products`` are sums over the steps so far.
+      last entries of its ``history`` by name; ``num_gradients`` and ``num_products`` are sums over the steps so far,
+      and ``status`` is the number of a ``hg.MinimizeStatus``. Add the hyperparameters yourself, constrained.
 
     Raises:
       TypeError: not an info, or traced values: call it outside ``jax.jit``.
@@ -78,8 +79,8 @@ def scalars(info: HypergradInfo | BilevelState | MinimizeResult) -> dict[str, fl
 def progress(total: int, **options: Any) -> Iterator[Callable[..., None]]:
     """Open a progress bar for a training loop, in a terminal or a notebook.
 
-    The bar shows the outer loss, the residual of the linear solve, skipped outer steps with the last reason, and
-    seconds per outer step.
+    The bar shows the outer loss, the residual of the linear solve (of ``hg.minimize``: of the inner solve), skipped
+    outer steps with the last reason, and seconds per outer step.
 
     Args:
       total: calls of ``update`` in the run.
@@ -141,7 +142,7 @@ def _last_step(result: MinimizeResult) -> dict[str, Any]:
     found = {name: entries[last] for name, entries in result.history._asdict().items()}
     for name in ("num_gradients", "num_products"):
         found[name] = np.sum(getattr(result.history, name))
-    return {"step": last, **found}
+    return {"step": last, "status": result.status, **found}
 
 
 def _known(found: dict[str, Any]) -> dict[str, float]:

@@ -38,6 +38,7 @@ from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, 
 
 __all__ = ["History", "MinimizeResult", "MinimizeStatus", "minimize"]
 
+_FAR = 8.0  # e⁸ is 3,000 times a decay of 1
 _SYMMETRIC = cg(500, warm_start=True)
 _ASYMMETRIC = gmres(500, 50, warm_start=True)
 
@@ -97,9 +98,9 @@ class MinimizeResult(NamedTuple):
 
     Attributes:
       params: the inner solution at ``hyperparams``.
-      hyperparams: the last λ where converged, else the accepted one with the lowest outer loss; unconstrained.
-      value: scalar, the outer loss at ``params``: it differs from that at the solution as far as the inner residual and
-        the method's tolerance allow.
+      hyperparams: the final λ if converged, otherwise the accepted one with the lowest outer loss; unconstrained.
+      value: scalar, the outer loss at ``params``, with the prior of the problem. It differs from that at the solution
+        as far as the inner residual and the method's tolerance allow.
       converged: bool scalar, ‖dL_out/dλ‖ ≤ ``tol`` at a solved point.
       status: int32 scalar, a ``MinimizeStatus``.
       num_steps: int32 scalar, outer steps taken.
@@ -438,19 +439,30 @@ def _message(result: MinimizeResult) -> str:
         ""
         if solved
         else f" The last inner solve ended with {inner}, at a residual of {residual:.2g} for a tolerance of "
-        f"{tolerance:.2g}: give inner_solver more steps (or take newton_cg()), or the method a larger tolerance{wider}."
+        f"{tolerance:.2g}: give inner_solver more steps, take another one, or give the method a larger "
+        f"tolerance{wider}."
     )
+    farthest = max(
+        (float(np.max(np.abs(leaf), initial=0.0)) for leaf in jax.tree.leaves(result.hyperparams)), default=0
+    )
+    far = (
+        f" An unconstrained hyperparameter is at ±{farthest:.2g}: if it runs off, the outer loss is flat there; bound "
+        "it by hg.bijectors.interval, or add a prior (hg.with_prior)."
+        if farthest > _FAR
+        else ""
+    )
+    left += far
     bad = "The hypergradient" if np.isfinite(float(result.value)) else "The inner or the outer loss"
-    at = f"‖dL_out/dλ‖ = {size:.2g} after {count} steps ({spent})"
+    at = f"‖dL_out/dλ‖ = {size:.2g} after {count} steps ({spent}), at ‖∇L_in‖ = {residual:.2g}"
     return {
-        MinimizeStatus.CONVERGED: f"converged: {at}.{at_once}",
+        MinimizeStatus.CONVERGED: f"converged: {at}.{at_once}{far}",
         MinimizeStatus.MAX_STEPS: f"max_steps reached: {at}. Pass a larger max_steps, or a larger tol.{left}",
         MinimizeStatus.NO_STEP: f"no step: {at}. No step was found that lowers the outer loss for certain. Solve more "
         f"exactly (a smaller tolerance of the method){wider}, or pass a larger tol. Where the outer loss has a kink "
         f"(lasso, hinge), it may be the minimum.{left}",
         MinimizeStatus.INNER_SOLVER: f"inner solver: {at}, but the weights there are not solved.{left}",
         MinimizeStatus.LINEAR_SOLVER: f"linear solver: {at}, but its linear solve ended with {linear}: pass a "
-        "linear_solver with more products or with damping, or the method a larger tolerance.",
+        f"linear_solver with more products or with damping, or the method a larger tolerance.{far}",
         MinimizeStatus.NOT_FINITE: f"not finite: {at}. {bad} is NaN or infinite (inner solve "
         f"{inner}, linear solve {linear}): start from other hyperparameters, or bound them by hg.bijectors.interval.",
         MinimizeStatus.RUNNING: f"running: {at}.",

@@ -59,8 +59,8 @@ def hoag(tolerance: float | Callable[[Array], Any] = 1e-3, *, decay: float = 0.9
 
     Returns:
       A ``Method`` for ``hg.minimize``. Every step takes one inner solve, and a linear solve where it is accepted. After
-      a rejection, a step of size 0 solves again where the method stands, more exactly. The first step of λ has the
-      length √dim λ: a factor of e per entry of log hyperparameters.
+      a rejection the next step stays where the method is and only solves more exactly; it counts, too. The first move
+      of λ has the length √dim λ: a factor of e per entry of log hyperparameters.
 
     Raises:
       TypeError, ValueError: ``tolerance`` ≤ 0, or ``decay`` outside (0, 1).

@@ -2,7 +2,8 @@
 
     λ' = λ − t P p,      P from the last m pairs (optax), t halved until L_out(λ') ≤ L_out(λ) − c t ⟨p, P p⟩
 
-Every trial is one inner solve; the linear solve is spent on accepted ones only.
+Every trial is one inner solve; the linear solve is spent on accepted ones only. Where the loss curves down along a
+step, that step tells P nothing; the next t is then four times as large.
 
 Reference: Liu & Nocedal, On the limited memory BFGS method for large scale optimization, 1989.
 """
@@ -20,6 +21,7 @@ from hypergrad.types import Array, Hyperparams, PyTree
 __all__ = ["lbfgs"]
 
 _ENOUGH = 1e-4  # of the decrease that the slope promises
+_GROWTH = 4.0
 _MOST_REJECTIONS = 20
 
 
@@ -30,6 +32,7 @@ class LBFGSState(NamedTuple):
       direction: P p at the last accepted point.
       slope: scalar, ⟨p, P p⟩.
       step_size: scalar, t that the next step tries.
+      stretch: scalar, the t that it would try if no length were too far: above 1 where the loss curved down.
       memory: state of ``optax.scale_by_lbfgs``.
       num_steps: int32 scalar.
       rejections: int32 scalar, in a row.
@@ -38,6 +41,7 @@ class LBFGSState(NamedTuple):
     direction: Hyperparams
     slope: Array
     step_size: Array
+    stretch: Array
     memory: PyTree
     num_steps: Array
     rejections: Array
@@ -77,7 +81,8 @@ def lbfgs(tolerance: float = 1e-6, *, memory_size: int = 10, max_length: float =
     def init(point: Point) -> LBFGSState:
         zero, none = jnp.zeros((), point.value.dtype), jnp.zeros((), jnp.int32)
         memory = tree.strip_weak_types(tx.init(point.hyperparams))
-        return LBFGSState(optax.tree.zeros_like(point.hyperparams), zero, zero, memory, none, none)
+        nowhere = optax.tree.zeros_like(point.hyperparams)
+        return LBFGSState(nowhere, zero, zero, jnp.ones_like(zero), memory, none, none)
 
     def step(oracle: Oracle, point: Point, state: LBFGSState) -> MethodStep:
         dtype, first = point.value.dtype, state.num_steps == 0
@@ -93,10 +98,15 @@ def lbfgs(tolerance: float = 1e-6, *, memory_size: int = 10, max_length: float =
         direction, memory = optax.tree.where(accepted, onwards, (state.direction, state.memory))
         slope = tree.vdot(direction, new.hypergrad).astype(dtype)
         top = tree.max_abs(direction).astype(dtype)
-        longest = jnp.minimum(1.0, max_length / jnp.where(top > 0, top, 1.0))
+        longest = max_length / jnp.where(top > 0, top, 1.0)
         rejections = jnp.where(accepted, 0, state.rejections + 1)
-        next_size = jnp.where(accepted, longest, 0.5 * size).astype(dtype)
-        new_state = LBFGSState(direction, slope, next_size, memory, state.num_steps + 1, rejections)
+        # ⟨y, s⟩ ≤ 0 for the step s and the change y of the hypergradient: the loss curves down.
+        turned = tree.vdot(new.hypergrad, state.direction) >= tree.vdot(point.hypergrad, state.direction)
+        curved = accepted & ~first & turned
+        stretch = jnp.where(curved, _GROWTH * state.stretch, jnp.ones_like(state.stretch))
+        stretch = jnp.where(accepted, stretch, state.stretch).astype(dtype)
+        next_size = jnp.where(accepted, jnp.minimum(stretch, longest), 0.5 * size).astype(dtype)
+        new_state = LBFGSState(direction, slope, next_size, stretch, memory, state.num_steps + 1, rejections)
         stopped = (rejections >= _MOST_REJECTIONS) | (first & ~accepted)
         return MethodStep(new, new_state, jnp.asarray(tolerance, dtype), size, accepted, stopped)
 
