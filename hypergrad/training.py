@@ -199,7 +199,10 @@ def train_with_updates(
     optimizer = resolve_optimizer(ctx.inner_optimizer, ctx.problem.constrain(hyperparams))
     if start.inner_state is None:
         start = start._replace(inner_state=optimizer.init(start.params))
-    loss = _inner_loss(ctx) if loss is None else loss
+    if loss is None:
+        loss = _inner_loss(ctx)
+    elif isinstance(optimizer, _WithKeywords):
+        optimizer = optimizer.on_another_loss
 
     def objective(
         params: Params, hyperparams: Hyperparams, model_state: ModelState, drawn: tuple[Batch, Array | None]
@@ -418,7 +421,7 @@ def depends_on_hyperparams(inner_optimizer: Any) -> bool:
 def with_keywords(inner_optimizer: Any, keywords: Mapping[str, Any]) -> Any:
     """Return the inner optimizer, or the function that gives it, with ``keywords`` handed to every update.
 
-    What a step computes itself (``value`` for another loss than that of the weights, say) counts more.
+    They count before what a step computes itself, a ``value`` say; but not in training on another loss.
     """
     if not keywords:
         return inner_optimizer
@@ -427,6 +430,19 @@ def with_keywords(inner_optimizer: Any, keywords: Mapping[str, Any]) -> Any:
     optimizer = resolve_optimizer(inner_optimizer, None)
 
     def update(updates: Params, state: PyTree, params: Params | None = None, **others: Any) -> tuple[Params, PyTree]:
+        return optimizer.update(updates, state, params, **accepted_keywords(optimizer, {**others, **keywords}))
+
+    def on_another_loss(
+        updates: Params, state: PyTree, params: Params | None = None, **others: Any
+    ) -> tuple[Params, PyTree]:
         return optimizer.update(updates, state, params, **accepted_keywords(optimizer, {**keywords, **others}))
 
-    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+    made = _WithKeywords(optimizer.init, update)
+    made.on_another_loss = optax.GradientTransformationExtraArgs(optimizer.init, on_another_loss)
+    return made
+
+
+class _WithKeywords(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
+    """An optimizer with keywords of the user's, and the same one for training on another loss than the problem's."""
+
+    on_another_loss: optax.GradientTransformationExtraArgs
