@@ -67,6 +67,7 @@ def test_persistent_particles_with_one_window_are_not_persistent():
     assert int(info.method.num_restarts) == 14  # seven at each of the last two windows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("persistent", [False, True])
 def test_persistent_particles_see_past_the_window(persistent):
     """Windows of 2 steps over a life of 20: truncation sees 2 steps of λ's influence, persistence all of it."""
@@ -85,6 +86,7 @@ def test_persistent_particles_see_past_the_window(persistent):
     assert (np.abs(share - 1) < 0.05).all() if persistent else (share < 0.4).all()
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_the_deviation_over_keys_and_falls_as_one_over_pairs():
     @functools.partial(jax.jit, static_argnums=1)
     def over_keys(keys, pairs):
@@ -115,6 +117,7 @@ def test_pairs_share_data_and_keys():
     np.testing.assert_allclose(grad, wanted, rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("persistent", [False, True])
 def test_chunks_and_devices_change_nothing(persistent):
     wanted, got = [], []
@@ -149,6 +152,7 @@ def test_a_learned_sigma_has_the_derivative_of_the_smoothed_loss():
     np.testing.assert_allclose(grad["x"], [0.6, -0.4], rtol=0.05)
 
 
+@pytest.mark.slow
 def test_one_sigma_per_leaf():
     problem = hg.BilevelProblem(
         lambda w, h, b, k: pull(w, h["a"], b, k), lambda w, h, b, k: 1e-9 * w.sum() + jnp.abs(h["b"]).sum()
@@ -235,6 +239,7 @@ def test_ages_begin_staggered_and_particles_start_at_the_weights_of_init():
         np.testing.assert_allclose(at, jnp.stack([target + (START[0] - target) * 0.9**age] * 2), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_between_outer_steps_the_noise_stays():
     tx = hg.bilevel(
         hg.evolution(LINEAR, sigma=0.1, num_pairs=3, persistent=True),
@@ -281,6 +286,7 @@ def test_particles_that_overflow_start_again_and_do_not_stop_the_run(pairs):
     assert set(skipped) <= allowed
 
 
+@pytest.mark.slow
 def test_ages_of_long_horizons_fit():
     state = estimate(hg.evolution(LINEAR, sigma=0.1, num_pairs=4096, persistent=True, horizon=1_000_000))[2].state
     assert int(state.ages.max()) == 4095 * 1_000_000 // 4096 + 5
@@ -300,6 +306,7 @@ def test_a_prior_alone_does_not_count_as_use():
         estimate(hg.evolution(problem, sigma=0.1, num_pairs=4), at=at)
 
 
+@pytest.mark.slow
 def test_rounding_of_lambda_is_part_of_the_noise():
     """Around 8 a bfloat16 moves by 1/32 or 1/16: the quotient divides by the move that was made."""
     problem = hg.BilevelProblem(pull, lambda w, h, batch, key: jnp.sum(h.astype(jnp.float32)) + 0.0 * jnp.sum(w))
@@ -318,6 +325,7 @@ def test_rounding_of_lambda_is_part_of_the_noise():
     assert state.estimator.sums.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_ranks_and_errors_under_strict_promotion():
     with jax.numpy_rank_promotion("raise"):
         for options in ({"sigma": 0.1}, {"sigma": lambda h: 0.1 + 0.0 * h}, {"sigma": 0.1, "persistent": True}):
@@ -325,6 +333,7 @@ def test_ranks_and_errors_under_strict_promotion():
             assert np.isfinite(grad).all()
 
 
+@pytest.mark.slow
 def test_ranks_replace_losses():
     losses = jnp.array([[3.0, jnp.nan], [1e9, -2.0]])
     np.testing.assert_allclose(hg.centered_ranks(losses), [[-1 / 6, 0.5], [1 / 6, -0.5]])

@@ -57,6 +57,7 @@ def test_windows_add_up_to_one_unroll(name):
         assert float(info.method.tangent_norm) > 0
 
 
+@pytest.mark.slow
 def test_after_the_horizon_it_starts_anew():
     optimizer = OPTIMIZERS["momentum"]
     short = windows(hg.forward(persistent=True, horizon=6), optimizer, 3, 4)
@@ -91,6 +92,7 @@ def test_a_functional_call_differentiates_a_fresh_optimizer_state():
     equal(one, two)
 
 
+@pytest.mark.slow
 def test_tangents_that_overflow_start_again():
     """The logistic map x ← r x (1 − x) is chaotic at r = 3.9: tangents double at each step."""
     chaos = lambda w, h, batch, key: -jnp.sum((h - 1) * w**2 / 2 - h * w**3 / 3)  # noqa: E731
@@ -136,6 +138,7 @@ def test_best_response_is_that_of_the_window():
     equal(one, two)
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_no_outer_step_is_due():
     """Eight calls of one step, an outer step at every fourth: they equal unrolls of four and of eight."""
     tx = hg.bilevel(
@@ -176,6 +179,7 @@ def test_a_rate_per_step_is_learned_by_signs():
     assert float(losses[-20:].mean()) < 0.6 * float(losses[:20].mean())
 
 
+@pytest.mark.slow
 def test_model_state_is_carried_too():
     """An average of the weights in the model state enters the outer loss: its tangent lives on as well."""
 

@@ -76,6 +76,7 @@ def test_the_multiplicative_rule_ignores_the_scale_of_the_loss(scale, x64):
     assert rates(1.0)[-1] > 1e-3
 
 
+@pytest.mark.slow
 def test_one_rate_per_leaf_is_that_of_the_leaf_alone():
     rule = multiplicative(0.2)
     _, states = run(hd(optax.sgd, rule, init_rate=0.3, per_leaf=True), 6)
@@ -136,6 +137,7 @@ def test_no_leaf_and_complex_leaves():
         hd(optax.sgd, multiplicative(0.1), init_rate=0.1).init(jnp.ones(2, jnp.complex64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_leaf", [False, True])
 def test_an_unroll_through_it_is_finite_where_a_gradient_is_zero(per_leaf, x64):
     """A bias at zero has a gradient of zero: reverse and forward mode agree."""
@@ -191,6 +193,7 @@ def test_in_a_train_state_that_knows_nothing_of_it():
     assert float(state.opt_state.rate) > 1e-2
 
 
+@pytest.mark.slow
 def test_as_the_inner_optimizer_of_bilevel():
     error = lambda w, b: jnp.mean((b[0] @ w - b[1]) ** 2)  # noqa: E731
     problem = hg.BilevelProblem(
@@ -285,6 +288,7 @@ def final(name, online, rate):
     return of(w, x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["squares", *(pytest.param(n, marks=pytest.mark.slow) for n in ("network", "softmax"))]
 )

@@ -33,6 +33,7 @@ def steps(tx, count, scale=1.0):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_updates_do_not_depend_on_the_scale_of_the_loss(scale, x64):
     theta = NETWORK.init(0)
@@ -85,6 +86,7 @@ def test_averages_of_bfloat16_gradients_are_float32():
     np.testing.assert_allclose(state.squares, 0.5 * 0.998 * 0.999**200, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_strict_settings_and_a_leaf_without_entries():
     w = {"a": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones((0,)), "c": jnp.ones(())}
     tx = learned(NETWORK.init(0), widths={"a": jnp.ones((1, 2)), "b": 1.0, "c": 2.0})
@@ -93,6 +95,7 @@ def test_strict_settings_and_a_leaf_without_entries():
     assert updates["b"].shape == (0,)
 
 
+@pytest.mark.slow
 def test_a_gradient_of_zero_gives_finite_updates_and_derivatives():
     w = jnp.ones(3)
 
@@ -104,6 +107,7 @@ def test_a_gradient_of_zero_gives_finite_updates_and_derivatives():
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((value, slope)))
 
 
+@pytest.mark.slow
 def test_widths_divide_updates():
     theta = NETWORK.init(0)
     (plain,) = steps(learned(theta), 1)
@@ -112,6 +116,7 @@ def test_widths_divide_updates():
     np.testing.assert_allclose(divided["b"], plain["b"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_mu_variant_starts_at_rest():
     network = hg.optimizers.per_parameter_mlp(8, mu_scaled=True)
     (updates,) = steps(hg.optimizers.learned(network.apply, network.init(0)), 1)
@@ -124,6 +129,7 @@ PROBLEM = hg.BilevelProblem(loss, loss)
 BEGIN = hg.BilevelParams(W, NETWORK.init(1))
 
 
+@pytest.mark.slow
 def test_its_hypergradient_equals_differences(x64):
     theta = jax.tree.map(lambda x: jnp.asarray(x, float), NETWORK.init(1))
     w = jax.tree.map(jnp.asarray, W)
@@ -136,6 +142,7 @@ def test_its_hypergradient_equals_differences(x64):
     assert float(optax.tree.vdot(grad, direction)) == pytest.approx(measured, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

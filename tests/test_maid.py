@@ -140,6 +140,7 @@ def test_no_certificate_is_violated(count):
     assert converged > 0.9 * count
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64_in_callbacks")
 def test_an_unsolved_linear_system_counts_in_the_bound():
     method, errors = recorded(hg.methods.maid(**exact_constants(), tolerance=1e-6)), []
@@ -166,6 +167,7 @@ def test_wrong_constants_break_certificates():
     assert broken > 10
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64_in_callbacks")
 @pytest.mark.parametrize("constants", ["given", pytest.param("estimated", marks=pytest.mark.slow)])
 def test_the_result_does_not_depend_on_the_tolerance_to_begin_with(constants):
@@ -182,6 +184,7 @@ def test_the_result_does_not_depend_on_the_tolerance_to_begin_with(constants):
     assert max(spent) < 3 * min(spent)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64_in_callbacks")
 def test_estimated_constants_are_near_the_dense_ones():
     a, b, c, d = random_batch(0)

@@ -140,6 +140,7 @@ def test_the_same_call_gives_the_same_bits_and_compiles_once():
     assert len(traced) == before
 
 
+@pytest.mark.slow
 def test_vmap_over_folds_equals_a_loop(x64):
     folds = [np.arange(120) % 3 == fold for fold in range(3)]
     train, valid = (
@@ -335,6 +336,7 @@ def test_bad_settings_of_methods_are_refused(make, words):
         make()
 
 
+@pytest.mark.slow
 def test_lbfgs_leaves_a_region_where_the_loss_curves_down(x64):
     """From a decay of e⁵ and of e¹⁰ the hypergradient is small and the loss concave: steps must grow."""
     best = min(ridge_value(h) for h in np.linspace(-8, 8, 400))

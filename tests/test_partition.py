@@ -135,6 +135,7 @@ def steps(count, variables, state):
     return variables, state
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_resumes_to_the_bit():
     begin = jax.tree.map(jnp.asarray, hg.BilevelParams(W, H))
     first = transformation().init(begin)
@@ -149,6 +150,7 @@ def test_a_run_learns_and_resumes_to_the_bit():
         assert float(optax.tree.norm(optax.tree.sub(whole[0].hyperparams[name], H[name]))) > 0
 
 
+@pytest.mark.slow
 def test_the_guard_looks_at_every_solve():
     made = estimators(PROBLEM)
     made["implicit"] = hg.implicit(PROBLEM, hg.solvers.neumann(30, 1e3))  # diverges
@@ -189,6 +191,7 @@ def test_implicit_beside_a_learned_response_is_that_of_the_plain_problem():
     assert float(jnp.abs(variables.hyperparams["decay"] - h["decay"]).min()) > 0
 
 
+@pytest.mark.slow
 def test_priors_and_bijectors_pass_through():
     problem = hg.with_prior(PROBLEM, hg.priors.normal(H, 1.0), num_examples=10)
     problem = hg.reparameterize(
@@ -210,6 +213,7 @@ def test_priors_and_bijectors_pass_through():
         )
 
 
+@pytest.mark.slow
 def test_a_solve_batch_is_for_the_solve():
     fn = hg.value_and_hypergrad(hg.partition(estimators(PROBLEM), LABELS), optimizer)
     half = jax.tree.map(lambda x: x[0, :8], batches()[0])
@@ -254,6 +258,7 @@ def test_other_things_than_estimators_by_name_are_refused(given):
         hg.partition(given, "a")
 
 
+@pytest.mark.slow
 def test_labels_may_be_a_function():
     by_name = lambda h: {name: LABELS[name] for name in h}  # noqa: E731
     (_, grad), _ = evaluate(hg.partition(estimators(PROBLEM), by_name), H, optimizer)
@@ -261,6 +266,7 @@ def test_labels_may_be_a_function():
     jax.tree.map(np.testing.assert_array_equal, grad, same)
 
 
+@pytest.mark.slow
 def test_one_estimator_for_all_is_that_estimator():
     h = {"decay": H["decay"]}
     problem = hg.BilevelProblem(

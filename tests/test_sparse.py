@@ -66,6 +66,7 @@ def test_training_on_indices(n_batch):
     assert relative_error(got, want) < 1e-4
 
 
+@pytest.mark.slow
 @forms
 def test_minimize_and_cross_validation(n_batch):
     dense, thin = features(n_batch)
