@@ -267,6 +267,7 @@ def test_frozen_parts_stay():
         assert relative_error(now["Dense_1"], before["Dense_1"]) > 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("has_aux", "window"),
     [*(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 1), (False, 3), (True, 1))), (True, 3)],
@@ -292,6 +293,7 @@ def test_batch_statistics_flow(window, has_aux):
     assert float(state.info.outer_loss) == pytest.approx(float(outer), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_handed_in_gradients_of_a_stateful_problem_bring_their_model_state():
     problem, variables, stats, batch = batch_norm()
     tx = make(problem, inner_optimizer=optax.sgd(0.1), model_state=stats)
@@ -473,6 +475,7 @@ def test_a_single_batch_may_hold_what_is_no_array():
     assert not bool(state.info.skipped)
 
 
+@pytest.mark.slow
 def test_inside_optax_wrappers_that_need_full_gradients():
     """``MultiSteps`` and ``apply_if_finite`` around the whole: they want a BilevelParams of gradients."""
     grads = hg.BilevelParams(

@@ -105,6 +105,7 @@ def test_unconverged_weights_fail_and_the_solution_passes():
     assert late.passed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_unconverged_weights_with_few_terms():
     example = problems.ridge()
@@ -179,6 +180,7 @@ def test_a_fresh_dropout_key_a_product_fails_and_one_key_passes():
     assert "losses from ctx.problem?" in found.note
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_loss_that_draws_its_own_numbers_is_named():
     count = itertools.count()
@@ -357,6 +359,7 @@ def test_a_check_tells_how_far_it_is_and_ends_when_its_time_is_over():
         on(example, estimator, progress=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_solve_inner_gets_to_where_the_check_passes():
     example = problems.ridge()
@@ -459,6 +462,7 @@ def test_a_response_is_compared_with_the_problem_over_plain_weights():
         assert passes or "response has not learned" in found.reasons[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_solve_that_the_guard_skips_is_a_note_where_a_converged_one_is_right():
     example = problems.ridge()
@@ -482,6 +486,7 @@ def test_what_is_not_finite_is_said_to_be():
     assert "not finite" in found.reasons[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_solve_that_broke_down_is_named_before_the_weights():
     example = problems.ridge()
@@ -630,6 +635,7 @@ def sparse(weights=SPARSE):
     return hg.BilevelParams(jnp.asarray(weights), jnp.log(jnp.array(STRENGTH)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_lasso_given_plainly_is_named_and_its_residual_passes():
     """The first is wrong, the second right, beside the closed form; the report of the first names the second."""
@@ -771,6 +777,7 @@ def test_a_kink_of_data_is_inconclusive_and_not_taken_for_a_penalty():
     assert found.kinks == {}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_wrong_hypergradient_of_a_residual_fails_and_early_weights_are_named():
     right = hg.implicit(proximal(), hg.solvers.dense())
@@ -840,6 +847,7 @@ def test_frozen_weights_stay_frozen_in_the_check(x64):
     assert found.inner_gradient_norm < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("wrong", [None, "w3"])
 def test_many_leaves_are_moved_together_first(wrong):

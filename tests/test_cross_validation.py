@@ -53,6 +53,7 @@ def test_it_finds_the_decay_of_the_closed_form(folds, x64):
     assert float(slope) == pytest.approx(measured, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_keys_and_aux_are_those_of_the_folds(x64):
     def loss(w, h, batch, key):
         value = jnp.sum(w) * jax.random.uniform(key) * jnp.mean(batch[1])

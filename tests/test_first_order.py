@@ -266,6 +266,7 @@ def test_a_batch_that_the_guard_drops_does_not_cost_the_copy():
     assert norms[42] == pytest.approx(norms[39], rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_copy_searches_along_its_own_loss():
     """Keywords that the user hands to the weights' line search are not those of the copy."""
     tx = hg.bilevel(hg.first_order(RIDGE, penalty=10.0), inner_optimizer=optax.lbfgs(), outer_optimizer=optax.sgd(0.0))

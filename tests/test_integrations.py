@@ -78,6 +78,7 @@ def test_a_train_state_takes_the_steps_of_its_transformation():
     assert int(state.step) == 4
 
 
+@pytest.mark.slow
 def test_a_train_state_takes_given_gradients_and_replaces_attributes():
     class Counted(hg.integrations.flax.TrainState):
         seen: int = 0

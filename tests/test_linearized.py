@@ -155,6 +155,7 @@ def test_what_the_estimator_refuses_is_refused_in_its_names():
         checked(hg.implicit(dataclasses.replace(problem, inner_loss=held), CG))
 
 
+@pytest.mark.slow
 def test_a_wrong_derivative_rule_is_named_with_its_loss():
     found = checked(hg.implicit(problem_of(outer_change=doubled_backward), CG))
     assert found.verdict == "FAILED"
@@ -192,6 +193,7 @@ def test_a_solve_that_stops_at_once_says_nothing_of_the_formula():
     assert "broke down (INDEFINITE" in found.reasons[0]
 
 
+@pytest.mark.slow
 def test_a_solver_that_does_not_say_how_far_it_came_is_measured():
     tenth = hg.solvers.from_callable(lambda matvec, b, x0: jax.tree.map(lambda v: 0.1 * v, b))
     found = checked(hg.implicit(problem_of(), tenth))
@@ -272,6 +274,7 @@ def squared(x):
 squared.defvjp(lambda x: (x**2, x), lambda x, ct: (2 * ct * jax.lax.stop_gradient(x),))
 
 
+@pytest.mark.slow
 def test_a_wrong_second_derivative_is_named():
     """A rule that is right once and wrong twice: the solve takes wrong products."""
     problem = problem_of(lambda loss, w, h, batch: loss + squared(batch[0] @ w["w"]).mean())
@@ -290,6 +293,7 @@ def test_an_estimator_that_reads_the_hyperparameters_is_checked_at_a_solution():
     assert "the formula of the implicit function theorem" not in found.note
 
 
+@pytest.mark.slow
 def test_a_search_for_kinks_that_did_not_end_is_told(monkeypatch):
     gradient, over = jax.grad(lambda w: jnp.sum(jnp.abs(w))), Budget(deadline=0.0)
     assert weights_at_kinks(gradient, jnp.zeros(3), 1e-7, over) is None

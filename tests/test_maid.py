@@ -151,6 +151,7 @@ def test_an_unsolved_linear_system_counts_in_the_bound():
     assert max(errors) > 0.05  # far from exact, though the inner problem is solved
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64_in_callbacks")
 def test_wrong_constants_break_certificates():
     """The counts above can fail: with a tenth of each constant many claims do not hold."""

@@ -188,6 +188,7 @@ def test_twins_have_the_values_of_optax(name, dtype, x64):
             np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=rtol, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWINS)
 @pytest.mark.parametrize("size", [0.0, 1.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1e-3, 0.2, 30.0))])
 def test_derivatives_of_twins_equal_finite_differences(name, size, x64):
@@ -205,6 +206,7 @@ def test_derivatives_of_twins_equal_finite_differences(name, size, x64):
         np.testing.assert_allclose(jacobian, differences, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_twins_hold_under_strict_promotion(hard_mode):
     updates = updates_of_size(1.0, jnp.float32)
     for name, numbers in TWINS.items():

@@ -52,6 +52,7 @@ def through_orbax(target, tree, path):
         return checkpointer.restore(path / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, target))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("through", [pytest.param(through_msgpack, marks=pytest.mark.slow), through_orbax])
 def test_resume_is_bit_identical(through, training, tmp_path):
     tx, variables, step = training

@@ -34,6 +34,7 @@ def test_dtypes_survive_joint_training(window):
     assert not bool(new_state.info.skipped)
 
 
+@pytest.mark.slow
 def test_low_precision_hypergradient_is_near_the_float32_one():
     """The same weights, rounded to bfloat16: the hypergradient moves by a few of bfloat16's 2⁻⁸ roundings."""
     low, high = network(dtype=jnp.bfloat16), network(dtype=jnp.float32)

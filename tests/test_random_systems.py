@@ -137,6 +137,7 @@ def one_of_each(names, *fast):
     return [pytest.param(name, marks=[pytest.mark.slow] * (name not in fast)) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", one_of_each(CONJUGATE, "default"))
 @settings(max_examples=40)
 @cases

@@ -178,6 +178,7 @@ def test_frozen_weights_and_model_state(x64):
     assert float(grad) == pytest.approx(2 * 12.0 * 3.0 * 2.0, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_bilevel_tunes_the_lasso():
     """Proximal steps inside, one cycle of GMRES outside: the strength moves to that of a grid."""
     with jax.enable_x64(True):

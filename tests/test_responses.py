@@ -288,6 +288,7 @@ def test_a_learned_scale_stays_inside_its_bounds_and_can_come_back():
     assert float(clipped(0.0, responses.HyperparamsWithScale(jnp.zeros(4000), jnp.array(wide)), (), key)) < 1.1
 
 
+@pytest.mark.slow
 def test_a_global_hypernetwork_holds_the_response_over_a_range():
     """Trained on decays from a range, it gives weights near the closed form at both ends and between."""
     x, y = case().inner_batch

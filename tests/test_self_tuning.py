@@ -498,6 +498,7 @@ def test_two_models_in_one_loss_and_one_that_is_not_tuned():
     assert relative_error(got, exact) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [jax.jit, pytest.param(jax.checkpoint, marks=pytest.mark.slow)])
 def test_a_trace_that_the_loss_keeps_has_the_gates_of_its_run(wrap):
     """The loss's own jit was traced without gates before, by itself and by init."""

@@ -56,6 +56,7 @@ def test_a_solve_batch_takes_the_place_of_the_inner_batch_in_the_solve():
     assert int(state.info.num_skipped) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("indexed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_neumann_takes_a_fresh_batch_for_each_product(indexed, x64):
     """Written out: x = α Σ Π (I − αA_k) b, the mixed product on the last batch."""

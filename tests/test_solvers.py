@@ -218,6 +218,7 @@ def test_a_scalar_unknown_of_low_precision_is_solved_in_float32(row):
         assert bool(info.converged)
 
 
+@pytest.mark.slow
 @rows_of_cg
 def test_vmap_under_strict_settings_equals_a_loop(row):
     """Strict promotion, NaN checks and no implicit transfer."""
@@ -266,6 +267,7 @@ def test_right_hand_side_that_is_not_finite_is_reported(row, bad):
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 @keeping
 @pytest.mark.parametrize("bad", [jnp.nan, pytest.param(jnp.inf, marks=pytest.mark.slow)])
 def test_a_state_that_is_not_finite_counts_as_a_fresh_one(row, bad):
@@ -486,6 +488,7 @@ def test_cg_that_converges_in_three_steps_costs_three_products():
     np.testing.assert_allclose(x, b / jnp.asarray(values), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_cg_unrolled_pays_for_all_its_steps_and_can_be_differentiated():
     """What ``unroll`` trades: products after convergence are computed, and reverse mode passes."""
     solver = hg.solvers.cg(8, 1e-5, unroll=2)
@@ -581,6 +584,7 @@ def test_cg_starts_warm_and_recognises_a_solution():
     assert relative_error(x, optax.tree.scale(3.0, want)) < 1e-4
 
 
+@pytest.mark.slow
 def test_cg_pays_for_a_warm_start_from_its_products(x64):
     """A fresh state costs none; a poor one costs one and is dropped; a good one is one step ahead of a cold start."""
     _, b, matrix, _ = system(condition=50.0)

@@ -368,6 +368,7 @@ def test_the_derivative_of_an_implicit_response_in_the_weights_is_zero(trainable
     assert float(jnp.abs(of_h)[0]) > 0.1
 
 
+@pytest.mark.slow
 def test_a_response_that_is_trained_first_is_not_differentiated_through_its_training():
     loss = lambda w, h, batch, key: jnp.sum((w - h) ** 2)  # noqa: E731
     problem = hg.responses.with_response(hg.BilevelProblem(loss, loss), hg.responses.linear())
@@ -389,6 +390,7 @@ def test_a_response_that_is_trained_first_is_not_differentiated_through_its_trai
     assert float(jnp.abs(jax.jacrev(wanted)(h)).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_reverse_mode_of_an_implicit_response_with_a_leaf_that_has_no_hyperparameter(x64):
     """A bias without decay: its row of the system has a constant zero on the right-hand side."""
     x = jax.random.normal(jax.random.key(0), (20, 3))

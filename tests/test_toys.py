@@ -167,6 +167,7 @@ def test_the_covariance_of_a_gaussian_is_its_derivative():
     assert abs(float(state.info.hypergrad_norm) - 1 / (1 - 0.05 * a / 2)) < 5 * (2 / count) ** 0.5
 
 
+@pytest.mark.slow
 def test_a_partition_gives_each_leaf_what_its_estimator_alone_gives(x64):
     batches = window_of(BATCH, WINDOW)
     got = hg.hypergrad(split(PROBLEM), optax.sgd(0.3))(*START, batches, BATCH, key=0)

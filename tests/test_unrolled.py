@@ -134,6 +134,7 @@ def test_all_modes_against_autodiff_and_finite_differences(name, optimizer, mode
     assert not bool(info.skipped)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "steps"),
@@ -270,6 +271,7 @@ def test_model_state_is_differentiated_through(mode):
     assert info.aux["logits"].shape == (16, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_models_with_a_custom_vjp_get_plain_autodiff():
     @jax.custom_vjp
