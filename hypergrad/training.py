@@ -429,15 +429,16 @@ def with_keywords(inner_optimizer: Any, keywords: Mapping[str, Any]) -> Any:
         return lambda constrained: with_keywords(resolve_optimizer(inner_optimizer, constrained), keywords)
     optimizer = resolve_optimizer(inner_optimizer, None)
 
-    def update(updates: Params, state: PyTree, params: Params | None = None, **others: Any) -> tuple[Params, PyTree]:
-        return optimizer.update(updates, state, params, **accepted_keywords(optimizer, {**others, **keywords}))
+    def updating(merged: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[..., tuple[Params, PyTree]]:
+        def update(
+            updates: Params, state: PyTree, params: Params | None = None, **others: Any
+        ) -> tuple[Params, PyTree]:
+            return optimizer.update(updates, state, params, **accepted_keywords(optimizer, merged(others)))
 
-    def on_another_loss(
-        updates: Params, state: PyTree, params: Params | None = None, **others: Any
-    ) -> tuple[Params, PyTree]:
-        return optimizer.update(updates, state, params, **accepted_keywords(optimizer, {**keywords, **others}))
+        return update
 
-    made = _WithKeywords(optimizer.init, update)
+    made = _WithKeywords(optimizer.init, updating(lambda others: {**others, **keywords}))
+    on_another_loss = updating(lambda others: {**keywords, **others})
     made.on_another_loss = optax.GradientTransformationExtraArgs(optimizer.init, on_another_loss)
     return made
 

@@ -15,9 +15,9 @@ from jax import lax
 
 from hypergrad import tree, validate
 from hypergrad.estimators._protocol import Estimate, Estimator
-from hypergrad.problem import BilevelProblem, ResponseSpec
+from hypergrad.problem import BilevelProblem
 from hypergrad.training import Context, Trained
-from hypergrad.types import Array, Hyperparams, PyTree
+from hypergrad.types import Hyperparams, PyTree
 
 __all__ = ["partition"]
 
@@ -160,6 +160,7 @@ def _spread(labels: Any, known: tuple[str, ...], hyperparams: Hyperparams) -> Py
 def _restricted(ctx: Context, estimator: Estimator, label: str, marks: PyTree, *, solves: bool) -> Context:
     """Return what an estimator knows of a call: its own leaves; the others are constants of the problem."""
     problem, hyperparams = ctx.problem, ctx.hyperparams
+    mine = jax.tree.map(lambda mark: mark == label, marks)
     if estimator.unknowns is None and solves:
         ctx = ctx._replace(solve_batch=None)  # it is for those that solve a linear system
     if estimator.problem.response is None and problem.response is not None:
@@ -171,24 +172,17 @@ def _restricted(ctx: Context, estimator: Estimator, label: str, marks: PyTree, *
             at._replace(params=response.weights(at.params, hyperparams), inner_state=None) for at in (ctx.start, ctx.at)
         ]
         problem, hyperparams = response.base_problem, response.base_hyperparams(hyperparams)
-        marks = response.base_hyperparams(marks)
+        mine = response.base_hyperparams(mine)
         ctx = ctx._replace(start=plain[0], at=plain[1], inner_optimizer=None)
-    own = _kept(label, marks, hyperparams)
-    return ctx._replace(problem=_in_own_leaves(problem, hyperparams, label, marks), hyperparams=own)
+    # None in place of the other leaves: paths to the own ones stay.
+    own = tree.selected(mine, hyperparams)
+    return ctx._replace(problem=_in_own_leaves(problem, hyperparams, mine), hyperparams=own)
 
 
-def _kept(label: str, marks: PyTree, hyperparams: Hyperparams) -> Hyperparams:
-    """Return the hyperparameters with None for the leaves of other labels, so that paths to the rest stay."""
-    return jax.tree.map(lambda mark, leaf: leaf if mark == label else None, marks, hyperparams)
-
-
-def _in_own_leaves(problem: BilevelProblem, hyperparams: Hyperparams, label: str, marks: PyTree) -> BilevelProblem:
-    """Return the problem as one in the leaves of a label, the others fixed at ``hyperparams``."""
+def _in_own_leaves(problem: BilevelProblem, hyperparams: Hyperparams, mine: PyTree) -> BilevelProblem:
+    """Return the problem as one in the leaves marked as ``mine``, the others fixed at ``hyperparams``."""
     fixed = lax.stop_gradient(hyperparams)
-
-    def whole(own: Hyperparams) -> Hyperparams:
-        mine = iter(jax.tree.leaves(own))
-        return jax.tree.map(lambda mark, leaf: next(mine) if mark == label else leaf, marks, fixed)
+    whole = lambda own: tree.filled(mine, own, fixed)  # noqa: E731
 
     def of_whole(fn: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fn)
@@ -197,46 +191,23 @@ def _in_own_leaves(problem: BilevelProblem, hyperparams: Hyperparams, label: str
 
         return in_own
 
-    def optional(fn: Callable[..., Any] | None, wrap: Callable[[Any], Any]) -> Any:
-        return None if fn is None else wrap(fn)
-
-    response, prior = problem.response, problem.prior
-    base_marks = marks
+    response, prior, residual = problem.response, problem.prior, problem.residual
+    base, of_base, own_response = fixed, mine, None
     if response is not None:
-        base_marks = response.base_hyperparams(marks)
-        response = _response_in_own_leaves(response, hyperparams, label, marks, whole)
-    base = hyperparams if problem.response is None else problem.response.base_hyperparams(hyperparams)
-
-    def own_prior(own: Hyperparams) -> Array:
-        mine = iter(jax.tree.leaves(own))
-        all_leaves = jax.tree.map(
-            lambda mark, leaf: next(mine) if mark == label else leaf, base_marks, lax.stop_gradient(base)
+        weights = response.weights
+        base, of_base = response.base_hyperparams(fixed), response.base_hyperparams(mine)
+        own_response = response._replace(
+            weights=None if weights is None else of_whole(weights),
+            base_problem=_in_own_leaves(response.base_problem, base, of_base),
+            base_hyperparams=lambda own: tree.selected(of_base, response.base_hyperparams(whole(own))),
         )
-        assert prior is not None
-        return prior(all_leaves)
 
     return dataclasses.replace(
         problem,
         inner_loss=of_whole(problem.inner_loss),
         outer_loss=of_whole(problem.outer_loss),
-        residual=optional(problem.residual, of_whole),
-        prior=optional(prior, lambda _: own_prior),
+        residual=None if residual is None else of_whole(residual),
+        prior=None if prior is None else lambda own: prior(tree.filled(of_base, own, base)),
         constrain=lambda own: problem.constrain(whole(own)),
-        response=response,
-    )
-
-
-def _response_in_own_leaves(
-    response: ResponseSpec,
-    hyperparams: Hyperparams,
-    label: str,
-    marks: PyTree,
-    whole: Callable[[Hyperparams], Hyperparams],
-) -> ResponseSpec:
-    base, base_marks = response.base_hyperparams(hyperparams), response.base_hyperparams(marks)
-    weights = response.weights
-    return response._replace(
-        weights=None if weights is None else lambda params, own: weights(params, whole(own)),
-        base_problem=_in_own_leaves(response.base_problem, base, label, base_marks),
-        base_hyperparams=lambda own: _kept(label, base_marks, response.base_hyperparams(whole(own))),
+        response=own_response,
     )
