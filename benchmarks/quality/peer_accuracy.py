@@ -226,11 +226,13 @@ def interpreter(environments: Path, name: str) -> Path:
     return folder / "Scripts" / "python.exe" if os.name == "nt" else folder / "bin" / "python"
 
 
-def install(environments: Path, name: str) -> str:
-    """Make a library's environment; return why it failed, or ""."""
+def install(environments: Path, name: str, requirements: Sequence[str] = ()) -> str:
+    """Make a library's environment, of the requirements in ``PEERS`` or of others; return why it failed, or ""."""
     folder = environments / name.lower()
     made = _run([sys.executable, "-m", "venv", str(folder)])
-    reason = made or _run([str(interpreter(environments, name)), "-m", "pip", "install", *PEERS[name].requirements])
+    reason = made or _run(
+        [str(interpreter(environments, name)), "-m", "pip", "install", *(requirements or PEERS[name].requirements)]
+    )
     if reason:
         shutil.rmtree(folder, ignore_errors=True)
     return reason

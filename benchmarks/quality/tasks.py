@@ -81,7 +81,7 @@ class Transformer(nn.Module):
 
 def weight_decay(seed: int, *, batch: int = TRAIN, model: nn.Module | None = None) -> Task:
     """One decay per weight between 1e-5 and 1, starting at 1e-3."""
-    model, splits = model or MLP(), _splits(seed)
+    model, splits = model or MLP(), digits(seed)
     bounded = hg.bijectors.interval(float(np.log(1e-5)), 0.0)
 
     def inner(params: Any, decay: Any, drawn: Split, _key: Any) -> jax.Array:
@@ -99,7 +99,7 @@ def weight_decay(seed: int, *, batch: int = TRAIN, model: nn.Module | None = Non
 
 def data_cleaning(seed: int, *, noise: float = 0.4) -> Task:
     """One weight σ(λ) per training example; ``noise`` of the training labels are drawn anew."""
-    model, (train, valid, test) = MLP(), _splits(seed)
+    model, (train, valid, test) = MLP(), digits(seed)
     rng = np.random.default_rng(seed + 1000)
     wrong = rng.permutation(TRAIN)[: round(noise * TRAIN)]
     train = train._replace(y=train.y.at[wrong].set(jnp.asarray(rng.integers(0, CLASSES, len(wrong)))))
@@ -127,7 +127,7 @@ def data_cleaning(seed: int, *, noise: float = 0.4) -> Task:
 
 def augmentation(seed: int) -> Task:
     """The standard deviation of Gaussian noise on each pixel of the training images, starting at 0.05."""
-    model, splits = MLP(), _splits(seed)
+    model, splits = MLP(), digits(seed)
 
     def inner(params: Any, scale: Any, drawn: Split, key: Any) -> jax.Array:
         noise = jax.random.normal(key, drawn.x.shape)
@@ -161,7 +161,8 @@ def draw(split: Split, size: int, key: jax.Array) -> Split:
     return jax.tree.map(lambda leaf: leaf[chosen], split)
 
 
-def _splits(seed: int) -> tuple[Split, Split, Split]:
+def digits(seed: int) -> tuple[Split, Split, Split]:
+    """Return training, validation and test images."""
     x, y = load_digits(return_X_y=True)
     order = np.split(np.random.default_rng(seed).permutation(len(y)), [TRAIN, TRAIN + VALID])
     train, valid, test = (
