@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 Points = Generator[tuple[Any, float], float, None]
@@ -73,7 +73,7 @@ def dehb(size: int, seed: int, trials: int, shortest: float) -> Points:
             search.tell(job, {"fitness": loss, "cost": float(job["fidelity"])})
 
 
-METHODS = {
+METHODS: dict[str, Callable[..., Points]] = {
     "CMA-ES": cma_es,
     "separable CMA-ES": lambda *args: cma_es(*args, separable=True),
     "SMAC": smac,

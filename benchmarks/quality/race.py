@@ -175,11 +175,12 @@ def trial(size: int, logs: jax.Array, data: Data, key: jax.Array, length: int) -
 def joint(size: int, name: str) -> tuple[Any, Any]:
     """Return ``init(variables, rate)`` and ``look(variables, state, data, key, rate)``, five outer steps later."""
     problem = hg.reparameterize(make_problem(size), BOX)
-    estimator, window = {
+    choices: dict[str, tuple[hg.Estimator, dict[str, Any]]] = {
         "implicit": (hg.implicit(problem), {"every": EVERY}),
         "SOBA": (hg.implicit(problem, hg.solvers.richardson(1)), {"every": EVERY}),
         "unrolled": (hg.unrolled(problem), {"window": EVERY}),
-    }[name]
+    }
+    estimator, window = choices[name]
 
     def transformation(rate: Any) -> Any:
         return hg.bilevel(estimator, inner_optimizer=INNER, outer_optimizer=optax.adam(rate), **window)
@@ -293,7 +294,8 @@ def _asked(environments: Path, settings: dict[str, Any], train: Any) -> Iterator
 
 def follow(looks: Iterator[Seen], budget: int) -> list[Seen]:
     """Return the looks at which the validation loss was lowest so far, with what was spent in all."""
-    spent, best = 0, []
+    spent = 0
+    best: list[Seen] = []
     for seen in looks:
         spent += seen.spent
         if spent > budget:
