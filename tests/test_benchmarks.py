@@ -28,14 +28,22 @@ def test_quick_run(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["joint_training", "solver_accuracy", "peer_accuracy", "minimize", "scikit_learn"])
+@pytest.mark.parametrize(
+    "name", ["joint_training", "solver_accuracy", "peer_accuracy", "minimize", "scikit_learn", "race"]
+)
 def test_quick_run_of_quality(name, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "HYPERGRAD_DATA"}
     command = [sys.executable, f"benchmarks/quality/{name}.py", "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / f"{name}.json").read_text())
-    parts = {"tasks"}, {"trajectories", "one shot", "networks", "comparison"}, {"problems", "libraries"}, {"problems"}
+    parts = (
+        {"tasks"},
+        {"trajectories", "one shot", "networks", "comparison"},
+        {"problems", "libraries"},
+        {"problems"},
+        {"sizes"},
+    )
     assert any(names <= set(record) for names in parts)
     assert str(ROOT) not in json.dumps(record)
     report = (tmp_path / f"{name}.md").read_text()

@@ -34,7 +34,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +64,12 @@ LENGTHS, RATES, CHOICE_SEEDS = (500, 1000, 2000), (0.03, 0.1, 0.3), (100, 101)
 POINTS, RETRAINED = 50, 5
 INNER = optax.adam(RATE, eps_root=1e-8)  # which reverse mode can differentiate
 BOX = hg.bijectors.interval(LOW, HIGH)
-CHOSEN: dict[str, float] = dict.fromkeys((*FEW, SEPARABLE), 1000.0) | dict.fromkeys(GRADIENTS, 0.1)
+CHOSEN: dict[str, float] = {
+    **dict.fromkeys(GRADIENTS, 0.1),
+    "SOBA": 0.03,
+    **dict.fromkeys((RANDOM, TPE, SMAC), 1000),
+    **dict.fromkeys((ASHA, HYPERBAND, DEHB, CMA, SEPARABLE), 500),
+}
 """Gradients of a whole trial, and outer rates, as ``--choose`` found them."""
 Weights = dict[str, jax.Array]
 
@@ -320,9 +324,8 @@ def compete(size: int, name: str, seed: int, settings: Settings) -> list[Seen]:
 
 def measured(size: int, name: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Return the losses at a number of costs, and those of new weights at some of them."""
-    begun, data = time.perf_counter(), Data(*tasks.digits(seed))
+    data = Data(*tasks.digits(seed))
     best = compete(size, name, seed, settings)
-    seconds = time.perf_counter() - begun
     costs = np.linspace(0, settings.budget, POINTS + 1)[1:]
     at = [next((seen for seen in reversed(best) if seen.spent <= cost), None) for cost in costs]
     again: list[float | None] = [None] * POINTS
@@ -337,8 +340,8 @@ def measured(size: int, name: str, seed: int, settings: Settings) -> dict[str, A
         "retrained": [value and round(value, 5) for value in again],
     }
     last = {key: row[key][-1] for key in ("valid", "test", "retrained")}
-    print(f"{size}; seed {seed}; {name}: {last}, {seconds:.0f} s", flush=True)
-    return {**row, "seconds": round(seconds, 1)}
+    print(f"{size}; seed {seed}; {name}: {last}", flush=True)
+    return row
 
 
 def choose(sizes: Sequence[int], settings: Settings) -> dict[str, dict[str, float]]:
@@ -372,13 +375,12 @@ def report(record: dict[str, Any]) -> str:
     ]
     for size, seeds in record["sizes"].items():
         lines = [f"## {int(size):,} hyperparameters", ""]
-        lines += ["| method | validation | test | retrained test | seconds |", "|" + " --- |" * 5]
+        lines += ["| method | validation | test | retrained test |", "|" + " --- |" * 4]
         for name in _names(seeds):
             cells = [
                 _cell([found[name][key][-1] for found in seeds.values()]) for key in ("valid", "test", "retrained")
             ]
-            seconds = statistics.median(found[name]["seconds"] for found in seeds.values())
-            lines.append(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         parts += ["\n".join(lines), *(_verdict(seeds, key) for key in ("test", "retrained"))]
     if choice := record.get("choice"):
         lines = ["## Choices", "", "Mean validation loss on seeds 100 and 101.", "", "| method | |", "| --- | --- |"]
@@ -405,11 +407,11 @@ def _verdict(seeds: dict[str, Any], key: str) -> str:
         for gradient in (True, False)
     )
     gap = ends[ours] - ends[theirs]
-    error = gap.std(ddof=1) / np.sqrt(len(gap)) if len(gap) > 1 else float("nan")
+    error = f" ± {gap.std(ddof=1) / np.sqrt(len(gap)):.4f} (standard error by seeds)" if len(gap) > 1 else ""
     what = {"test": "test loss", "retrained": "test loss of new weights"}[key]
     return (
         f"Lowest {what}: {min(ends, key=lambda name: float(ends[name].mean()))}. {ours} minus {theirs}: "
-        f"{gap.mean():+.4f} ± {error:.4f} (standard error by seeds), lower on {int((gap < 0).sum())} of {len(gap)}."
+        f"{gap.mean():+.4f}{error}, lower on {int((gap < 0).sum())} of {len(gap)}."
     )
 
 
@@ -461,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     versions = {"optuna": importlib.metadata.version("optuna"), **installed(args.environments)}
     kept = args.out / "race.json"
     before = json.loads(kept.read_text()) if kept.exists() and (args.merge or args.choose) else {}
-    record = {**harness.circumstances(1), "versions": versions, "budget": settings.budget, "sizes": {}, **before}
+    record = {"sizes": {}, **before, **harness.circumstances(1), "versions": versions, "budget": settings.budget}
     if args.choose:
         record["choice"] = choose(sizes, settings)
     for size, seed in [] if args.choose else itertools.product(sizes, range(args.seeds)):
