@@ -1,29 +1,32 @@
 """A learned optimizer: meta-trained on one small network, tried on wider and deeper ones and on other images.
 
-    uᵢ = −s dᵢ exp(s mᵢ),  (d, m) = MLP_θ(features of weight i)         min_θ  training loss during 200 steps
+    uᵢ = −s dᵢ exp(s mᵢ),  (d, m) = MLP_θ(features of weight i)         min_θ  log training loss, every 20 of 200 steps
 
-    python -m experiments.learned_optimizer [--steps 1000] [--seeds 5] [--quick] [--out experiments/results]
+    python -m experiments.learned_optimizer [--episodes 200] [--seeds 5] [--quick] [--out experiments/results]
 
-θ is meta-trained on a 64-32-10 network and scikit-learn's digits: by persistent evolution (``hg.evolution``), whose
-particles live for 200 steps, and by truncated reverse mode (``hg.unrolled``) over windows of 20 steps. Each of the two
-with the standard and with the μLO parametrization, in which updates of hidden and output matrices are divided by the
-relative number of their inputs. Meta-training ends after equal time in gradients of the network.
+θ is meta-trained on a 64-32-10 network and 1,000 of scikit-learn's digits: by truncated reverse mode, ``hg.unrolled``,
+over windows of 20 steps, and by persistent evolution, ``hg.evolution``, whose particles live for 200 steps. The two
+differ in one line, and in the rate of the outer Adam: for each the better of 3e-3 and 1e-2 on other seeds. An episode
+is 200 steps from fresh weights; evolution has 8 pairs and half as many episodes.
 
-Then each optimizer takes 200 steps, from fresh weights and with fresh batches: on that network, one of 8 × its width,
-one with three hidden layers, and on Fashion-MNIST where ``HYPERGRAD_DATA`` has it. Beside Adam, with the best of 13
-constant rates on the first network, and with the best on each. A row is the training loss at the end, the mean over
-seeds. Writes ``learned_optimizer.json``, ``.md`` and ``.png``.
+Then each optimizer takes 200 steps on batches of 64, from fresh weights: on that task, on a network of 8 × its width,
+on one of three hidden layers, and on Fashion-MNIST where ``HYPERGRAD_DATA`` has it. "μP" divides the updates of hidden
+and output matrices by the number of their inputs, relative to that of meta-training; at the width of meta-training it
+is the same optimizer, so both have one θ. Beside Adam with a constant rate and with a cosine decay to zero, the best of
+9 rates on these very seeds, and with the constant rate that is best on the first task. Losses are those of all training
+images, at the end and as a mean over the run. Writes ``learned_optimizer.json``, ``.md`` and ``.png``.
 """
 
 import argparse
 import functools
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +37,17 @@ from matplotlib.figure import Figure
 import hypergrad as hg
 from experiments.common.datasets import Split, load
 
-LIFE, BATCH, WINDOW, PAIRS, WIDTH = 200, 64, 20, 8, 32
-RATES = np.geomspace(1e-4, 1e-1, 13)
+LIFE, BATCH, WINDOW, PAIRS, WIDTH, EVERY = 200, 64, 20, 8, 32, 10
+RATES = np.geomspace(1e-3, 1e-1, 9)
+NETWORK = hg.optimizers.per_parameter_mlp(8, step=0.1, mu_scaled=True)
 Weights = dict[str, jax.Array]
+
+
+class Setting(NamedTuple):
+    """Of an optimizer, adam or learned: (rate, whether it decays), or θ; and widths by which updates are divided."""
+
+    own: Any
+    widths: dict[str, float]
 
 
 def fresh(sizes: Sequence[int], key: jax.Array) -> Weights:
@@ -61,159 +72,205 @@ def relative_widths(sizes: Sequence[int]) -> dict[str, float]:
     return widths | {f"w{i}": sizes[i] / WIDTH for i in range(1, len(sizes) - 1)}
 
 
-def meta_train(network: hg.optimizers.PerParameterMLP, how: str, data: Split, outer_steps: int) -> tuple[Any, Any]:
-    """Return θ, and the training loss at every outer step."""
-    sizes = 64, WIDTH, 10
-    loss = lambda weights, _theta, batch, _key: cross_entropy(weights, batch)  # noqa: E731
-    problem = hg.BilevelProblem(loss, loss)
-    if how == "evolution":
-        estimator = hg.evolution(problem, sigma=0.01, num_pairs=PAIRS, persistent=True, horizon=LIFE)
+def meta_train(how: str, data: Split, episodes: int, seed: int = 0) -> tuple[Any, np.ndarray]:
+    """Return θ, and the log training loss after each window, an episode per row."""
+    inner = lambda weights, _theta, batch, _key: cross_entropy(weights, batch)  # noqa: E731
+    outer = lambda weights, _theta, batch, _key: jnp.log(cross_entropy(weights, batch))  # noqa: E731
+    problem = hg.BilevelProblem(inner, outer)
+    if how == "unrolled":
+        estimator, rate = hg.unrolled(problem), 1e-2
     else:
-        estimator = hg.unrolled(problem)
-        outer_steps *= 2 * PAIRS // 4  # a window in reverse mode takes about four times as long as forward
-    schedule = optax.cosine_decay_schedule(3e-3, outer_steps, 0.1)
+        estimator, rate = hg.evolution(problem, sigma=0.03, num_pairs=PAIRS, persistent=True, horizon=LIFE), 3e-3
+    sizes, windows = (64, WIDTH, 10), LIFE // WINDOW
+    schedule = optax.cosine_decay_schedule(rate, episodes * windows, 0.03)
     tx = hg.bilevel(
         estimator,
-        inner_optimizer=lambda theta: hg.optimizers.learned(network.apply, theta),
+        inner_optimizer=lambda theta: hg.optimizers.learned(NETWORK.apply, theta),
         outer_optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),
         window=WINDOW,
-        key=0,
+        key=seed,
     )
-    start = hg.BilevelParams(fresh(sizes, jax.random.key(0)), network.init(1))
-    blank = tx.init(start)
+    root, begin = jax.random.split(jax.random.key(seed))
+    variables = hg.BilevelParams(fresh(sizes, begin), NETWORK.init(seed))
+    state = tx.init(variables)
+    blank = state.inner
+
+    def window(carry: Any, key: jax.Array) -> Any:
+        variables, state = carry
+        rows = jax.random.randint(key, (WINDOW + 4, BATCH), 0, len(data.y))
+        seen = jax.tree.map(lambda x: x[rows[WINDOW:].ravel()], data)
+        batches = hg.IndexedBatch(data, rows[:WINDOW])
+        updates, state = tx.update(None, state, variables, inner_batch=batches, outer_batch=seen)
+        return (optax.apply_updates(variables, updates), state), state.info.outer_loss
 
     @jax.jit
-    def step(carry: Any, count: jax.Array) -> Any:
-        variables, state = carry
-        key = jax.random.fold_in(jax.random.key(2), count)
-        begins = count % (LIFE // WINDOW) == 0  # of an episode, for the weights that train at θ itself
-        weights = optax.tree.where(begins, fresh(sizes, key), variables.params)
-        state = state._replace(inner=optax.tree.where(begins, blank.inner, state.inner))
-        rows = jax.random.randint(key, (WINDOW, BATCH), 0, len(data.y))
-        outer = jax.tree.map(lambda x: x[jax.random.randint(key, (4 * BATCH,), 0, len(data.y))], data)
-        variables = hg.BilevelParams(weights, variables.hyperparams)
-        updates, state = tx.update(None, state, variables, inner_batch=hg.IndexedBatch(data, rows), outer_batch=outer)
-        return (optax.apply_updates(variables, updates), state), (state.info.outer_loss, state.info.num_skipped)
+    def episode(variables: Any, state: Any, key: jax.Array) -> Any:
+        begin, order = jax.random.split(key)
+        start = variables._replace(params=fresh(sizes, begin)), state._replace(inner=blank)
+        return jax.lax.scan(window, start, jax.random.split(order, windows))
 
-    (variables, _), (losses, skipped) = jax.lax.scan(step, (start, blank), jnp.arange(outer_steps))
-    if int(skipped[-1]):
-        print(f"{int(skipped[-1])} outer steps skipped")
-    return variables.hyperparams, losses
+    losses = []
+    for key in jax.random.split(root, episodes):
+        (variables, state), found = episode(variables, state, key)
+        losses.append(np.asarray(found))
+    if int(state.info.num_skipped):
+        print(f"{how}: {int(state.info.num_skipped)} outer steps skipped")
+    return variables.hyperparams, np.stack(losses)
+
+
+def adam(setting: Setting) -> optax.GradientTransformation:
+    """Return Adam at a rate, constant or with a cosine decay to zero."""
+    rate, decays = setting.own
+    tx = optax.adam(lambda count: rate * jnp.where(decays, (1 + jnp.cos(jnp.pi * count / LIFE)) / 2, 1.0))
+    return optax.chain(tx, optax.stateless(lambda updates, _: jax.tree.map(jnp.divide, updates, setting.widths)))
+
+
+def learned(setting: Setting) -> optax.GradientTransformation:
+    """Return the learned optimizer with θ."""
+    return hg.optimizers.learned(NETWORK.apply, setting.own, widths=setting.widths)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def curve(make: Callable[[Any], Any], sizes: Sequence[int], setting: Any, data: Split, key: jax.Array) -> jax.Array:
-    """Return the training loss over 200 steps, on four batches' worth of examples each time."""
-    begin, order = jax.random.split(key)
-    weights, tx = fresh(sizes, begin), make(setting)
+def curves(make: Callable[[Any], Any], sizes: Sequence[int], settings: Any, data: Split, keys: jax.Array) -> jax.Array:
+    """Return training losses on all of ``data``, (settings, seeds, points): every 10 steps of 200."""
 
-    def step(carry: Any, key: jax.Array) -> Any:
-        weights, state = carry
-        drawn = jax.random.randint(key, (BATCH,), 0, len(data.y))
-        grads = jax.grad(cross_entropy)(weights, jax.tree.map(lambda x: x[drawn], data))
-        updates, state = tx.update(grads, state, weights)
-        new = optax.apply_updates(weights, updates)
-        seen = jax.tree.map(lambda x: x[: 8 * BATCH], data)
-        return (new, state), cross_entropy(new, seen)
+    def run(setting: Any, key: jax.Array) -> jax.Array:
+        begin, order = jax.random.split(key)
+        weights, tx = fresh(sizes, begin), make(setting)
 
-    return jax.lax.scan(step, (weights, tx.init(weights)), jax.random.split(order, LIFE))[1]
+        def step(carry: Any, rows: jax.Array) -> Any:
+            weights, state = carry
+            grads = jax.grad(cross_entropy)(weights, jax.tree.map(lambda x: x[rows], data))
+            updates, state = tx.update(grads, state, weights)
+            return (optax.apply_updates(weights, updates), state), None
+
+        def point(carry: Any, rows: jax.Array) -> Any:
+            carry = jax.lax.scan(step, carry, rows)[0]
+            return carry, cross_entropy(carry[0], data)
+
+        rows = jax.random.randint(order, (LIFE // EVERY, EVERY, BATCH), 0, len(data.y))
+        return jax.lax.scan(point, (weights, tx.init(weights)), rows)[1]
+
+    return jax.lax.map(lambda setting: jax.vmap(lambda key: run(setting, key))(keys), settings)
 
 
-def run(outer_steps: int, seeds: int) -> dict[str, Any]:
-    """Meta-train, then try every optimizer on every task; return losses over steps, seed by seed."""
+def timed(make: Callable[[Any], Any], sizes: Sequence[int], settings: list[Setting], data: Split, keys: Any) -> Any:
+    """Return ``curves``, and CPU microseconds of a step."""
+    stacked = jax.tree.map(lambda *x: jnp.array(x), *settings)
+    compiled = curves.lower(make, sizes, stacked, data, keys).compile()
+    begun = time.process_time()
+    found = np.asarray(compiled(stacked, data, keys))
+    return found, 1e6 * (time.process_time() - begun) / (len(settings) * len(keys) * LIFE)
+
+
+def compare(
+    thetas: dict[str, Any], sizes: Sequence[int], data: Split, keys: Any, tuned: float | None
+) -> dict[str, Any]:
+    """Return losses (seeds, points) of every optimizer on a task; ``tuned`` is Adam's rate on the first one."""
+    plain = dict.fromkeys(relative_widths(sizes), 1.0)
+    widths = {"": plain} | ({", μP": relative_widths(sizes)} if relative_widths(sizes) != plain else {})
+    grid = [Setting((float(rate), decays), plain) for decays in (False, True) for rate in RATES]
+    moved = [Setting((tuned or 0.0, False), divide) for divide in widths.values()]
+    of_adam, adam_time = timed(adam, sizes, grid + moved, data, keys)
+    ends = np.nan_to_num(of_adam[:, :, -1].mean(axis=1), nan=np.inf)
+    constant, cosine = ends[: len(RATES)].argmin(), len(RATES) + ends[len(RATES) : len(grid)].argmin()
+    rows = {"Adam, best constant rate": of_adam[constant], "Adam, cosine, best rate": of_adam[cosine]}
+    rates = {"constant": grid[constant].own[0], "cosine": grid[cosine].own[0]}
+    if tuned:
+        rows |= {f"Adam, rate of meta-training{n}": x for n, x in zip(widths, of_adam[len(grid) :], strict=True)}
+    names = {f"learned, {how}{n}": Setting(theta, w) for how, theta in thetas.items() for n, w in widths.items()}
+    found, learned_time = timed(learned, sizes, list(names.values()), data, keys)
+    rows |= dict(zip(names, found, strict=True))
+    losses = {name: [[float(f"{x:.4g}") for x in seed] for seed in row] for name, row in rows.items()}
+    return {"losses": losses, "rates": rates, "microseconds": {"Adam": adam_time, "learned": learned_time}}
+
+
+def run(episodes: int, seeds: int, *, quick: bool = False) -> dict[str, Any]:
+    """Meta-train, then try every optimizer on every task."""
     digits = load("digits", 0, 1000).train
-    networks = {
-        "standard": hg.optimizers.per_parameter_mlp(16, step=0.01),
-        "μLO": hg.optimizers.per_parameter_mlp(16, step=0.1, mu_scaled=True),
-    }
-    settings, meta = {}, {}
-    for name, network in networks.items():
-        for how in ("evolution", "unrolled"):
-            begun = time.perf_counter()
-            theta, losses = meta_train(network, how, digits, outer_steps)
-            row = f"learned by {how}, {name}"
-            settings[row], meta[row] = theta, np.asarray(losses, float).tolist()
-            print(f"{row}: meta-trained in {time.perf_counter() - begun:.0f} s", flush=True)
-    tasks = {
+    thetas, meta = {}, {}
+    for how, number in {"unrolled": episodes, "evolution": episodes // 2}.items():
+        begun = time.process_time()
+        thetas[how], losses = meta_train(how, digits, number)
+        ends = [float(f"{x:.4g}") for x in losses.mean(axis=1)]
+        meta[how] = {"episodes": number, "cpu_seconds": time.process_time() - begun, "log_losses": ends}
+        print(f"{how}: {number} episodes, {meta[how]['cpu_seconds']:.0f} CPU seconds", flush=True)
+    tasks: dict[str, tuple[tuple[int, ...], Split]] = {
         "meta-training": ((64, WIDTH, 10), digits),
         "8 × width": ((64, 8 * WIDTH, 10), digits),
-        "three hidden layers": ((64, WIDTH, WIDTH, WIDTH, 10), digits),
     }
-    if (Path(os.environ.get("HYPERGRAD_DATA", "-")) / "fashion_mnist").exists():
-        tasks["Fashion-MNIST"] = ((784, WIDTH, 10), load("fashion_mnist", 0).train)
-    keys = jax.random.split(jax.random.key(10), seeds)
+    if not quick:
+        tasks["three hidden layers"] = (64, WIDTH, WIDTH, WIDTH, 10), digits
+        if (Path(os.environ.get("HYPERGRAD_DATA", "-")) / "fashion_mnist").exists():
+            tasks["Fashion-MNIST"] = (784, WIDTH, 10), load("fashion_mnist", 0).train
+    keys = jax.random.split(jax.random.key(1000), seeds)
     found: dict[str, Any] = {}
-    tuned = 0.0
+    tuned = None
     for task, (sizes, data) in tasks.items():
-        over = functools.partial(_curves, sizes=sizes, data=data, keys=keys)
-        of_rates = {float(rate): over(optax.adam, rate) for rate in RATES}
-        best = min(of_rates, key=lambda rate: np.nan_to_num(of_rates[rate][:, -20:].mean(), nan=np.inf))
-        tuned = tuned or best
-        rows = {"Adam, best rate here": of_rates[best], "Adam, best rate of meta-training": of_rates[tuned]}
-        for row, theta in settings.items():
-            widths = relative_widths(sizes) if "μLO" in row else 1.0
-            apply = networks[row.rpartition(", ")[2]].apply
-            rows[row] = over(functools.partial(_learned, apply, _Frozen(widths)), theta)
-        found[task] = {name: values.tolist() for name, values in rows.items()} | {"rate": best}
-    return {"tasks": found, "meta": meta}
-
-
-def _curves(make: Callable[[Any], Any], setting: Any, *, sizes: Sequence[int], data: Split, keys: Any) -> np.ndarray:
-    return np.asarray(jax.vmap(lambda key: curve(make, sizes, setting, data, key))(keys))
-
-
-class _Frozen:
-    """Widths as a static argument: equal by identity."""
-
-    def __init__(self, widths: Any) -> None:
-        self.widths = widths
-
-
-def _learned(apply: Any, frozen: _Frozen, theta: Any) -> Any:
-    return hg.optimizers.learned(apply, theta, widths=frozen.widths)
+        found[task] = compare(thetas, sizes, data, keys, tuned)
+        tuned = tuned or found[task]["rates"]["constant"]
+        print(f"{task}: {time.process_time():.0f} CPU seconds so far", flush=True)
+    where = f"python {platform.python_version()}, jax {jax.__version__}"
+    return {"circumstances": where, "cpu_seconds": time.process_time(), "meta": meta, "tasks": found}
 
 
 def report(record: dict[str, Any]) -> str:
-    """Return the table."""
-    tasks = record["tasks"]
-    names = [name for name in next(iter(tasks.values())) if name != "rate"]
-    lines = ["# A learned optimizer beside Adam", "", "Training loss after 200 steps, mean ± deviation over seeds.", ""]
-    lines += ["| optimizer | " + " | ".join(tasks) + " |", "|" + " --- |" * (1 + len(tasks))]
-    for name in names:
-        cells = []
-        for task in tasks.values():
-            ends = np.asarray(task[name])[:, -20:].mean(axis=1)
-            cells.append(f"{ends.mean():.4f} ± {ends.std():.4f}")
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    rates = ", ".join(f"{name} {task['rate']:.2g}" for name, task in tasks.items())
-    return "\n".join([*lines, "", f"Best rates of Adam: {rates}.", ""])
+    """Return the tables."""
+    tasks, meta = record["tasks"], record["meta"]
+    names = dict.fromkeys(name for task in tasks.values() for name in task["losses"])
+    lines = ["# A learned optimizer beside Adam"]
+    for title, part in {"after 200 steps": slice(-1, None), "as a mean over the run": slice(None)}.items():
+        lines += ["", f"Training loss {title}, mean ± standard deviation over seeds:", ""]
+        lines += ["| optimizer | " + " | ".join(tasks) + " |", "|" + " --- |" * (1 + len(tasks))]
+        for name in names:
+            of_seeds = [
+                np.asarray(task["losses"].get(name, [[np.nan]]))[:, part].mean(axis=1) for task in tasks.values()
+            ]
+            cells = [f"{x.mean():.4f} ± {x.std():.4f}" if np.isfinite(x).all() else "" for x in of_seeds]
+            lines.append("| " + " | ".join([name, *cells]) + " |")
+    lines.append("")
+    for task, of_task in tasks.items():
+        rates = ", ".join(f"{kind} {rate:.2g}" for kind, rate in of_task["rates"].items())
+        times = ", ".join(f"{name} {value:.0f}" for name, value in of_task["microseconds"].items())
+        lines.append(f"- {task}: Adam's best rates {rates}; CPU microseconds of a step {times}.")
+    trained = "; ".join(
+        f"{how} {x['episodes']} episodes, {x['cpu_seconds']:.0f} CPU seconds" for how, x in meta.items()
+    )
+    lines += [
+        "",
+        f"Meta-training: {trained}. All: {record['cpu_seconds']:.0f} CPU seconds, {record['circumstances']}.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Draw the loss over steps, a panel per task."""
+    """Draw the mean loss over steps, a panel per task."""
     tasks = record["tasks"]
-    figure = Figure(figsize=(3.4 * len(tasks), 3.4), layout="constrained")
+    names = dict.fromkeys(name for task in tasks.values() for name in task["losses"])
+    figure = Figure(figsize=(3.0 * len(tasks), 3.6), layout="constrained")
+    handles: dict[str, Any] = {}
     for axis, (title, task) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
-        for name, values in task.items():
-            if name != "rate":
-                axis.semilogy(np.asarray(values).mean(axis=0), label=name, lw=1.2)
+        for name, values in task["losses"].items():
+            colour, mean = f"C{list(names).index(name)}", np.asarray(values).mean(axis=0)
+            handles[name] = axis.semilogy(EVERY * (1 + np.arange(len(mean))), mean, colour, label=name, lw=1.2)[0]
         axis.set(title=title, xlabel="step")
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.axes[0].set_ylabel("training loss")
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    figure.savefig(path, dpi=95, pil_kwargs={"optimize": True})
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run, write the files; return the record."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000, help="outer steps of evolution")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=200, help="of unrolled; evolution takes half as many")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="few steps: does it run?")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--quick", action="store_true", help="few episodes, two tasks: does it run?")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     args = parser.parse_args(argv)
-    record = run(10 if args.quick else args.steps, 2 if args.quick else args.seeds)
+    record = run(12 if args.quick else args.episodes, 2 if args.quick else args.seeds, quick=args.quick)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "learned_optimizer.json").write_text(json.dumps(record, indent=None) + "\n")
+    (args.out / "learned_optimizer.json").write_text(json.dumps(record) + "\n")
     (args.out / "learned_optimizer.md").write_text(report(record))
     draw(record, args.out / "learned_optimizer.png")
     print(report(record))

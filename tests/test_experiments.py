@@ -1,11 +1,13 @@
-"""The experiments with decays and learning rates run on tiny settings and give what their ``main`` promises."""
+"""The experiments run on tiny settings and give what their ``main`` promises."""
 
 import csv
+import json
 import math
 
+import numpy as np
 import pytest
 
-from experiments import learning_rate, weight_decay
+from experiments import learned_optimizer, learning_rate, weight_decay
 
 ROWS = {
     "no decay",
@@ -60,3 +62,28 @@ def test_learning_rate(tmp_path, capsys):
     assert (tmp_path / "learning_rate.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert all(name in printed for name in results)
+
+
+@pytest.mark.slow
+def test_learned_optimizer(tmp_path):
+    record = learned_optimizer.main(["--quick", "--out", str(tmp_path)])
+    for trained in record["meta"].values():
+        assert len(trained["log_losses"]) == trained["episodes"]
+        assert trained["log_losses"][-1] < trained["log_losses"][0]
+    first, wide = (
+        {name: np.asarray(losses) for name, losses in record["tasks"][task]["losses"].items()}
+        for task in ("meta-training", "8 × width")
+    )
+    assert set(first) == {
+        *("Adam, best constant rate", "Adam, cosine, best rate"),
+        *("learned, unrolled", "learned, evolution"),
+    }
+    divided = {f"{name}, μP" for name in ("learned, unrolled", "learned, evolution", "Adam, rate of meta-training")}
+    assert set(wide) == {*first, "Adam, rate of meta-training", *divided}
+    for losses in [*first.values(), *wide.values()]:
+        assert losses.shape == (2, 20)
+        assert (losses[:, -1] < 0.5 * losses[:, 0]).all()
+    assert first["learned, unrolled"][:, -1].mean() < first["Adam, best constant rate"][:, -1].mean()
+    assert json.loads((tmp_path / "learned_optimizer.json").read_text()) == record
+    assert all(name in (tmp_path / "learned_optimizer.md").read_text() for name in wide)
+    assert (tmp_path / "learned_optimizer.png").stat().st_size > 10_000
