@@ -45,8 +45,12 @@ ESTIMATORS = {
     "gmres": lambda problem: hg.implicit(problem, hg.solvers.gmres(6, 4, warm_start=True)),
     "dense": lambda problem: hg.implicit(problem, hg.solvers.dense(damping=1.0)),
     "unrolled": lambda problem: hg.unrolled(problem, hg.reverse(2)),
+    "evolution": lambda problem: hg.evolution(problem, sigma=0.1, num_pairs=4),
+    "partition": lambda problem: hg.partition(
+        {"solve": hg.implicit(problem), "roll": hg.unrolled(problem)}, {"first": "solve", "second": "roll"}
+    ),
 }
-WINDOWS = {"cg": 2, "unrolled": 4}
+WINDOWS = {"cg": 2, "unrolled": 4, "evolution": 2, "partition": 2}
 
 
 def sharded_over(mesh, variables, batch):

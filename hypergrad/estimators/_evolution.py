@@ -173,7 +173,8 @@ def evolution(
     def draw(ctx: Context) -> Hyperparams:
         """Return ε with a leading axis of pairs."""
         leaves, structure = jax.tree.flatten(ctx.hyperparams)
-        keys = jax.random.split(validate.required_key(ctx.keys.advance), len(leaves))
+        # A clone: jax.debug_key_reuse takes the loop of at most one round around an outer step for one of many.
+        keys = jax.random.split(jax.random.clone(validate.required_key(ctx.keys.advance)), len(leaves))
         sizes = lax.stop_gradient(scales(ctx.hyperparams))
         drawn = [_noise(key, leaf, size, num_pairs) for key, leaf, size in zip(keys, leaves, sizes, strict=True)]
         return jax.tree.unflatten(structure, chunks.placed(drawn))
@@ -318,7 +319,7 @@ def _finite_rows(of_pairs: PyTree, count: int) -> Array:
     """Return which pairs have finite floating leaves only."""
     marks = jnp.ones(count, bool)
     for leaf in tree.split_floating(of_pairs)[0]:
-        marks = marks & jnp.isfinite(leaf).reshape(count, -1).all(axis=1)
+        marks = marks & jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
     return marks
 
 
