@@ -194,7 +194,7 @@ def evolution(
         born = jax.tree.map(jnp.copy, ctx.start._replace(inner_loss=jnp.zeros(())))
         at = chunks.placed(jax.tree.map(lambda x: jnp.broadcast_to(x, (num_pairs, 2, *jnp.shape(x))), born))
         per_pair = lambda: chunks.placed(  # noqa: E731
-            jax.tree.map(lambda h: jnp.zeros((num_pairs, *jnp.shape(h)), h.dtype), ctx.hyperparams)
+            jax.tree.map(lambda h: jnp.broadcast_to(jnp.zeros_like(h), (num_pairs, *h.shape)), ctx.hyperparams)
         )
         ages = jnp.asarray(np.arange(num_pairs) * (horizon or 0) // num_pairs, jnp.int32)
         losses = jnp.zeros((num_pairs, 2))
@@ -302,6 +302,7 @@ def _noise(key: Array, leaf: Any, scale: Any, count: int) -> Array:
     leaf = jnp.asarray(leaf)
     size = jnp.broadcast_to(jnp.asarray(scale, leaf.dtype), leaf.shape)[None]
     drawn = size * jax.random.normal(key, (count, *leaf.shape), leaf.dtype)
+    drawn = drawn + jnp.zeros_like(leaf)[None]  # on explicit axes: in the leaf's sharding
     return drawn if jnp.finfo(leaf.dtype).bits >= 32 else (leaf[None] + drawn) - leaf[None]
 
 
