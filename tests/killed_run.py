@@ -1,6 +1,7 @@
 """A run that saves each step with Orbax, and may be killed at any time and started again.
 
-``python -m tests.killed_run DIRECTORY``: prints the number of each step that is saved, and at the end the variables.
+``python -m tests.killed_run DIRECTORY ROW``, with a row of the catalogue of estimators: prints the number of each step
+that is saved, and at the end the variables.
 """
 
 import pathlib
@@ -12,18 +13,20 @@ import optax
 import orbax.checkpoint as ocp
 
 import hypergrad as hg
+from tests.catalogue import ESTIMATORS
 from tests.two_processes import problem
 
 STEPS = 30
 
 
-def train(directory):
+def train(directory, row):
     """Resume from the newest step saved, if any, and return the bytes of all that the run ends with."""
     bilevel_problem, variables, batch = problem()
     tx = hg.bilevel(
-        hg.implicit(bilevel_problem, hg.solvers.cg(3, warm_start=True)),
-        inner_optimizer=optax.adam(1e-2),
+        next(made for made in ESTIMATORS if made.name == row).make(bilevel_problem),
+        inner_optimizer=optax.adam(1e-2, eps_root=1e-8),
         outer_optimizer=optax.adam(1e-1),
+        window=1,
         every=3,
         key=5,
     )
@@ -47,4 +50,4 @@ def train(directory):
 
 
 if __name__ == "__main__":
-    print(train(pathlib.Path(sys.argv[1]).resolve()))
+    print(train(pathlib.Path(sys.argv[1]).resolve(), sys.argv[2]))

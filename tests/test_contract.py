@@ -207,6 +207,29 @@ def test_vmap_over_whole_runs(row):
 
 
 @single_row
+def test_a_batch_that_is_not_finite_keeps_the_hyperparameters(row):
+    """And the outer state; the call after a bad outer batch takes its step."""
+    tx, first = transformation(row, every=1, guard=hg.guard(max_residual=np.inf)), start(row)  # far from a solution
+    inner, outer = case().inner_batch, case().outer_batch
+    spoilt = lambda batch: (batch[0].at[0, 0].set(jnp.nan), batch[1])  # noqa: E731
+    update = jax.jit(lambda state, ins, outs: tx.update(None, state, first, inner_batch=ins, outer_batch=outs))
+    state = tx.init(first)
+    for ins, outs, bad in (
+        (inner, outer, False),
+        (inner, spoilt(outer), True),
+        (inner, outer, False),
+        (spoilt(inner), outer, True),
+    ):
+        before, (updates, state) = state, update(state, ins, outs)
+        assert bool(state.info.skipped) == bad
+        assert (float(optax.tree.norm(updates.hyperparams)) == 0.0) == bad
+        if bad:
+            assert hg.SkipReason(int(state.info.skip_reason)) == hg.SkipReason.OUTER_LOSS  # NaN weights have it, too
+            chex.assert_trees_all_equal(state.outer, before.outer)
+    assert int(state.info.num_skipped) == 2
+
+
+@single_row
 def test_chains_with_optax_and_ignores_foreign_keywords(row):
     (tx, step), variables = compiled(row), start(row)
     chain = optax.chain(tx, optax.scale(0.5))

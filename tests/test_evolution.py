@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from evosax import algorithms
+from evosax.core import fitness_shaping
 from jax.sharding import NamedSharding, PartitionSpec
 
 import hypergrad as hg
+from hypergrad.training import split_keys
 
 pytestmark = pytest.mark.usefixtures("x64")
 SGD = optax.sgd(0.1)
@@ -344,6 +347,61 @@ def test_ranks_replace_losses():
     _, one, _ = estimate(with_ranks(steep))
     _, two, _ = estimate(with_ranks(LINEAR))
     np.testing.assert_allclose(one, two)  # the order is the same
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs", "life", "ranks"),
+    [("Open_ES", 6, 1, False), ("Open_ES", 6, 1, True), ("PersistentES", 6, 9, False), ("PersistentES", 1, 3, False)],
+    ids=["ES", "ES with ranks", "PES", "PES with restarts"],
+)
+def test_trajectories_are_those_of_evosax(name, pairs, life, ranks):
+    """From the same random numbers, over eight windows; several pairs would start again at different times here."""
+    sigma, root, outer = 0.3, jax.random.key(3), optax.adam(0.1)
+    problem = hg.BilevelProblem(
+        lambda w, h, batch, key: 0.5 * jnp.sum(jnp.exp(h) * w**2) - jnp.sum(jnp.sin(w)),
+        lambda w, h, batch, key: jnp.sum((w - 1.0) ** 4) + jnp.sum(h**2),
+    )
+    shape = fitness_shaping.centered_rank_fitness_shaping_fn if ranks else fitness_shaping.identity_fitness_shaping_fn
+    peer = getattr(algorithms, name)(
+        2 * pairs,
+        jnp.zeros(2),
+        optimizer=outer,
+        std_schedule=optax.constant_schedule(sigma),
+        fitness_shaping_fn=shape,
+    )
+    settings, persistent = peer.default_params, name == "PersistentES"
+    if persistent:
+        settings = settings.replace(T=5 * life, K=5)
+    their = peer.init(root, START[1], settings)
+    options = {"persistent": True, "horizon": 5 * life if pairs == 1 else None} if persistent else {}
+    estimator = hg.evolution(
+        problem, sigma=sigma, num_pairs=pairs, fitness=hg.centered_ranks if ranks else None, **options
+    )
+    tx = hg.bilevel(estimator, inner_optimizer=SGD, outer_optimizer=outer, window=5, key=root)
+    ours = hg.BilevelParams(*map(jnp.asarray, START))
+    state, update = tx.init(ours), jax.jit(tx.update)
+
+    @jax.jit
+    @jax.vmap
+    def window(w, h):
+        for _ in range(5):
+            w = w - 0.1 * jax.grad(problem.inner_loss)(w, h, (), None)
+        return w, problem.outer_loss(w, h, (), None)
+
+    particles = jnp.tile(START[0], (2 * pairs, 1))
+    for count in range(8):
+        if not persistent:
+            particles = jnp.tile(ours.params, (2 * pairs, 1))
+        elif count % life == 0:
+            particles = jnp.tile(START[0], (2 * pairs, 1))
+        (key,) = jax.random.split(split_keys(jax.random.fold_in(root, count)).advance, 1)
+        population, their = peer.ask(key, their, settings)
+        particles, losses = window(particles, population)
+        their, _ = peer.tell(key, population, losses, their, settings)
+        updates, state = update(None, state, ours, inner_batch=steps(5), outer_batch=())
+        ours = optax.apply_updates(ours, updates)
+        np.testing.assert_allclose(ours.hyperparams, peer.get_mean(their), rtol=1e-10)
+    assert np.abs(ours.hyperparams - START[1]).max() > 0.1
 
 
 @pytest.mark.parametrize(

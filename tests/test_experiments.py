@@ -4,10 +4,13 @@ import csv
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from experiments import learned_optimizer, learning_rate, weight_decay
+from experiments import learned_optimizer, learning_rate, short_horizon, weight_decay
 
 ROWS = {
     "no decay",
@@ -87,3 +90,29 @@ def test_learned_optimizer(tmp_path):
     assert json.loads((tmp_path / "learned_optimizer.json").read_text()) == record
     assert all(name in (tmp_path / "learned_optimizer.md").read_text() for name in wide)
     assert (tmp_path / "learned_optimizer.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_short_horizon(tmp_path, capsys):
+    record = short_horizon.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
+    assert set(record["rows"]) == {"PES", "truncated reverse", "grid", "start"}
+    for row in record["rows"].values():
+        assert len(row["valid"]) == len(row["test"]) == len(row["rates"]) == 1
+        assert math.isfinite(row["valid"][0])
+        assert row["gradients"] <= short_horizon.QUICK.budget
+    learned, start = record["rows"]["truncated reverse"], record["rows"]["start"]
+    assert learned["valid"][0] < start["valid"][0]
+    assert (tmp_path / "short_horizon.png").stat().st_size > 10_000
+    assert "Validation loss of PES" in capsys.readouterr().out
+    assert "| PES |" in (tmp_path / "short_horizon.md").read_text()
+
+
+def test_the_schedule_goes_from_the_first_rate_to_the_last():
+    tx = short_horizon.optimizer(jnp.log(jnp.array([0.4, 0.1])))
+    updates = jax.jit(lambda count: tx.update(jnp.ones(()), _at(tx, count))[0])
+    found = [-float(updates(count)) for count in (0, 9, 10, 289, 290, 299)]
+    assert found == pytest.approx([0.4, 0.4, 0.4 * 0.25 ** (1 / 29), 0.1 * 4 ** (1 / 29), 0.1, 0.1], rel=1e-5)
+
+
+def _at(tx, count):
+    return optax.tree.set(tx.init(jnp.zeros(())), count=count)

@@ -1,6 +1,7 @@
 """Online hypergradient descent: the derivative of one step, rates that recover from any start, and no surprise."""
 
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -174,6 +175,41 @@ def test_memory_is_one_copy_and_dtypes_stay():
     updates, new = jax.jit(tx.update)(w, state, w)
     for one, other in ((updates, w), (new, state)):
         assert jax.tree.map(lambda x: x.dtype, one) == jax.tree.map(lambda x: x.dtype, other)
+
+
+@pytest.mark.parametrize("make", [optax.sgd, ADAM], ids=["sgd", "adam"])
+def test_a_step_costs_eight_operations_and_one_copy_more_per_weight(make):
+    """Three products of two operations, a negation, a scaling; a network takes four and more per weight and example."""
+    batch, widths = 128, (64, 128, 128, 10)
+    w = {f"w{i}": jnp.zeros(shape) for i, shape in enumerate(itertools.pairwise(widths))}
+    w |= {f"b{i}": jnp.zeros(width) for i, width in enumerate(widths[1:])}
+    weights, scalars = sum(x.size for x in w.values()), 100
+
+    def compiled(tx):
+        def step(w, state, x, y):
+            def of(w):
+                hidden = jax.nn.relu(jax.nn.relu(x @ w["w0"] + w["b0"]) @ w["w1"] + w["b1"])
+                return cross_entropy(hidden @ w["w2"] + w["b2"], y)
+
+            updates, state = tx.update(jax.grad(of)(w), state, w)
+            return optax.apply_updates(w, updates), state
+
+        data = jnp.zeros((batch, 64)), jnp.zeros(batch, jnp.int32)
+        return jax.jit(step, donate_argnums=(0, 1)).lower(w, tx.init(w), *data).compile()
+
+    plain, online = compiled(make(1e-3)), compiled(hd(make, multiplicative(0.1), init_rate=1e-3))
+    costs, memories = (
+        [getattr(program, analysis)() for program in (plain, online)]
+        for analysis in ("cost_analysis", "memory_analysis")
+    )
+    more = {name: costs[1][name] - costs[0][name] for name in ("flops", "bytes accessed")}
+    assert 6 * weights <= more["flops"] <= 8 * weights + scalars
+    assert costs[1]["flops"] <= (1 + 8 / (4 * batch)) * costs[0]["flops"] + scalars
+    # Floats: a product reads two, writes and reads one where nothing is fused; the others read one and write one.
+    assert more["bytes accessed"] <= 4 * ((3 * 4 + 2 * 2) * weights + scalars)
+    sizes = [memory.argument_size_in_bytes for memory in memories]
+    assert sizes[1] - sizes[0] == 4 * (weights + 1)  # the direction, and the rate; nothing reads the last cosine
+    assert memories[1].temp_size_in_bytes - memories[0].temp_size_in_bytes <= 4 * weights
 
 
 def test_in_a_train_state_that_knows_nothing_of_it():

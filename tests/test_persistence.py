@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import hypergrad as hg
-from tests.catalogue import SOLVERS
+from tests.catalogue import ESTIMATORS, SOLVERS
 from tests.problems import batch_norm, ridge
 
 
@@ -72,6 +72,7 @@ def test_resume_is_bit_identical(through, training, tmp_path):
     assert int(there_state.info.step) == 6
 
 
+CARRIED = "unrolled_persistent", "evolution", "evolution_persistent", "partition"
 SETTINGS = {
     "default": hg.implicit,
     **{row.name: lambda problem, row=row: hg.implicit(problem, row.make()) for row in SOLVERS if row.keeps_state},
@@ -84,15 +85,16 @@ SETTINGS = {
     "neumann_nystrom": lambda problem: hg.implicit(
         problem, hg.solvers.neumann(5, preconditioner=hg.preconditioners.nystrom(2, every=4))
     ),
+    **{row.name: row.make for row in ESTIMATORS if row.name in CARRIED},
 }
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "default")) for n in SETTINGS])
-def test_a_solver_goes_on_where_its_state_was_saved(name):
-    """Bitwise; a fresh state in place of the solver's own changes the result, unless the solver keeps none."""
+def test_an_estimator_goes_on_where_its_state_was_saved(name):
+    """Bitwise; a fresh state in place of the estimator's own changes the result, unless it keeps none."""
     example = ridge(dtype=jnp.float32)
     estimator = SETTINGS[name](example.problem)
-    tx = hg.bilevel(estimator, inner_optimizer=optax.sgd(0.05), outer_optimizer=optax.adam(1e-2), key=3)
+    tx = hg.bilevel(estimator, inner_optimizer=optax.sgd(0.05), outer_optimizer=optax.adam(1e-2), window=1, key=3)
 
     @jax.jit
     def step(variables, state):
@@ -118,9 +120,12 @@ def test_a_solver_goes_on_where_its_state_was_saved(name):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was_saved(tmp_path):
+@pytest.mark.parametrize("row", ["implicit", *CARRIED])
+def test_a_killed_run_goes_on_where_it_was_saved(row, tmp_path):
     """SIGKILL while a step is saved; the second process ends with the bits of a run that was never stopped."""
-    command, whole = ([sys.executable, "-m", "tests.killed_run", str(tmp_path / name)] for name in ("killed", "whole"))
+    command, whole = (
+        [sys.executable, "-m", "tests.killed_run", str(tmp_path / name), row] for name in ("killed", "whole")
+    )
     options = {"cwd": pathlib.Path(__file__).parents[1], "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **options) as first:
         for line in first.stdout:

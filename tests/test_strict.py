@@ -61,6 +61,16 @@ def unrolled():
     return hg.unrolled(problem), optax.sgd(1e-2, 0.9), hg.BilevelParams(params, decay), 3
 
 
+def by(make):
+    """Return a case of another estimator of the decays through three steps."""
+
+    def case():
+        estimator, *others = unrolled()
+        return make(estimator.problem), *others
+
+    return case
+
+
 def self_tuning():
     """Return the same for a self-tuning network."""
     problem = hg.responses.self_tuning(hg.BilevelProblem(smoothed, plain))
@@ -75,20 +85,29 @@ def first_params():
     return MODEL.init(jax.random.key(0), X)["params"]
 
 
-ALWAYS = ((implicit, "debug_nans"), (implicit, "key_reuse"))  # all others are slow tests
+FIRST = {"layers_0": "solve", "layers_2": "roll"}  # the layers of MODEL
+CASES = {
+    "implicit": implicit,
+    "unrolled": unrolled,
+    "self_tuning": self_tuning,
+    "unrolled_persistent": by(lambda problem: hg.unrolled(problem, hg.forward(persistent=True, horizon=3))),
+    "evolution": by(lambda problem: hg.evolution(problem, sigma=0.1, num_pairs=2)),
+    "evolution_persistent": by(lambda p: hg.evolution(p, sigma=0.1, num_pairs=2, persistent=True, horizon=3)),
+    "partition": by(lambda problem: hg.partition({"solve": hg.implicit(problem), "roll": hg.unrolled(problem)}, FIRST)),
+}
+ALWAYS = (("implicit", "debug_nans"), ("implicit", "key_reuse"))  # all others are slow tests
 
 
 @pytest.mark.parametrize(
     ("case", "setting"),
     [
         pytest.param(case, name, marks=[pytest.mark.slow] * ((case, name) not in ALWAYS))
-        for case in (implicit, unrolled, self_tuning)
+        for case in CASES
         for name in SETTINGS
     ],
-    ids=lambda part: part if isinstance(part, str) else part.__name__,
 )
 def test_a_run(case, setting):
-    estimator, inner_optimizer, variables, window = case()
+    estimator, inner_optimizer, variables, window = CASES[case]()
     tx = hg.bilevel(estimator, inner_optimizer=inner_optimizer, outer_optimizer=optax.sgd(1e-2), window=window, every=2)
     batch = jax.tree.map(jnp.asarray, (X, Y))
     windows = batch if window == 1 else jax.tree.map(lambda x: jnp.stack([x] * window), batch)

@@ -173,7 +173,8 @@ def evolution(
     def draw(ctx: Context) -> Hyperparams:
         """Return ε with a leading axis of pairs."""
         leaves, structure = jax.tree.flatten(ctx.hyperparams)
-        keys = jax.random.split(validate.required_key(ctx.keys.advance), len(leaves))
+        # A clone: jax.debug_key_reuse takes the loop of at most one round around an outer step for one of many.
+        keys = jax.random.split(jax.random.clone(validate.required_key(ctx.keys.advance)), len(leaves))
         sizes = lax.stop_gradient(scales(ctx.hyperparams))
         drawn = [_noise(key, leaf, size, num_pairs) for key, leaf, size in zip(keys, leaves, sizes, strict=True)]
         return jax.tree.unflatten(structure, chunks.placed(drawn))
@@ -193,7 +194,7 @@ def evolution(
         born = jax.tree.map(jnp.copy, ctx.start._replace(inner_loss=jnp.zeros(())))
         at = chunks.placed(jax.tree.map(lambda x: jnp.broadcast_to(x, (num_pairs, 2, *jnp.shape(x))), born))
         per_pair = lambda: chunks.placed(  # noqa: E731
-            jax.tree.map(lambda h: jnp.zeros((num_pairs, *jnp.shape(h)), h.dtype), ctx.hyperparams)
+            jax.tree.map(lambda h: jnp.broadcast_to(jnp.zeros_like(h), (num_pairs, *h.shape)), ctx.hyperparams)
         )
         ages = jnp.asarray(np.arange(num_pairs) * (horizon or 0) // num_pairs, jnp.int32)
         losses = jnp.zeros((num_pairs, 2))
@@ -301,6 +302,7 @@ def _noise(key: Array, leaf: Any, scale: Any, count: int) -> Array:
     leaf = jnp.asarray(leaf)
     size = jnp.broadcast_to(jnp.asarray(scale, leaf.dtype), leaf.shape)[None]
     drawn = size * jax.random.normal(key, (count, *leaf.shape), leaf.dtype)
+    drawn = drawn + jnp.zeros_like(leaf)[None]  # on explicit axes: in the leaf's sharding
     return drawn if jnp.finfo(leaf.dtype).bits >= 32 else (leaf[None] + drawn) - leaf[None]
 
 
@@ -318,7 +320,7 @@ def _finite_rows(of_pairs: PyTree, count: int) -> Array:
     """Return which pairs have finite floating leaves only."""
     marks = jnp.ones(count, bool)
     for leaf in tree.split_floating(of_pairs)[0]:
-        marks = marks & jnp.isfinite(leaf).reshape(count, -1).all(axis=1)
+        marks = marks & jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
     return marks
 
 

@@ -149,7 +149,7 @@ def _persistent(problem: BilevelProblem, mode: UnrollMode) -> Estimator:
     def init(ctx: Context) -> tuple[_Tangents, ForwardInfo]:
         count = sum(jnp.size(leaf) for leaf in jax.tree.leaves(ctx.hyperparams))
         floats, _ = tree.split_floating(parts(ctx.start))
-        zeros = [jnp.zeros((count, *leaf.shape), leaf.dtype) for leaf in floats]
+        zeros = [jnp.broadcast_to(jnp.zeros_like(leaf), (count, *leaf.shape)) for leaf in floats]
         none = jnp.zeros((), jnp.int32)
         return _Tangents(zeros, none), ForwardInfo(tree.norm(zeros), none)
 
