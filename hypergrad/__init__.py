@@ -12,6 +12,7 @@ What is where:
                   partition: different leaves of λ to different estimators
     drivers       bilevel (one optax transformation), value_and_hypergrad, hypergrad, best_response; guard
                   minimize (with inner_solvers, methods): problems small enough to solve
+                  metagradient (with stores): the exact gradient of a whole training run
     diagnostics   check_hypergrad, compare, retrain, plots
     optimizers    optimizers whose settings are learned, as hyperparameters or online
     a new method  Estimator, Estimate, Context, Keys, Trained, train; LinearSolver, LinearSystem, SolveInfo
@@ -32,7 +33,7 @@ One log decay per weight, tuned by the validation loss while the weights train:
 from hypergrad import _installation  # noqa: F401, I001  first: it names a foreign package of the same name
 
 from hypergrad import bijectors, diagnostics, integrations, noise, optimizers, penalties, priors, residuals, responses
-from hypergrad import inner_solvers, methods, solvers
+from hypergrad import inner_solvers, methods, solvers, stores
 from hypergrad.bijectors import Bijector, constrain, unconstrain
 from hypergrad.data import FreshBatches, IndexedBatch
 from hypergrad.folds import cross_validation
@@ -42,6 +43,8 @@ from hypergrad.drivers import (
     Guard,
     History,
     HypergradInfo,
+    MetagradientInfo,
+    MetagradientStatus,
     MinimizeResult,
     MinimizeStatus,
     SkipReason,
@@ -49,6 +52,7 @@ from hypergrad.drivers import (
     bilevel,
     guard,
     hypergrad,
+    metagradient,
     minimize,
     value_and_hypergrad,
 )
@@ -130,6 +134,8 @@ __all__ = [
     "Guard",
     "History",
     "HypergradInfo",
+    "MetagradientInfo",
+    "MetagradientStatus",
     "MinimizeResult",
     "MinimizeStatus",
     "SkipReason",
@@ -139,8 +145,10 @@ __all__ = [
     "hypergrad",
     "inner_solvers",
     "integrations",
+    "metagradient",
     "methods",
     "minimize",
+    "stores",
     "value_and_hypergrad",
     # whether to trust the result
     "diagnostics",

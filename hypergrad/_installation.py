@@ -24,8 +24,18 @@ _OURS = {
         "optimizers",
         "penalties",
     ),
-    *("priors", "problem", "residuals", "training", "tree", "types", "validate"),
-    *("diagnostics", "drivers", "estimators", "inner_solvers", "integrations", "methods", "responses", "solvers"),
+    *("priors", "problem", "residuals", "stores", "training", "tree", "types", "validate"),
+    *(
+        "diagnostics",
+        "drivers",
+        "estimators",
+        "inner_solvers",
+        "integrations",
+        "methods",
+        "responses",
+        "solvers",
+        "stores",
+    ),
 }
 
 

@@ -133,6 +133,7 @@ def train(
     hyperparams: Hyperparams = None,
     loss: InnerLoss | None = None,
     steps: slice | None = None,
+    first_step: Any = 0,
     mixed: bool = False,
     checkpoint_every: float = math.inf,
     unroll: int | bool = 1,
@@ -147,6 +148,8 @@ def train(
       hyperparams: λ; None: ``ctx.hyperparams``.
       loss: ``loss(params, hyperparams, batch, key, model_state) -> (value, model_state)`` in place of the inner loss.
       steps: which of the K steps to take, with their own keys; None: all.
+      first_step: number of the first of the K steps, where they are a part of a longer run: step i uses
+        ``fold_in(keys.inner, first_step + i)``.
       mixed: give the gradient of a step the reverse-mode rule of ``curvature.mixed_mode_gradient``.
       checkpoint_every: steps between checkpoints in reverse mode; infinite for none.
       unroll: of the innermost scan.
@@ -168,7 +171,7 @@ def train(
     [0.75]
     """
     options: dict[str, Any] = {"mixed": mixed, "checkpoint_every": checkpoint_every, "unroll": unroll}
-    return train_with_updates(ctx, start, hyperparams, loss, steps=steps, **options)[0]
+    return train_with_updates(ctx, start, hyperparams, loss, steps=steps, first_step=first_step, **options)[0]
 
 
 def train_with_updates(
@@ -179,6 +182,7 @@ def train_with_updates(
     *,
     grads: tuple[Params, ModelState] | None = None,
     steps: slice | None = None,
+    first_step: Any = 0,
     mixed: bool = False,
     checkpoint_every: float = math.inf,
     unroll: int | bool = 1,
@@ -237,7 +241,7 @@ def train_with_updates(
     chosen = slice(None) if steps is None else steps
     length = data.window_length(ctx.inner_batches)
     indexed = (
-        jnp.arange(length, dtype=jnp.int32)[chosen],
+        first_step + jnp.arange(length, dtype=jnp.int32)[chosen],
         jax.tree.map(lambda x: x[chosen], data.windowed(ctx.inner_batches)),
     )
     length = len(indexed[0])

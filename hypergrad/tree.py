@@ -21,6 +21,7 @@ __all__ = [
     "add_scaled",
     "all_finite",
     "filled",
+    "is_key",
     "is_number",
     "is_traced",
     "labels",
@@ -164,7 +165,7 @@ def placed_like(tree: PyTree, like: PyTree) -> PyTree:
 
 def strip_weak_types(tree: PyTree) -> PyTree:
     """Make every array leaf strongly typed: a weakly typed one costs an extra trace."""
-    return jax.tree.map(lambda x: x if _is_key(x) else lax.convert_element_type(x, jnp.asarray(x).dtype), tree)
+    return jax.tree.map(lambda x: x if is_key(x) else lax.convert_element_type(x, jnp.asarray(x).dtype), tree)
 
 
 def unalias(tree: PyTree, *others: PyTree) -> PyTree:
@@ -184,7 +185,7 @@ def match_dtypes(tree: PyTree, like: PyTree) -> PyTree:
     """Cast ``tree`` leaf by leaf to the dtypes of ``like``, strongly typed, so that branches agree; keys stay."""
 
     def cast(x: Any, y: Any) -> Any:
-        return x if _is_key(x) else lax.convert_element_type(x, jnp.asarray(y).dtype)
+        return x if is_key(x) else lax.convert_element_type(x, jnp.asarray(y).dtype)
 
     return jax.tree.map(cast, tree, like)
 
@@ -254,5 +255,6 @@ def _is_inexact(x: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
 
 
-def _is_key(x: Any) -> bool:
+def is_key(x: Any) -> bool:
+    """Return whether a leaf is an array of typed random keys."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

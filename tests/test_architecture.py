@@ -53,6 +53,7 @@ LAYERS = {
     "priors": 1,
     "problem": 2.0,
     "folds": 2.1,
+    "stores": 0.3,
     "residuals": 2.1,
     "training": 2.1,
     "solvers": 3.0,
@@ -80,6 +81,7 @@ COMPUTES = {
     ),
     *(
         "minimize",
+        "metagradient",
         "hoag",
         "evolution",
         "learned",

@@ -3,6 +3,7 @@
 from hypergrad.drivers._bilevel import BilevelState, BilevelTransformation, bilevel, check_bilevel
 from hypergrad.drivers._functional import best_response, compiled, hypergrad, one_estimate, value_and_hypergrad
 from hypergrad.drivers._guard import Guard, HypergradInfo, SkipReason, guard, solves_in
+from hypergrad.drivers._metagradient import MetagradientInfo, MetagradientStatus, metagradient
 from hypergrad.drivers._minimize import History, MinimizeResult, MinimizeStatus, minimize
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "Guard",
     "History",
     "HypergradInfo",
+    "MetagradientInfo",
+    "MetagradientStatus",
     "MinimizeResult",
     "MinimizeStatus",
     "SkipReason",
@@ -20,6 +23,7 @@ __all__ = [
     "compiled",
     "guard",
     "hypergrad",
+    "metagradient",
     "minimize",
     "one_estimate",
     "solves_in",

@@ -1,0 +1,260 @@
+"""Where a long run keeps the states that it will come back to: on the device, in host memory, in a directory.
+
+``hg.metagradient`` keeps few states of the training and runs on from them again. A store says where they lie, and how
+many there may be. ``directory`` also keeps how far the run has come: after a kill, the same call goes on from there.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hypergrad import tree, validate
+from hypergrad.types import PyTree
+
+__all__ = ["DamagedError", "Kept", "Store", "device", "directory", "host"]
+
+_DIGEST = 64  # bytes
+
+
+class DamagedError(Exception):
+    """A kept file is missing or is not what was written. The run computes it again where it can."""
+
+
+class Kept:
+    """States of one run by number, on the device. Other stores override what differs.
+
+    Attributes:
+      bytes_moved: written and read so far.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_moved = 0
+        self._states: dict[int, Any] = {}
+
+    def put(self, number: int, state: PyTree) -> None:
+        """Keep a state."""
+        self._states[number] = state
+
+    def get(self, number: int, like: PyTree) -> PyTree:
+        """Return a state that was kept, placed as ``like`` is; raise ``DamagedError`` where it is not whole."""
+        del like
+        return self._states[number]
+
+    def drop(self, number: int) -> None:
+        """Forget a state."""
+        self._states.pop(number, None)
+
+    def record(self, position: int, progress: PyTree) -> None:
+        """Note how far the run has come; ``progress`` None: what it has gathered is as it was."""
+
+    def resume(self, progress: PyTree) -> tuple[int, PyTree]:
+        """Return how far an earlier call has come, and what it has gathered; (0, ``progress``) where there is none."""
+        return 0, progress
+
+
+class Store(NamedTuple):
+    """Where states are kept.
+
+    Attributes:
+      slots: s ≥ 1, states that may be kept, that at the start of the run included.
+      open: ``open(about, sizes) -> Kept``: for one run. ``about()`` tells runs apart, by name; ``sizes`` are bytes of a
+        state and of what the run gathers.
+      where: "device", "host" or "directory".
+    """
+
+    slots: int
+    open: Callable[[Callable[[], Mapping[str, Any]], tuple[int, int]], Kept]
+    where: str
+
+
+def device(slots: int = 10) -> Store:
+    """Keep states on the device: no transfers, and ``slots`` copies of weights and optimizer state there.
+
+    Args:
+      slots: s ≥ 1.
+
+    Returns:
+      A ``Store``.
+
+    Raises:
+      TypeError, ValueError: ``slots`` is no int, or below 1.
+
+    >>> device(3).slots
+    3
+    """
+    return Store(validate.positive_int("slots", slots), lambda _about, _sizes: Kept(), "device")
+
+
+def host(slots: int = 10) -> Store:
+    """Keep states in the memory of the host; the device holds one at a time.
+
+    Args:
+      slots: s ≥ 1.
+
+    Returns:
+      A ``Store``.
+
+    Raises:
+      TypeError, ValueError: ``slots`` is no int, or below 1.
+
+    >>> host(3).where
+    'host'
+    """
+    return Store(validate.positive_int("slots", slots), lambda _about, _sizes: _Host(), "host")
+
+
+def directory(path: str | os.PathLike[str], slots: int = 10) -> Store:
+    """Keep states in files, and resume a run that was stopped: the same call goes on, and ends with the same bits.
+
+    Args:
+      path: of a directory that this run alone uses; made where it is missing. When the run has ended, it holds the
+        result, which the same call returns at once: remove it to start again.
+      slots: s ≥ 1.
+
+    Returns:
+      A ``Store``. Files are written beside their place and moved there, and hold a checksum. A state that is damaged
+      is named in a warning, and computed again from the one before it.
+
+    Raises:
+      TypeError, ValueError: ``slots`` is no int, or below 1. When a run begins: a directory of another run, with the
+        name of what differs.
+      OSError: when a run begins, a path that cannot be written, or too little space.
+
+    >>> directory("run_1", slots=3).slots
+    3
+    """
+    folder = pathlib.Path(path)
+    return Store(
+        validate.positive_int("slots", slots),
+        lambda about, sizes: _Directory(folder, slots, about(), sizes),
+        "directory",
+    )
+
+
+class _Host(Kept):
+    def put(self, number: int, state: PyTree) -> None:
+        self._states[number] = [_to_host(leaf) for leaf in jax.tree.leaves(state)]
+        self.bytes_moved += sum(leaf.nbytes for leaf in self._states[number])
+
+    def get(self, number: int, like: PyTree) -> PyTree:
+        self.bytes_moved += sum(leaf.nbytes for leaf in self._states[number])
+        return _from_host(self._states[number], like)
+
+
+class _Directory(Kept):
+    def __init__(self, folder: pathlib.Path, slots: int, about: Mapping[str, Any], sizes: tuple[int, int]) -> None:
+        super().__init__()
+        self._folder = folder
+        about = json.loads(json.dumps({**about, "slots": slots}))
+        known = folder / "run.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if known.exists():
+                _compare(folder, json.loads(known.read_text()), about)
+            free, needed = shutil.disk_usage(folder).free, slots * sizes[0] + 2 * sizes[1]
+            present = sum(file.stat().st_size for file in folder.iterdir())
+            if free + present < needed:
+                fix = "Free space, take fewer slots, or another directory."
+                raise OSError(validate.message(f"{needed:,} bytes of space in {folder}", f"{free + present:,}", fix))
+            if not known.exists():
+                _write(known, json.dumps(about, indent=1).encode())
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            fix = "Pass a path that this process may write."
+            raise OSError(
+                validate.message("a directory to keep states in", f"{folder}: {error.strerror}", fix)
+            ) from error
+
+    def put(self, number: int, state: PyTree) -> None:
+        self._save(f"state_{number}", state)
+
+    def get(self, number: int, like: PyTree) -> PyTree:
+        return self._load(f"state_{number}", like)
+
+    def drop(self, number: int) -> None:
+        (self._folder / f"state_{number}").unlink(missing_ok=True)
+
+    def record(self, position: int, progress: PyTree) -> None:
+        name = self._position()[1]
+        if progress is not None:
+            old, name = name, f"progress_{position}"
+            self._save(name, progress)
+        _write(self._folder / "position.json", json.dumps([position, name]).encode())
+        if progress is not None and old:
+            (self._folder / old).unlink(missing_ok=True)
+
+    def resume(self, progress: PyTree) -> tuple[int, PyTree]:
+        position, name = self._position()
+        return position, (self._load(name, progress) if name else progress)
+
+    def _position(self) -> tuple[int, str]:
+        file = self._folder / "position.json"
+        if not file.exists():
+            return 0, ""
+        position, name = json.loads(file.read_text())
+        return int(position), str(name)
+
+    def _save(self, name: str, state: PyTree) -> None:
+        content = b"".join(_to_host(leaf).tobytes() for leaf in jax.tree.leaves(state))
+        _write(self._folder / name, hashlib.blake2b(content).digest() + content)
+        self.bytes_moved += len(content)
+
+    def _load(self, name: str, like: PyTree) -> PyTree:
+        file = self._folder / name
+        written = file.read_bytes() if file.exists() else b""
+        digest, content = written[:_DIGEST], memoryview(written)[_DIGEST:]
+        if not written or hashlib.blake2b(content).digest() != digest:
+            raise DamagedError(f"{file} is {'damaged' if written else 'missing'}")
+        self.bytes_moved += len(content)
+        leaves, start = [], 0
+        for leaf in jax.tree.leaves(like):
+            form = jax.eval_shape(_raw, leaf)
+            size = form.size * form.dtype.itemsize
+            leaves.append(np.frombuffer(content[start : start + size], form.dtype).reshape(form.shape))
+            start += size
+        return _from_host(leaves, like)
+
+
+def _compare(folder: pathlib.Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name, value in now.items():
+        if before.get(name) != value:
+            fix = "Pass what the run was begun with, or another directory."
+            got = f"{name}: {before.get(name)!r} then, {value!r} now"
+            raise ValueError(validate.message(f"{folder} to hold a part of this run", got, fix))
+
+
+def _write(file: pathlib.Path, content: bytes) -> None:
+    """Write a file such that it is whole or absent, also after a loss of power."""
+    beside = file.with_name(file.name + ".part")
+    with beside.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(beside, file)
+
+
+def _raw(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if tree.is_key(leaf) else jnp.asarray(leaf)
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    return np.array(jax.device_get(_raw(leaf)), copy=True)
+
+
+def _from_host(leaves: list[np.ndarray], like: PyTree) -> PyTree:
+    """Return arrays of the kinds and places of ``like``; copied, since on CPU a device array may share their memory."""
+
+    def placed(leaf: np.ndarray, form: Any) -> Any:
+        if tree.is_key(form):
+            return jax.random.wrap_key_data(jnp.array(leaf), impl=jax.random.key_impl(form))
+        return jax.device_put(jnp.array(leaf), form.sharding)
+
+    kinds, structure = jax.tree.flatten(like)
+    return jax.tree.unflatten(structure, [placed(leaf, form) for leaf, form in zip(leaves, kinds, strict=True)])

@@ -1,0 +1,406 @@
+"""Metagradients: the gradient of a whole run equals one unroll of it, whatever is kept, killed or damaged."""
+
+import functools
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.drivers import _revolve
+
+T = 24
+X = jax.random.normal(jax.random.key(0), (30, 4), float)
+Y = jnp.sin(X @ jnp.arange(4.0))
+ROWS = jax.random.randint(jax.random.key(1), (T, 6), 0, 30)
+WEIGHTS = {"w": jax.random.normal(jax.random.key(2), (4,)), "b": jnp.zeros(())}
+HYPERPARAMS = {"decay": jnp.array(-3.0), "rate": jnp.full(T, -3.0), "examples": jnp.zeros(30)}
+
+
+def error(w, batch):
+    return (jnp.tanh(batch[0] @ w["w"] + w["b"]) - batch[1]) ** 2
+
+
+def inner_loss(w, h, batch, key):
+    x, y, weights = batch[0], batch[1], jax.nn.sigmoid(h["examples"])[batch[2]]
+    x = x if key is None else x + 0.1 * jax.random.normal(key, x.shape)
+    return jnp.mean(weights * error(w, (x, y))) + hg.penalties.l2(w, jnp.exp(h["decay"]))
+
+
+def outer_loss(w, h, batch, key):
+    return jnp.mean(error(w, batch)) + 0.01 * jnp.sum(h["rate"] ** 2)
+
+
+PROBLEM = hg.BilevelProblem(inner_loss, outer_loss)
+RATE = lambda h: lambda count: jnp.exp(h["rate"][count])  # noqa: E731
+OPTIMIZERS = {
+    "momentum": lambda h: optax.sgd(RATE(h), momentum=0.9),
+    "Adam": lambda h: optax.adam(RATE(h), eps_root=1e-8),
+    "clipping": lambda h: optax.chain(hg.optimizers.clip_by_global_norm(0.1), optax.sgd(RATE(h))),
+    "schedule": lambda h: optax.sgd(
+        lambda count: jnp.exp(h["rate"][count]) * optax.cosine_decay_schedule(1.0, T)(count)
+    ),
+    "copy of the first weights": lambda h: optax.chain(optax.sgd(RATE(h)), towards_start(h)),
+}
+
+
+def towards_start(h):
+    """Pull weights back to where they began: the optimizer's first state depends on weights and λ."""
+    pull = jnp.exp(h["decay"])
+
+    def update(updates, state, params):
+        return jax.tree.map(lambda u, s, w: u + 0.1 * (s - w), updates, state, params), state
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(lambda w: w * (1 + pull), params), update)
+
+
+def batch_at(step):
+    return hg.IndexedBatch((X, Y, jnp.arange(30)), ROWS[step])
+
+
+def run_of(store, *, segment=5, optimizer="Adam", **options):
+    settings = {"batch_at": batch_at, "num_steps": T, "segment": segment, "store": store, **options}
+    return hg.metagradient(PROBLEM, OPTIMIZERS[optimizer], **settings)
+
+
+def call(fn, *, hyperparams=HYPERPARAMS, key=7):
+    return fn(WEIGHTS, hyperparams, (X, Y), key=key)
+
+
+@functools.cache
+def unrolled(optimizer="Adam"):
+    fn = hg.value_and_hypergrad(hg.unrolled(PROBLEM), OPTIMIZERS[optimizer])
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(float), (WEIGHTS, HYPERPARAMS))
+        batches = hg.IndexedBatch((X.astype(float), Y.astype(float), jnp.arange(30)), ROWS)
+        return fn(*wide, batches, (X.astype(float), Y.astype(float)), key=7)[0]
+
+
+def bits(result):
+    (value, grad), info = result
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves((value, grad, info.params, info.cotangent_norms))]
+
+
+@functools.cache
+def reference():
+    return call(run_of(hg.stores.host(3)))
+
+
+def test_the_schedule_is_the_best_possible():
+    @functools.cache
+    def best(segments, slots):
+        if slots == 1:
+            return segments * (segments - 1) // 2
+        return min(
+            (middle + best(segments - middle, slots - 1) + best(middle, slots) for middle in range(1, segments)),
+            default=0,
+        )
+
+    for segments, slots in itertools.product(range(1, 50), range(1, 7)):
+        actions = list(_revolve.schedule(segments, slots))
+        run = sum(action.to - action.at for action in actions if action.kind == "forward")
+        assert run == best(segments, slots) == _revolve.num_forward(segments, slots)
+        assert [a.at for a in actions if a.kind == "reverse"] == list(range(segments))[::-1]
+        kept, most, here = {0}, 1, 0
+        for kind, at, to in actions:
+            assert kind not in ("forward", "reverse", "keep") or at == here
+            assert kind != "restore" or at in kept
+            kept = kept | {at} if kind == "keep" else kept - {at} if kind == "drop" else kept
+            here, most = (to if kind in ("forward", "restore") else here), max(most, len(kept))
+        assert most <= slots
+        assert kept == {0}
+
+
+@pytest.mark.parametrize("segments", [66, 286, 1001])
+def test_the_binomial_numbers_of_ten_slots(segments):
+    repeats = {66: 2, 286: 3, 1001: 4}[segments]
+    assert _revolve.num_repeats(segments, 10) == repeats
+    assert _revolve.num_repeats(segments + 1, 10) == repeats + 1
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["Adam", *(pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS if name != "Adam")]
+)
+def test_equals_one_unroll(optimizer):
+    value, grad = unrolled(optimizer)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(float), (WEIGHTS, HYPERPARAMS, (X, Y)))
+        fn = run_of(hg.stores.host(3), optimizer=optimizer)
+        (found, hypergrad), info = fn(*wide, key=7)
+    np.testing.assert_allclose(found, value, rtol=1e-12)
+    for a, b in zip(jax.tree.leaves(hypergrad), jax.tree.leaves(grad), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * np.abs(b).max())
+    assert info.status == hg.MetagradientStatus.FINISHED
+    assert info.num_forward == _revolve.num_forward(5, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segment", [1, 7, 24])
+@pytest.mark.parametrize("store", ["device", "host", "directory"])
+def test_equals_one_unroll_for_every_store_and_segment(segment, store, tmp_path):
+    made = hg.stores.directory(tmp_path / "run", 2) if store == "directory" else getattr(hg.stores, store)(2)
+    value, grad = unrolled()
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(float), (WEIGHTS, HYPERPARAMS, (X, Y)))
+        (found, hypergrad), _ = run_of(made, segment=segment)(*wide, key=7)
+    np.testing.assert_allclose(found, value, rtol=1e-12)
+    for a, b in zip(jax.tree.leaves(hypergrad), jax.tree.leaves(grad), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * np.abs(b).max())
+
+
+def test_equals_differences():
+    """Of the mean of two evaluations, along one direction of everything: λ, and the weights at the start."""
+    with jax.enable_x64(True):
+        weights, hyperparams, data = jax.tree.map(lambda x: x.astype(float), (WEIGHTS, HYPERPARAMS, (X, Y)))
+        fn = run_of(hg.stores.device(2), evaluate_at=(9, 20))
+        (_, grad), info = fn(weights, hyperparams, data, key=7)
+        along = jax.tree.map(
+            lambda x: jnp.cos(jnp.arange(x.size, dtype=float)).reshape(x.shape), (weights, hyperparams)
+        )
+
+        def value(step):
+            moved = jax.tree.map(lambda x, d: x + step * d, (weights, hyperparams), along)
+            return fn(*moved, data, key=7)[0][0]
+
+        slope = (value(1e-5) - value(-1e-5)) / 2e-5
+        exact = sum(map(jnp.vdot, jax.tree.leaves((info.params_grad, grad)), jax.tree.leaves(along)))
+    np.testing.assert_allclose(slope, exact, rtol=1e-6)
+    assert info.boundaries.tolist() == [0, 5, 9, 10, 15, 20]
+    assert info.outer_losses.shape == (2,)
+    assert info.cotangent_norms[-1] > 0
+
+
+class _StopError(Exception):
+    pass
+
+
+CHOSEN = {"folder": "", "after": 0}
+
+
+@functools.cache
+def stoppable(optimizer="Adam"):
+    """A run in ``CHOSEN["folder"]`` that stops at its n-th note or file, as a kill would: before it or after it."""
+    left = [0]
+
+    def open_(about, sizes):
+        left[0] = CHOSEN["after"]
+        kept = hg.stores.directory(CHOSEN["folder"], 3).open(about, sizes)
+
+        def counted(fn, *args):
+            left[0] -= 1
+            if left[0] == 0:
+                raise _StopError
+            result = fn(*args)
+            left[0] -= 1
+            if left[0] == 0:
+                raise _StopError
+            return result
+
+        for name in ("put", "record", "drop"):
+            setattr(kept, name, functools.partial(counted, getattr(kept, name)))
+        return kept
+
+    return run_of(hg.stores.Store(3, open_, "directory"), optimizer=optimizer)
+
+
+def stopped(folder, after, **options):
+    CHOSEN.update(folder=folder, after=after)
+    return call(stoppable(**options))
+
+
+ENDS = 34  # the first of ``after`` at which nothing is left to stop
+
+
+@pytest.mark.parametrize(
+    "after", [1, 8, 21, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, ENDS) if n not in (1, 8, 21))]
+)
+def test_a_run_stopped_anywhere_goes_on_and_ends_with_the_same_bits(after, tmp_path):
+    with pytest.raises(_StopError):
+        stopped(tmp_path, after)
+    again = stopped(tmp_path, 0)
+    assert bits(again) == bits(reference())
+    assert again[1].num_forward <= reference()[1].num_forward
+    assert not [file for file in tmp_path.iterdir() if "state" in file.name]
+
+
+def test_a_run_that_nobody_stops_ends(tmp_path):
+    assert bits(stopped(tmp_path, ENDS)) == bits(reference())
+
+
+@pytest.mark.parametrize("what", ["state", "progress"])
+def test_a_damaged_file_is_named_and_computed_again(what, tmp_path):
+    with pytest.raises(_StopError):
+        stopped(tmp_path, 12)
+    files = [file for file in tmp_path.iterdir() if file.name.startswith(what)]
+    assert files
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(bytes(content))
+    with pytest.warns(UserWarning, match=rf"{what}_\d+ is damaged: (it is computed|the run begins) again"):
+        again = stopped(tmp_path, 0)
+    assert bits(again) == bits(reference())
+
+
+def test_a_finished_directory_returns_its_result(tmp_path):
+    first, second = stopped(tmp_path, 0), stopped(tmp_path, 0)
+    assert first[1].num_forward == reference()[1].num_forward
+    assert second[1].num_forward == 0
+    assert bits(first) == bits(second) == bits(reference())
+
+
+@pytest.mark.parametrize(
+    ("named", "options", "arguments"),
+    [
+        ("num_steps", {"num_steps": T - 1}, {}),
+        ("segment", {"segment": 6}, {}),
+        ("evaluate_at", {"evaluate_at": (5, T)}, {}),
+        ("losses and optimizer", {"optimizer": "schedule"}, {}),
+        ("values of hyperparams", {}, {"hyperparams": {**HYPERPARAMS, "decay": jnp.array(-2.0)}}),
+        ("key", {}, {"key": 8}),
+    ],
+)
+def test_the_directory_of_another_run_is_refused_by_name(named, options, arguments, tmp_path):
+    begun = {"optimizer": "clipping"} if named.startswith("losses") else {}  # has a state of the same shape
+    with pytest.raises(_StopError):
+        stopped(tmp_path, 1, **begun)
+    with pytest.raises(ValueError, match=rf"got .*{named}.*then.*now"):
+        call(run_of(hg.stores.directory(tmp_path, 3), **options), **arguments)
+    with pytest.raises(ValueError, match="slots: 3 then, 4 now"):
+        call(run_of(hg.stores.directory(tmp_path, 4), **begun))
+
+
+def test_a_directory_that_cannot_be_written_or_is_too_small_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"expected a directory to keep states in; got .*file"):
+        call(run_of(hg.stores.directory(tmp_path / "file" / "run", 3)))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    with pytest.raises(OSError, match=r"bytes of space in .*; got 100"):
+        call(run_of(hg.stores.directory(tmp_path / "run", 3)))
+
+
+def test_what_is_not_finite_has_a_status():
+    high = {**HYPERPARAMS, "rate": jnp.full(T, 200.0)}
+    (value, grad), info = call(run_of(hg.stores.host(3), optimizer="momentum"), hyperparams=high)
+    assert info.status == hg.MetagradientStatus.TRAINING
+    assert info.at_step == 5
+    assert np.isnan(value)
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(grad))
+
+    loss = lambda w, h, b, k: 0.5 * jnp.sum(h * w**2)  # noqa: E731
+    rough = hg.metagradient(
+        hg.BilevelProblem(loss, lambda w, h, b, k: jnp.sum(jnp.tanh(w))),
+        optax.sgd(1.0),
+        batch_at=lambda i: (),
+        num_steps=60,
+        segment=10,
+    )
+    (_, grad), info = rough(jnp.zeros(1), jnp.full(1, 1e4), (), key=None)  # w stays at 0, and d w_T / d w_0 = 1e240
+    assert info.status == hg.MetagradientStatus.COTANGENT
+    assert 0 < info.at_step < 60
+    assert np.isnan(grad).all()
+
+    hidden = hg.metagradient(
+        hg.BilevelProblem(loss, lambda w, h, b, k: jnp.sum(jnp.log(w - 2.0))),
+        optax.sgd(0.1),
+        batch_at=lambda i: (),
+        num_steps=4,
+    )
+    _, info = hidden(jnp.ones(1), jnp.ones(1), (), key=None)
+    assert info.status == hg.MetagradientStatus.OUTER_LOSS
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "make"),
+    [
+        (TypeError, "batch_at to be callable", lambda: run_of(hg.stores.host(), batch_at=3)),
+        (TypeError, "store to be a Store", lambda: run_of("here")),
+        (ValueError, "num_steps", lambda: run_of(hg.stores.host(), num_steps=0)),
+        (ValueError, "evaluate_at to be increasing", lambda: run_of(hg.stores.host(), evaluate_at=(5, 30))),
+        (ValueError, "slots", lambda: hg.stores.host(0)),
+        (
+            ValueError,
+            "eps_root",
+            lambda: call(hg.metagradient(PROBLEM, optax.adam(0.1), batch_at=batch_at, num_steps=T)),
+        ),
+        (
+            TypeError,
+            "concrete arguments",
+            lambda: jax.jit(lambda: call(run_of(hg.stores.host()), key=jnp.arange(2)[0]))(),
+        ),
+    ],
+)
+def test_refusals(error, match, make):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_a_hyperparameter_without_effect_is_refused():
+    unused = {**HYPERPARAMS, "unused": jnp.zeros(2)}
+    with pytest.raises(ValueError, match="unused"):
+        call(run_of(hg.stores.host()), hyperparams=unused)
+
+
+def test_model_state_is_carried_and_differentiated():
+    """A running mean of the inputs, which the outer loss uses: as of BatchNorm."""
+
+    def inner(w, h, batch, key, mean):
+        new = 0.9 * mean + 0.1 * (batch[0] * h).mean(0)
+        return jnp.mean(((batch[0] - new) @ w - batch[1]) ** 2), new
+
+    def outer(w, h, batch, key, mean):
+        return jnp.mean(((batch[0] - mean) @ w - batch[1]) ** 2), mean
+
+    problem = hg.BilevelProblem(inner, outer, stateful=True)
+    batches = hg.IndexedBatch((X, Y), ROWS)
+    given = {"key": None, "model_state": jnp.ones(4)}
+    (value, grad), _ = hg.value_and_hypergrad(hg.unrolled(problem), optax.sgd(0.1))(
+        WEIGHTS["w"], jnp.ones(4), batches, (X, Y), **given
+    )
+    at = lambda i: hg.IndexedBatch((X, Y), ROWS[i])  # noqa: E731
+    fn = hg.metagradient(problem, optax.sgd(0.1), batch_at=at, num_steps=T, segment=7)
+    (found, hypergrad), _ = fn(WEIGHTS["w"], jnp.ones(4), (X, Y), **given)
+    np.testing.assert_allclose(found, value, rtol=1e-6)
+    np.testing.assert_allclose(hypergrad, grad, rtol=1e-4)
+
+
+KILLED = """
+import os, signal, sys, threading
+sys.path.insert(0, {root!r})
+from tests import test_metagradient as m
+import hypergrad as hg
+if {seconds}:
+    threading.Timer({seconds}, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+result = m.call(m.run_of(hg.stores.directory({folder!r}, 3), segment=1))
+print([x.hex() for x in m.bits(result)])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on(tmp_path):
+    root = str(os.path.dirname(os.path.dirname(__file__)))
+
+    def started(folder, seconds):
+        code = KILLED.format(root=root, seconds=seconds, folder=str(tmp_path / folder))
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+
+    whole = started("whole", 0)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    begun = 0
+    for seconds in np.linspace(3.0, 40.0, 30):
+        done = started("killed", round(float(seconds), 2))
+        begun += os.path.exists(tmp_path / "killed" / "position.json") and done.returncode == -signal.SIGKILL
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert done.stdout == whole.stdout
+    assert begun, "at least one kill in the middle"
+    assert json.loads((tmp_path / "killed" / "run.json").read_text())["num_steps"] == T
