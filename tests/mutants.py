@@ -808,10 +808,10 @@ MUTANTS = [
     ),
     Mutant(
         "estimators/_evolution.py",
-        "jnp.square(z) - 1, axes=1",
-        "jnp.square(z), axes=1",
+        "/ jnp.maximum(n - 1, 1)",
+        "/ n",
         EVOLUTION,
-        "score of another density",
+        "baseline with the pair itself",
     ),
     Mutant(
         "estimators/_evolution.py",
