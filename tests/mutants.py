@@ -29,6 +29,8 @@ class Mutant(NamedTuple):
 
 KEYS, FAULTS, TOYS, CG = "test_keys.py", "test_faults.py", "test_toys.py", "test_conjugate_gradients.py"
 MINIMIZE, INNER = "test_minimize.py", "test_inner_solvers.py"
+EVOLUTION, FORWARD, DESCENT = "test_evolution.py", "test_forward.py", "test_hypergradient_descent.py"
+LEARNED, PARTITION = "test_learned_optimizers.py", "test_partition.py"
 MUTANTS = [
     # keys
     Mutant(
@@ -768,6 +770,132 @@ MUTANTS = [
         "flat, parts = b, lambda v: v",
         "test_stages.py -k reverse_mode",
         "a tree for the transpose",
+    ),
+    Mutant(
+        "estimators/_evolution.py",
+        "sums = jax.tree.map(jnp.add, begun, added)",
+        "sums = added",
+        EVOLUTION,
+        "ES in place of PES",
+    ),
+    Mutant(
+        "estimators/_evolution.py",
+        "ages = jnp.where(alive, jnp.where(again, 0, state.ages) + steps, _NEVER)",
+        "ages = jnp.where(alive, state.ages + steps, _NEVER)",
+        EVOLUTION,
+        "ages go on after a new start",
+    ),
+    Mutant(
+        "estimators/_evolution.py",
+        "np.arange(num_pairs) * (horizon or 0) // num_pairs",
+        "np.zeros(num_pairs)",
+        EVOLUTION,
+        "all start again at once",
+    ),
+    Mutant(
+        "estimators/_evolution.py",
+        "(fits[:, 0] - fits[:, 1]) / 2, 0.0)",
+        "(fits[:, 0] - fits[:, 1]), 0.0)",
+        EVOLUTION,
+        "twice the estimate",
+    ),
+    Mutant(
+        "estimators/_evolution.py",
+        "(n * (n - 1))",
+        "(n * n)",
+        EVOLUTION,
+        "biased standard error",
+    ),
+    Mutant(
+        "estimators/_evolution.py",
+        "/ jnp.maximum(n - 1, 1)",
+        "/ n",
+        EVOLUTION,
+        "baseline with the pair itself",
+    ),
+    Mutant(
+        "estimators/_evolution.py",
+        "validate.required_key(ctx.keys.advance)",
+        "validate.required_key(ctx.keys.estimate)",
+        EVOLUTION,
+        "wrong key",
+    ),
+    Mutant(
+        "estimators/_evolution.py",
+        "alive = alive & jnp.isfinite(losses).all(axis=1)",
+        "alive = alive & jnp.isfinite(losses).any(axis=1)",
+        EVOLUTION,
+        "half a pair lives on",
+    ),
+    Mutant(
+        "estimators/_unrolled.py",
+        "rows = [jnp.where(finite, x, jnp.zeros_like(x)) for x in rows]",
+        "rows = list(rows)",
+        FORWARD,
+        "tangents of NaN stay",
+    ),
+    Mutant(
+        "estimators/_unrolled.py",
+        "jnp.array(False) if mode.horizon is None else state.age >= mode.horizon",
+        "jnp.array(False)",
+        FORWARD,
+        "no horizon",
+    ),
+    Mutant(
+        "estimators/_unrolled.py",
+        "age = jnp.where(again, 0, state.age)",
+        "age = state.age",
+        FORWARD,
+        "age goes on after a new start",
+    ),
+    Mutant(
+        "optimizers/_hypergradient_descent.py",
+        "direction = jax.tree.map(jnp.negative, updates)",
+        "direction = updates",
+        DESCENT,
+        "wrong sign",
+    ),
+    Mutant(
+        "optimizers/_hypergradient_descent.py",
+        "usable = (size > 0) & jnp.isfinite(size) & jnp.isfinite(inner)",
+        "usable = size > 0",
+        DESCENT,
+        "infinite products count",
+    ),
+    Mutant(
+        "optimizers/_hypergradient_descent.py",
+        "jnp.where(jnp.isfinite(new), new, rates[place])",
+        "new",
+        DESCENT,
+        "a rate of NaN",
+    ),
+    Mutant(
+        "optimizers/_learned.py",
+        "averaged, square, count))\n",
+        "averaged, square, state.num_steps))\n",
+        LEARNED,
+        "count from 0",
+    ),
+    Mutant(
+        "optimizers/_learned.py",
+        "(u / jnp.broadcast_to(jnp.asarray(width, u.dtype), u.shape))",
+        "u",
+        LEARNED,
+        "widths without effect",
+    ),
+    Mutant(
+        "estimators/_partition.py",
+        "own._replace(tape=ctx.tape if label in trains else ())",
+        "own",
+        PARTITION,
+        "the tape of another",
+    ),
+    Mutant(
+        "estimators/_partition.py",
+        "ctx = ctx._replace(solve_batch=None)  # it is for those that solve a linear system",
+        "pass",
+        PARTITION,
+        "a batch of the solve for all",
     ),
 ]
 

@@ -233,3 +233,14 @@ def test_the_residual_is_that_of_the_weights_returned(name):
     true = float(jnp.linalg.norm(jax.grad(loss)(found.params.astype(jnp.float32))))
     assert float(found.residual_norm) == pytest.approx(true, rel=1e-5)
     assert name_of(found) == "STALLED"
+
+
+def test_lbfgs_returns_the_best_weights_that_it_met():
+    """Where the loss rounds, steps are judged by the gradient, whose norm may rise; more steps are never worse."""
+    loss = lambda w: 1e6 + 0.5 * jnp.sum(jnp.arange(1.0, 9.0) ** 3 * w**2)  # noqa: E731
+    problem, start = hg.inner_solvers.InnerProblem(loss, None, ()), jnp.full(8, 1e-3)
+    found = [hg.inner_solvers.lbfgs(steps).solve(problem, start, (), 1e-9) for steps in range(1, 15)]
+    norms = [float(each.residual_norm) for each in found]
+    assert norms == sorted(norms, reverse=True)
+    assert norms[-1] < 0.1 * norms[0]
+    assert len(set(norms)) < len(norms), "some step made it worse"

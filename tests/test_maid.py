@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
+from hypergrad.methods._base import Oracle, Point
 from hypergrad.methods._bounds import estimated_bounds
 
 SIZE, MU, SMOOTHNESS, CURVE = 5, 0.3, 2.0, 0.5  # the spectrum of A begins at MU; CᵀC and b have norms SMOOTHNESS, 1
@@ -254,3 +255,22 @@ def test_constants_must_be_scalars():
     batch = random_batch(0)
     with pytest.raises(ValueError, match="strong_convexity to be a scalar"):
         hg.minimize(PROBLEM, hg.BilevelParams(jnp.zeros(SIZE), jnp.zeros(SIZE)), batch, batch, method=method)
+
+
+@pytest.mark.parametrize(("decrease", "accepted"), [(0.15, False), (0.25, True)])
+def test_a_decrease_counts_only_beyond_the_error_of_both_losses(decrease, accepted):
+    """Residuals of 0.1 at μ = 1 and an outer slope of 1: each loss is known to 0.1."""
+    zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
+    done = jnp.asarray(hg.inner_solvers.InnerStatus.CONVERGED, jnp.int32)
+    here = Point(
+        jnp.zeros(1), zero, (), (), jnp.ones(()), jnp.full(1, 0.01), zero + 0.1, done, done, zero, count, count
+    )
+    oracle = Oracle(
+        solve=lambda hyperparams, point, _: point._replace(hyperparams=hyperparams, value=point.value - decrease),
+        differentiate=lambda point, _: point,
+        outer_slope=lambda _: jnp.ones(()),
+        estimate_bounds=lambda _: None,
+    )
+    method = hg.methods.maid(1.0, outer_smoothness=0.0, mixed_norm=0.0, hessian_lipschitz=0.0, mixed_lipschitz=0.0)
+    state = method.init(here)._replace(step_size=zero + 1.0, searching=jnp.array(True), num_steps=count + 1)
+    assert bool(method.step(oracle, here, state).accepted) == accepted

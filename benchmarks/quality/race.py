@@ -1,9 +1,11 @@
 """A race: gradient methods against searches, at equal total cost, for 2 to 10,656 hyperparameters.
 
-    python benchmarks/quality/race.py [--quick] [--choose] [--seeds 5] [--only "10; 100"] [--environments DIR] [--merge]
+    python benchmarks/quality/race.py [--quick] [--choose] [--seeds 5] [--only "10; 100"] [--split 500/400]
+        [--environments DIR] [--merge]
 
-The problem: an MLP (64-144-10) on scikit-learn's digits, 500 training, 400 validation and 897 test images, batches of
-100, Adam. The hyperparameters are log decays of groups of weights, between 1e-6 and 1:
+The problem: an MLP (64-144-10) on scikit-learn's digits, 1,797 images: of ``--split 200/800`` 200 are for training and
+800 for validation, and the others are the test set. Batches of 100, Adam. The hyperparameters are log decays of groups
+of weights, between 1e-6 and 1:
 
     2         one for each layer
     10        eight rows of pixels, two halves of the hidden units
@@ -22,7 +24,8 @@ the lowest, and test is the test loss there. "Retrained" trains new weights with
 long as a trial, and keeps those of the lowest validation loss.
 
 ``--choose`` tries the length of a trial for each search, and the outer rate of each gradient method, by the validation
-loss on seeds 100 and 101; the race is run on seeds 0 to 4. Writes ``race.json``, ``race.md`` and ``race.png``.
+loss on seeds 100 and 101; the race is run on seeds 0 to 4. What was chosen with 500 training and 400 validation images
+is used with both splits. Writes ``race.json``, ``race.md`` and ``race.png``.
 """
 
 import argparse
@@ -87,6 +90,7 @@ class Settings(NamedTuple):
     """What everyone may spend, what was chosen for each, and where the searches' environment is."""
 
     budget: int = BUDGET
+    split: str = "200/800"
     chosen: dict[str, float] = CHOSEN
     environments: Path | None = None
 
@@ -97,6 +101,11 @@ class Data(NamedTuple):
     train: tasks.Split
     valid: tasks.Split
     test: tasks.Split
+
+
+def load(seed: int, settings: Settings) -> Data:
+    """Return the images of one seed."""
+    return Data(*tasks.digits(seed, *map(int, settings.split.split("/"))))
 
 
 def groups(size: int) -> dict[str, np.ndarray]:
@@ -311,7 +320,7 @@ def follow(looks: Iterator[Seen], budget: int) -> list[Seen]:
 
 def compete(size: int, name: str, seed: int, settings: Settings) -> list[Seen]:
     """Run one method on one seed; return its best looks."""
-    data, chosen = Data(*tasks.digits(seed)), settings.chosen[name]
+    data, chosen = load(seed, settings), settings.chosen[name]
     if name in GRADIENTS:
         looks = gradient_method(size, name, seed, data, chosen)
     else:
@@ -324,7 +333,7 @@ def compete(size: int, name: str, seed: int, settings: Settings) -> list[Seen]:
 
 def measured(size: int, name: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Return the losses at a number of costs, and those of new weights at some of them."""
-    data = Data(*tasks.digits(seed))
+    data = load(seed, settings)
     best = compete(size, name, seed, settings)
     costs = np.linspace(0, settings.budget, POINTS + 1)[1:]
     at = [next((seen for seen in reversed(best) if seen.spent <= cost), None) for cost in costs]
@@ -365,16 +374,15 @@ def methods(size: int, settings: Settings) -> list[str]:
 
 
 def report(record: dict[str, Any]) -> str:
-    """Return a table for each number of hyperparameters, and who is the lowest."""
-    machine = record["machine"]
+    """Return a table for each split and number of hyperparameters, and who is the lowest."""
     parts = [
         "# Gradient methods against searches, at equal cost",
         f"`benchmarks/quality/race.py`: decays of groups of weights, {record['budget']:,} gradients for each run, "
         "digits, mean ± standard deviation over seeds. Losses at the weights of the lowest validation loss; retrained: "
         "new weights at the hyperparameters found.",
     ]
-    for size, seeds in record["sizes"].items():
-        lines = [f"## {int(size):,} hyperparameters", ""]
+    for split, size, seeds in [(split, *item) for split, found in record["splits"].items() for item in found.items()]:
+        lines = ["## {} training / {} validation images, {:,} hyperparameters".format(*split.split("/"), int(size)), ""]
         lines += ["| method | validation | test | retrained test |", "|" + " --- |" * 4]
         for name in _names(seeds):
             cells = [
@@ -387,6 +395,7 @@ def report(record: dict[str, Any]) -> str:
         lines += [f"| {name} | {', '.join(f'{k}: {v}' for k, v in found.items())} |" for name, found in choice.items()]
         parts.append("\n".join(lines))
     about = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    machine = record["machine"]
     parts.append(f"{machine['cpu']}, {machine['cores']} cores, jax {machine['jax']}, {about}, {machine['date']}.")
     return "\n\n".join(parts) + "\n"
 
@@ -416,8 +425,8 @@ def _verdict(seeds: dict[str, Any], key: str) -> str:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Draw the losses over cost: a column for each number of hyperparameters."""
-    sizes, costs = record["sizes"], np.linspace(0, record["budget"], POINTS + 1)[1:]
+    """Draw the losses over cost with the first split: a column for each number of hyperparameters."""
+    sizes, costs = next(iter(record["splits"].values())), np.linspace(0, record["budget"], POINTS + 1)[1:]
     names = list(dict.fromkeys(name for seeds in sizes.values() for name in _names(seeds)))
     figure = Figure(figsize=(3.3 * len(sizes), 8.0), layout="constrained")
     grid = figure.subplots(3, len(sizes), squeeze=False, sharex=True)
@@ -452,28 +461,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--choose", action="store_true", help="try trial lengths and outer rates on other seeds")
     parser.add_argument("--only", default="; ".join(map(str, SIZES)), help="numbers of hyperparameters")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--split", default=Settings().split, help="training and validation images, e.g. 500/400")
     parser.add_argument("--environments", type=Path, help="folder of the environment of SMAC, DEHB and CMA-ES")
     parser.add_argument("--merge", action="store_true", help="keep the other numbers that the file has")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results")
     args = parser.parse_args(argv)
-    settings, sizes = Settings(environments=args.environments), [int(size) for size in args.only.split("; ")]
+    settings = Settings(split=args.split, environments=args.environments)
+    sizes = [int(size) for size in args.only.split("; ")]
     if args.quick:
         short = {name: 0.1 if name in GRADIENTS else 200 for name in CHOSEN}
         settings, sizes, args.seeds = settings._replace(budget=600, chosen=short), [SIZES[0]], 1
     versions = {"optuna": importlib.metadata.version("optuna"), **installed(args.environments)}
     kept = args.out / "race.json"
     before = json.loads(kept.read_text()) if kept.exists() and (args.merge or args.choose) else {}
-    record = {"sizes": {}, **before, **harness.circumstances(1), "versions": versions, "budget": settings.budget}
+    record = {"splits": {}, **before, **harness.circumstances(1), "versions": versions, "budget": settings.budget}
     if args.choose:
         record["choice"] = choose(sizes, settings)
     for size, seed in [] if args.choose else itertools.product(sizes, range(args.seeds)):
         found = {name: measured(size, name, seed, settings) for name in methods(size, settings)}
-        if seed == 0:
-            record["sizes"][str(size)] = {}
-        record["sizes"][str(size)][str(seed)] = found
-        record["sizes"] = harness.in_order(record["sizes"], [str(size) for size in SIZES])
+        sizes_found = record["splits"].setdefault(args.split, {})
+        sizes_found[str(size)] = {**(sizes_found[str(size)] if seed else {}), str(seed): found}
+        record["splits"] = dict(sorted(record["splits"].items()))
+        record["splits"][args.split] = harness.in_order(sizes_found, [str(size) for size in SIZES])
         harness.write(args.out, "race", record, report(record))
-    if record["sizes"]:
+    if record["splits"]:
         draw(record, args.out / "race.png")
     harness.write(args.out, "race", record, report(record))
     return record

@@ -161,15 +161,15 @@ def draw(split: Split, size: int, key: jax.Array) -> Split:
     return jax.tree.map(lambda leaf: leaf[chosen], split)
 
 
-def digits(seed: int) -> tuple[Split, Split, Split]:
+def digits(seed: int, train: int = TRAIN, valid: int = VALID) -> tuple[Split, Split, Split]:
     """Return training, validation and test images."""
     x, y = load_digits(return_X_y=True)
-    order = np.split(np.random.default_rng(seed).permutation(len(y)), [TRAIN, TRAIN + VALID])
-    train, valid, test = (
+    order = np.split(np.random.default_rng(seed).permutation(len(y)), [train, train + valid])
+    first, second, third = (
         Split(jnp.asarray(x[at] / 16.0, jnp.float32), jnp.asarray(y[at], jnp.int32), jnp.arange(len(at)))
         for at in order
     )
-    return train, valid, test
+    return first, second, third
 
 
 def _cross_entropy(model: nn.Module, params: Any, split: Split) -> jax.Array:
