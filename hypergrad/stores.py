@@ -182,13 +182,13 @@ class _Directory(Kept):
         (self._folder / f"state_{number}").unlink(missing_ok=True)
 
     def record(self, position: int, progress: PyTree) -> None:
-        name = self._position()[1]
+        _, before = self._position()
+        name = before if progress is None else f"progress_{position}"
         if progress is not None:
-            old, name = name, f"progress_{position}"
             self._save(name, progress)
         _write(self._folder / "position.json", json.dumps([position, name]).encode())
-        if progress is not None and old:
-            (self._folder / old).unlink(missing_ok=True)
+        if before and before != name:
+            (self._folder / before).unlink(missing_ok=True)
 
     def resume(self, progress: PyTree) -> tuple[int, PyTree]:
         position, name = self._position()

@@ -299,13 +299,13 @@ class _Run:
 
     def check(self, hyperparams: Hyperparams, start: Trained, keys: Keys, outer_batch: Batch) -> None:
         """Refuse what ``hg.unrolled`` refuses, without computing anything."""
-        estimator = unrolled(self.problem)
-        assert estimator.train is not None
+        take_steps = unrolled(self.problem).train
+        assert take_steps is not None
 
         def trace(hyperparams: Hyperparams, start: Trained, keys: Keys, outer_batch: Batch) -> Any:
             fresh = start._replace(inner_state=None, inner_loss=jnp.nan)
             ctx = self.context(hyperparams, fresh, keys, 0, self.length(0), outer_batch)
-            return estimator.train((), ctx)[2]
+            return take_steps((), ctx)[2]
 
         jax.eval_shape(trace, hyperparams, start, keys, outer_batch)
 
@@ -334,8 +334,8 @@ class _Call:
         self.begun = time.perf_counter()
         self.num_forward = 0
         self.blank = self._blank()
-        sizes = tuple(sum(leaf.nbytes for leaf in jax.tree.leaves(part)) for part in (self.start, self.blank))
-        self.kept = run.store.open(self._about, sizes)  # type: ignore[arg-type]
+        size = lambda part: sum(leaf.nbytes for leaf in jax.tree.leaves(part))  # noqa: E731
+        self.kept = run.store.open(self._about, (size(self.start), size(self.blank)))
         self.live: set[int] = set()
 
     def _blank(self) -> _Progress:
