@@ -106,6 +106,7 @@ def test_a_gradient_that_says_nothing_leaves_the_rate(grad):
     _, state = tx.update(jnp.ones(3), tx.init(w), w)
     _, state = tx.update(jnp.full(3, grad), state, w)
     assert float(state.rate) == pytest.approx(0.1)
+    assert float(state.cosine) == 0.0
     _, state = tx.update(jnp.ones(3), state, w)
     assert float(state.rate) == pytest.approx(0.1)
 

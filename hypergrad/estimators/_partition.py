@@ -89,8 +89,7 @@ def partition(estimators: Mapping[str, Estimator], labels: PyTree | Callable[[Hy
     def estimate(state: Any, ctx: Context) -> Estimate:
         marks, found = spread(ctx.hyperparams), {}
         for label, each in estimators.items():
-            own = restricted(ctx, each, label, marks)
-            found[label] = each.estimate(state[label], own._replace(tape=ctx.tape if label in trains else ()))
+            found[label] = each.estimate(state[label], restricted(ctx, each, label, marks))
         leaves = {label: iter(jax.tree.leaves(result.hypergrad)) for label, result in found.items()}
         hypergrad = jax.tree.map(lambda label: next(leaves[label]), marks)
         first = found[trains[0]] if trains else next(iter(found.values()))
