@@ -1,7 +1,7 @@
 """Turn results into Markdown: ``methods.md``, and the tables of costs in README and the docs.
 
 ``python benchmarks/methods_report.py`` writes the tables into the pages, from ``methods.json``,
-``self_tuning_cost.json``, ``step_cost.json``, ``minimize.json`` and ``scikit_learn.json`` in the results.
+``self_tuning_cost.json``, ``step_cost.json``, ``minimize.json``, ``scikit_learn.json`` and ``race.json`` in the results.
 """
 
 import json
@@ -160,6 +160,20 @@ def scikit_learn_table(found: dict[str, Any]) -> str:
     return report.table(("problem", "method", "cross-validated loss", "test loss", "seconds"), rows)
 
 
+def race_table(found: dict[str, Any]) -> str:
+    """Return a row per method: mean test loss, and that of new weights, by number of hyperparameters."""
+    sizes = next(iter(found["splits"].values()))
+    names = dict.fromkeys(name for seeds in sizes.values() for name in next(iter(seeds.values())))
+
+    def cell(seeds: dict[str, Any], name: str) -> str:
+        rows = [seed[name] for seed in seeds.values() if name in seed]
+        means = [statistics.mean(row[key][-1] for row in rows) for key in ("test", "retrained") if rows]
+        return " / ".join(f"{mean:.3f}" for mean in means)
+
+    rows = [(name, *(cell(seeds, name) for seeds in sizes.values())) for name in names]
+    return report.table(("method", *(f"{int(size):,}" for size in sizes)), rows)
+
+
 def _cost(found: dict[str, Any], name: str) -> tuple[str, str]:
     """Return time in gradients and memory in copies of the weights, each on the small and the large network."""
     both = [found["networks"][network]["candidates"][name] for network in ("mlp256", "mlp1024")]
@@ -169,8 +183,8 @@ def _cost(found: dict[str, Any], name: str) -> tuple[str, str]:
 
 def pages() -> dict[str, dict[str, str]]:
     """Return the tables by page and by the name of their place there."""
-    names = "methods", "self_tuning_cost", "step_cost", "minimize", "scikit_learn"
-    found, self_tuning, cost, minimized, searches = (
+    names = "methods", "self_tuning_cost", "step_cost", "minimize", "scikit_learn", "race"
+    found, self_tuning, cost, minimized, searches, race = (
         json.loads((RESULTS / f"{name}.json").read_text()) for name in names
     )
     return {
@@ -180,6 +194,7 @@ def pages() -> dict[str, dict[str, str]]:
             "step cost": step_cost_table(cost),
             "minimize": minimize_table(minimized),
             "scikit-learn": scikit_learn_table(searches),
+            "race": race_table(race),
         },
     }
 

@@ -64,7 +64,7 @@ GRADIENTS = {"implicit": 10 + 2 * 5 + 1, "SOBA": 10 + 2 * 3 + 1, "unrolled": 10 
 """Methods, and what they spend on 10 steps and an outer step."""
 FEW, MANY = (RANDOM, TPE, ASHA, HYPERBAND, SMAC, DEHB, CMA), (RANDOM, TPE, SEPARABLE)
 LENGTHS, RATES, CHOICE_SEEDS = (500, 1000, 2000), (0.03, 0.1, 0.3), (100, 101)
-POINTS, RETRAINED = 50, 5
+POINTS, RETRAINED = 25, 5
 INNER = optax.adam(RATE, eps_root=1e-8)  # which reverse mode can differentiate
 BOX = hg.bijectors.interval(LOW, HIGH)
 CHOSEN: dict[str, float] = {
