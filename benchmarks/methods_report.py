@@ -1,7 +1,7 @@
 """Turn results into Markdown: ``methods.md``, and the tables of costs in README and the docs.
 
-``python benchmarks/methods_report.py`` writes the tables into the pages, from ``methods.json``,
-``self_tuning_cost.json``, ``step_cost.json``, ``minimize.json``, ``scikit_learn.json`` and ``race.json`` in the results.
+``python benchmarks/methods_report.py`` writes the tables into the pages, from ``methods.json``, ``step_cost.json``,
+``self_tuning_cost.json``, ``minimize.json``, ``scikit_learn.json`` and ``race.json`` in the results.
 """
 
 import json
