@@ -30,6 +30,7 @@ __all__ = [
     "max_abs",
     "newly_bad",
     "norm",
+    "num_bytes",
     "placed_like",
     "promote",
     "promoted_zeros_like",
@@ -253,6 +254,11 @@ def _wide(x: Any) -> Any:
 
 def _is_inexact(x: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+
+
+def num_bytes(tree: PyTree) -> int:
+    """Return the size of all arrays."""
+    return sum(jnp.asarray(leaf).nbytes if is_number(leaf) else 0 for leaf in jax.tree.leaves(tree))
 
 
 def is_key(x: Any) -> bool:

@@ -82,6 +82,7 @@ COMPUTES = {
     *(
         "minimize",
         "metagradient",
+        "metagradient_plan",
         "hoag",
         "evolution",
         "learned",

@@ -372,6 +372,50 @@ def test_model_state_is_carried_and_differentiated():
     np.testing.assert_allclose(hypergrad, grad, rtol=1e-4)
 
 
+def test_a_plan_counts_what_is_then_done(tmp_path):
+    settings = {"batch_at": batch_at, "num_steps": T, "segment": 5, "store": hg.stores.directory(tmp_path / "run", 3)}
+    plan = hg.metagradient_plan(PROBLEM, OPTIMIZERS["Adam"], **settings)(WEIGHTS, HYPERPARAMS, (X, Y), key=7)
+    info = reference()[1]
+    assert plan.num_segments == len(info.boundaries) - 1 == 5
+    assert plan.num_forward == info.num_forward
+    assert not (tmp_path / "run").exists()
+    state = sum(x.nbytes for x in jax.tree.leaves((WEIGHTS, OPTIMIZERS["Adam"](HYPERPARAMS).init(WEIGHTS))))
+    assert plan.disk_bytes > 2 * state
+    assert plan.host_bytes == 0
+    assert plan.device_bytes > 3 * state
+    assert plan.seconds == pytest.approx(
+        plan.num_forward * plan.forward_seconds + plan.num_segments * plan.reverse_seconds
+    )
+
+
+@pytest.mark.slow
+def test_a_plan_fits_the_memory_or_says_that_nothing_does():
+    make = hg.metagradient_plan(PROBLEM, OPTIMIZERS["momentum"], batch_at=batch_at, num_steps=T, segment=8)
+    fn = functools.partial(make, WEIGHTS, HYPERPARAMS, (X, Y), key=7)
+    whole = fn()
+    less = fn(device_bytes=whole.device_bytes - 1)
+    assert (whole.segment, less.segment) in {(8, 4), (8, 2), (8, 1)}
+    assert less.device_bytes < whole.device_bytes
+    with pytest.raises(ValueError, match=r"expected a metagradient in 10 bytes; got .* for segments of one step"):
+        fn(device_bytes=10)
+
+
+@pytest.mark.slow
+def test_the_time_of_a_plan_is_that_of_the_run():
+    """On a matrix that takes a millisecond a step: within 20 %, in the best of three."""
+    size = 400
+    loss = lambda w, h, batch, key: jnp.mean(jnp.square(jnp.tanh(batch @ w) - 1.0)) + jnp.exp(h) * jnp.sum(w**2)  # noqa: E731
+    settings = {"batch_at": lambda i: jnp.full((size, size), 1e-3) * (1 + i), "num_steps": 300, "segment": 10}
+    problem, at = hg.BilevelProblem(loss, loss), (0.1 * jnp.eye(size), jnp.array(-9.0), jnp.eye(size))
+    fn = hg.metagradient(problem, optax.sgd(0.1), **settings)
+    fn(*at, key=None)
+    ratios = []
+    for _ in range(3):
+        plan = hg.metagradient_plan(problem, optax.sgd(0.1), **settings)(*at, key=None)
+        ratios.append(fn(*at, key=None)[1].seconds / plan.seconds)
+    assert min(abs(ratio - 1) for ratio in ratios) < 0.2
+
+
 KILLED = """
 import os, signal, sys, threading
 sys.path.insert(0, {root!r})

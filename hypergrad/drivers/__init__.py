@@ -3,7 +3,13 @@
 from hypergrad.drivers._bilevel import BilevelState, BilevelTransformation, bilevel, check_bilevel
 from hypergrad.drivers._functional import best_response, compiled, hypergrad, one_estimate, value_and_hypergrad
 from hypergrad.drivers._guard import Guard, HypergradInfo, SkipReason, guard, solves_in
-from hypergrad.drivers._metagradient import MetagradientInfo, MetagradientStatus, metagradient
+from hypergrad.drivers._metagradient import (
+    MetagradientInfo,
+    MetagradientPlan,
+    MetagradientStatus,
+    metagradient,
+    metagradient_plan,
+)
 from hypergrad.drivers._minimize import History, MinimizeResult, MinimizeStatus, minimize
 
 __all__ = [
@@ -13,6 +19,7 @@ __all__ = [
     "History",
     "HypergradInfo",
     "MetagradientInfo",
+    "MetagradientPlan",
     "MetagradientStatus",
     "MinimizeResult",
     "MinimizeStatus",
@@ -24,6 +31,7 @@ __all__ = [
     "guard",
     "hypergrad",
     "metagradient",
+    "metagradient_plan",
     "minimize",
     "one_estimate",
     "solves_in",

@@ -38,7 +38,7 @@ from hypergrad.problem import (
 from hypergrad.training import Context, Keys, Trained, outer_loss_fn, resolve_optimizer, split_keys, train
 from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
-__all__ = ["MetagradientInfo", "MetagradientStatus", "metagradient"]
+__all__ = ["MetagradientInfo", "MetagradientPlan", "MetagradientStatus", "metagradient", "metagradient_plan"]
 
 
 class MetagradientStatus(enum.IntEnum):
@@ -160,6 +160,153 @@ def metagradient(
     return fn
 
 
+class MetagradientPlan(NamedTuple):
+    """What a metagradient would take. Times are those of this machine, as it is now.
+
+    Attributes:
+      segment: steps per segment.
+      slots: states that the store may keep.
+      num_segments: n.
+      num_repeats: r, how often a segment runs forward at most before it is differentiated.
+      num_forward: segments that run forward in all, without those that are differentiated.
+      forward_equivalents: the cost of all, in segments that run forward.
+      forward_seconds: of one segment.
+      reverse_seconds: of one segment that is differentiated.
+      seconds: of all.
+      device_bytes: the peak on the device: arguments, results and scratch memory of a differentiated segment, the
+        weights and hyperparameters given, and what the store keeps there.
+      host_bytes: of the states kept in host memory.
+      disk_bytes: of the files.
+    """
+
+    segment: int
+    slots: int
+    num_segments: int
+    num_repeats: int
+    num_forward: int
+    forward_equivalents: float
+    forward_seconds: float
+    reverse_seconds: float
+    seconds: float
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+
+
+def metagradient_plan(
+    problem: BilevelProblem,
+    inner_optimizer: Any,
+    *,
+    batch_at: Callable[[Array], Batch],
+    num_steps: int,
+    segment: int = 50,
+    store: stores.Store = stores.host(),  # noqa: B008
+    evaluate_at: Sequence[int] | None = None,
+) -> Callable[..., MetagradientPlan]:
+    """Return a function that predicts the memory and the time of a metagradient, from one segment of it.
+
+    ``fn(params, hyperparams, outer_batch, *, key, model_state=None, device_bytes=None) -> MetagradientPlan``
+
+    seconds = (r n − C(s + r, r − 1)) · seconds forward + n · seconds reverse, with n segments and s slots.
+
+    Args:
+      problem: as of ``metagradient``, and so are the others.
+      inner_optimizer: see there.
+      batch_at: see there.
+      num_steps: see there.
+      segment: see there.
+      store: see there; no file is written.
+      evaluate_at: see there.
+
+    Returns:
+      The function. With ``device_bytes`` the plan has the longest segment of at most ``segment`` steps, halved as often
+      as needed, whose peak is not larger: pass ``plan.segment`` to ``metagradient``.
+
+    Raises:
+      TypeError: as ``metagradient``.
+      ValueError: as ``metagradient``; or ``device_bytes`` that one step does not fit into.
+
+    Valid where all segments take as long as the first; on a shared machine times vary.
+
+    >>> import hypergrad as hg, jax.numpy as jnp, optax
+    >>> loss = lambda w, target, batch, key: 0.5 * jnp.sum((w - target) ** 2)
+    >>> problem = hg.BilevelProblem(loss, lambda w, target, batch, key: jnp.sum(w))
+    >>> fn = metagradient_plan(problem, optax.sgd(0.5), batch_at=lambda i: (), num_steps=1000, segment=10)
+    >>> plan = fn(jnp.zeros(1), jnp.ones(1), (), key=None)
+    >>> plan.num_segments, plan.num_repeats, plan.num_forward
+    (100, 3, 222)
+
+    Reference: Griewank & Walther 2000.
+    """
+    settings = problem, inner_optimizer, batch_at, num_steps
+    run = _Run(*settings, segment, store, evaluate_at)
+
+    def fn(
+        params: Params,
+        hyperparams: Hyperparams,
+        outer_batch: Batch,
+        *,
+        key: Key,
+        model_state: ModelState = None,
+        device_bytes: int | None = None,
+    ) -> MetagradientPlan:
+        given = params, hyperparams, outer_batch, key, model_state
+        tried = run
+        while True:
+            found = _planned(_Call(tried, *given))
+            if device_bytes is None or found.device_bytes <= device_bytes:
+                return found
+            if tried.segment == 1:
+                fix = "Shard the weights, or take smaller batches."
+                got = f"{found.device_bytes:,} for segments of one step"
+                raise ValueError(validate.message(f"a metagradient in {device_bytes:,} bytes", got, fix))
+            tried = _Run(*settings, tried.segment // 2, store, evaluate_at)
+
+    return fn
+
+
+def _planned(call: "_Call") -> MetagradientPlan:
+    """Compile a segment, time it, and count."""
+    run = call.run
+    slots, where, state = run.store.slots, run.store.where, tree.num_bytes(call.start)
+    last = run.num_segments - 1
+    forward, reverse = call.forward_arguments(call.start, 0), call.reverse_arguments(call.start, last, call.blank)
+    memory: Any = run.reverse.lower(*reverse).compile().memory_analysis()
+    # Results take the place of donated arguments.
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    used += tree.num_bytes(call.variables) - memory.alias_size_in_bytes
+    kept = (min(slots, run.num_segments) - 1) * state
+
+    def seconds(fn: Callable[..., Any], arguments: tuple[Any, ...], donated: int | None) -> float:
+        times = []
+        for _ in range(3):
+            fresh = list(arguments)
+            if donated is not None:
+                fresh[donated] = jax.tree.map(jnp.copy, arguments[donated])
+            jax.block_until_ready(fresh[1:])
+            begun = time.perf_counter()
+            jax.block_until_ready(fn(*fresh))
+            times.append(time.perf_counter() - begun)
+        return min(times[1:])
+
+    one, back = seconds(run.forward, forward, None), seconds(run.reverse, reverse, 6)
+    steps = _revolve.num_forward(run.num_segments, slots)
+    return MetagradientPlan(
+        segment=run.segment,
+        slots=slots,
+        num_segments=run.num_segments,
+        num_repeats=_revolve.num_repeats(run.num_segments, slots),
+        num_forward=steps,
+        forward_equivalents=steps + run.num_segments * back / one,
+        forward_seconds=one,
+        reverse_seconds=back,
+        seconds=steps * one + run.num_segments * back,
+        device_bytes=used + (kept if where == "device" else 0),
+        host_bytes=kept if where == "host" else 0,
+        disk_bytes=kept + 2 * tree.num_bytes(call.blank) if where == "directory" else 0,
+    )
+
+
 class _Run:
     """What all calls of one ``metagradient`` share: checked settings, and compiled segments."""
 
@@ -194,7 +341,7 @@ class _Run:
 
         self.problem = dataclasses.replace(problem, inner_loss=at_step)
         self.forward = functools.partial(jax.jit, static_argnums=0)(self._forward)
-        self.reverse = functools.partial(jax.jit, static_argnums=0)(self._reverse)
+        self.reverse = functools.partial(jax.jit, static_argnums=0, donate_argnums=6)(self._reverse)
         self.begin = jax.jit(self._begin)
         self.end = jax.jit(self._end)
 
@@ -331,11 +478,8 @@ class _Call:
         self.model_state = check_model_state(run.problem, model_state)
         self.start = run.begin(self.variables, self.model_state)
         run.check(hyperparams, self.start, self.keys, outer_batch)
-        self.begun = time.perf_counter()
         self.num_forward = 0
         self.blank = self._blank()
-        size = lambda part: sum(leaf.nbytes for leaf in jax.tree.leaves(part))  # noqa: E731
-        self.kept = run.store.open(self._about, (size(self.start), size(self.blank)))
         self.live: set[int] = set()
 
     def _blank(self) -> _Progress:
@@ -375,7 +519,9 @@ class _Call:
 
     def result(self) -> tuple[tuple[Array, Hyperparams], MetagradientInfo]:
         """Follow the schedule from where an earlier call stopped, if one did."""
+        self.begun = time.perf_counter()
         run, actions = self.run, list(_revolve.schedule(self.run.num_segments, self.run.store.slots))
+        self.kept = run.store.open(self._about, (tree.num_bytes(self.start), tree.num_bytes(self.blank)))
         position, progress = self._resumed()
         here: Trained | None = self.start if position == 0 else None
         self.live = _live(actions[:position])
@@ -400,7 +546,8 @@ class _Call:
                     status, at_step = MetagradientStatus.TRAINING, run.boundaries[bad + 1]
                     break
             else:
-                progress, finite = self._reversed(here, at, progress)
+                progress, found = run.reverse(*self.reverse_arguments(here, at, progress))
+                finite = np.asarray(found)
                 if not finite.all():
                     status = list(MetagradientStatus)[1 + int(np.argmin(finite))]
                     at_step = run.boundaries[at if status == MetagradientStatus.COTANGENT else at + 1]
@@ -432,20 +579,24 @@ class _Call:
         """Return the state after segments, and the first of them that is not finite."""
         run = self.run
         for number in range(at, to):
-            first = jnp.asarray(run.boundaries[number], jnp.int32)
-            state, finite = run.forward(run.length(number), state, self.variables.hyperparams, self.keys, first)
+            state, finite = run.forward(*self.forward_arguments(state, number))
             self.num_forward += 1
             if not bool(finite):
                 return state, number
         return state, None
 
-    def _reversed(self, state: Trained | None, at: int, progress: _Progress) -> tuple[_Progress, np.ndarray]:
-        run, end = self.run, self.run.boundaries[at + 1]
+    def forward_arguments(self, state: Trained, number: int) -> tuple[Any, ...]:
+        """Return what ``_Run.forward`` takes for a segment."""
+        first = jnp.asarray(self.run.boundaries[number], jnp.int32)
+        return self.run.length(number), state, self.variables.hyperparams, self.keys, first
+
+    def reverse_arguments(self, state: Trained | None, number: int, progress: _Progress) -> tuple[Any, ...]:
+        """Return what ``_Run.reverse`` takes for a segment."""
+        run, end = self.run, self.run.boundaries[number + 1]
         evaluation = run.evaluate_at.index(end) if end in run.evaluate_at else None
-        first, number = (jnp.asarray(x, jnp.int32) for x in (run.boundaries[at], at))
-        arguments = state, self.variables.hyperparams, self.keys, first, self.outer_batch, progress, number
-        progress, finite = run.reverse((run.length(at), evaluation), *arguments)
-        return progress, np.asarray(finite)
+        first, place = (jnp.asarray(x, jnp.int32) for x in (run.boundaries[number], number))
+        rest = self.variables.hyperparams, self.keys, first, self.outer_batch, progress, place
+        return (run.length(number), evaluation), state, *rest
 
     def _finished(
         self, progress: _Progress, status: MetagradientStatus, at_step: int
