@@ -22,6 +22,7 @@ from hypergrad.types import PyTree
 __all__ = ["DamagedError", "Kept", "Store", "device", "directory", "host"]
 
 _DIGEST = 64  # bytes
+_BY_CHECKSUM = "values of", "key", "losses", "data"  # what a directory knows by a checksum alone
 
 
 class DamagedError(Exception):
@@ -115,7 +116,7 @@ def directory(path: str | os.PathLike[str], slots: int = 10) -> Store:
     """Keep states in files, and resume a run that was stopped: the same call goes on, and ends with the same bits.
 
     Args:
-      path: of a directory that this run alone uses; made where it is missing. When the run has ended, it holds the
+      path: of a directory for one call, with one λ; made where it is missing. When the run has ended, it holds the
         result, which the same call returns at once: remove it to start again.
       slots: s ≥ 1.
 
@@ -131,7 +132,7 @@ def directory(path: str | os.PathLike[str], slots: int = 10) -> Store:
     >>> directory("run_1", slots=3).slots
     3
     """
-    folder = pathlib.Path(path)
+    folder = pathlib.Path(path).expanduser()
     return Store(
         validate.positive_int("slots", slots),
         lambda about, sizes: _Directory(folder, slots, about(), sizes),
@@ -158,7 +159,7 @@ class _Directory(Kept):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if known.exists():
-                _compare(folder, json.loads(known.read_text()), about)
+                _compare(folder, _content(known), about)
             free, needed = shutil.disk_usage(folder).free, slots * sizes[0] + 2 * sizes[1]
             present = sum(file.stat().st_size for file in folder.iterdir())
             if free + present < needed:
@@ -198,7 +199,7 @@ class _Directory(Kept):
         file = self._folder / "position.json"
         if not file.exists():
             return 0, ""
-        position, name = json.loads(file.read_text())
+        position, name = _content(file)
         return int(position), str(name)
 
     def _save(self, name: str, state: PyTree) -> None:
@@ -222,11 +223,19 @@ class _Directory(Kept):
         return _from_host(leaves, like)
 
 
+def _content(file: pathlib.Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(validate.message(f"JSON in {file}", "a damaged file", "Remove the directory.")) from error
+
+
 def _compare(folder: pathlib.Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for name, value in now.items():
         if before.get(name) != value:
             fix = "Pass what the run was begun with, or another directory."
-            got = f"{name}: {before.get(name)!r} then, {value!r} now"
+            values = f"{before.get(name)!r} then, {value!r} now"
+            got = f"{name}: {'other ones' if name.startswith(_BY_CHECKSUM) else values}"
             raise ValueError(validate.message(f"{folder} to hold a part of this run", got, fix))
 
 

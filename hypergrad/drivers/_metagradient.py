@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from hypergrad import data, stores, tree, validate
@@ -34,6 +35,7 @@ from hypergrad.problem import (
     check_problem,
     check_variables,
     refuse_response,
+    warn_of_overfitting,
 )
 from hypergrad.training import Context, Keys, Trained, outer_loss_fn, resolve_optimizer, split_keys, train
 from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
@@ -63,9 +65,10 @@ class MetagradientInfo(NamedTuple):
 
     Attributes:
       status: a ``MetagradientStatus``. Unless it is FINISHED, the hypergradient is NaN.
-      at_step: steps of training, where it stopped being finite; the number of steps where it did not.
-      outer_losses: (J,), at each of ``evaluate_at``.
-      boundaries: (n + 1,) int, the steps at which segments begin, and the number of steps.
+      at_step: the end of the segment in which training or the outer loss stopped being finite; the start of that in
+        which the cotangent did; the last of ``evaluate_at`` where all is finite.
+      outer_losses: (J,), at each of ``evaluate_at``; NaN where the run did not come to it.
+      boundaries: (n + 1,) int, the steps at which segments begin, and the last of ``evaluate_at``.
       cotangent_norms: (n + 1,), ‖d value / d(w, s)‖ at each boundary, w the weights and s optimizer and model state.
         Where it grows by a constant factor from one to the one before, training is chaotic, and the gradient says
         little about other λ than this one.
@@ -123,8 +126,8 @@ def metagradient(
       segment: steps per segment. One segment at a time is differentiated in memory, with about 2 √segment copies of
         weights and optimizer state and as many inner gradients as steps.
       store: of the states that are kept: ``hg.stores.host(10)``, ``device``, or ``directory``, which can resume.
-      evaluate_at: increasing numbers of steps in 1 … T at which the outer loss is taken; None: (T,). A segment ends
-        at each of them: segments of another length are compiled again.
+      evaluate_at: increasing numbers of steps in 1 … T at which the outer loss is taken; None: (T,). The run ends at
+        the last. A segment ends at each of them: segments of another length are compiled again.
 
     Returns:
       The function. Step i uses ``fold_in(k, i)`` with k the first of ``jax.random.split(key, 5)``, as one unroll of
@@ -340,8 +343,8 @@ class _Run:
             return problem.inner_loss(params, hyperparams, data.gathered(batch_at(step)), *rest)
 
         self.problem = dataclasses.replace(problem, inner_loss=at_step)
-        self.forward = functools.partial(jax.jit, static_argnums=0)(self._forward)
-        self.reverse = functools.partial(jax.jit, static_argnums=0, donate_argnums=6)(self._reverse)
+        self.forward = jax.jit(self._forward, static_argnums=0)
+        self.reverse = jax.jit(self._reverse, static_argnums=0, donate_argnums=6)
         self.begin = jax.jit(self._begin)
         self.end = jax.jit(self._end)
 
@@ -388,7 +391,7 @@ class _Run:
     ) -> tuple[Trained, Array]:
         """Return the state after a segment, and whether it is finite."""
         reached = self._steps(length, at._replace(inner_loss=jnp.nan), hyperparams, keys, first)
-        finite = jnp.isfinite(reached.inner_loss) & tree.all_finite(reached.params)
+        finite = jnp.isfinite(reached.inner_loss) & ~tree.newly_bad(reached[:3], at[:3])
         return reached._replace(inner_loss=()), finite
 
     def _reverse(
@@ -437,7 +440,7 @@ class _Run:
             losses = losses.at[evaluation].set(value.astype(losses.dtype))
             params = reached.params if evaluation == count - 1 else params
             norms = norms.at[number + 1].set(tree.scaled_norm(cotangent).astype(norms.dtype))
-        trained = jnp.isfinite(loss) & tree.all_finite(reached.params)
+        trained = jnp.isfinite(loss) & ~tree.newly_bad(reached[:3], at[:3])
         cotangent, through = back(cotangent)
         hypergrad = jax.tree.map(lambda a, g: a + g.astype(a.dtype), hypergrad, through)
         finite = jnp.stack([trained, outer_finite, tree.all_finite((cotangent, through))])
@@ -451,7 +454,7 @@ class _Run:
 
         def trace(hyperparams: Hyperparams, start: Trained, keys: Keys, outer_batch: Batch) -> Any:
             fresh = start._replace(inner_state=None, inner_loss=jnp.nan)
-            ctx = self.context(hyperparams, fresh, keys, 0, self.length(0), outer_batch)
+            ctx = self.context(hyperparams, fresh, keys, 0, self.boundaries[-1], outer_batch)
             return take_steps((), ctx)[2]
 
         jax.eval_shape(trace, hyperparams, start, keys, outer_batch)
@@ -473,11 +476,13 @@ class _Call:
         if any(map(tree.is_traced, jax.tree.leaves((params, hyperparams, outer_batch, key, model_state)))):
             fix = "Call it outside of jax.jit, jax.vmap and jax.grad: it is a loop over compiled segments."
             raise TypeError(validate.message("concrete arguments of a metagradient", "traced ones", fix))
-        self.variables = check_variables(BilevelParams(params, hyperparams))
+        arrays = jax.tree.map(jnp.asarray, BilevelParams(params, hyperparams))
+        self.variables = check_variables(arrays)
         self.keys = split_keys(validate.as_key(key))
         self.model_state = check_model_state(run.problem, model_state)
         self.start = run.begin(self.variables, self.model_state)
-        run.check(hyperparams, self.start, self.keys, outer_batch)
+        run.check(self.variables.hyperparams, self.start, self.keys, outer_batch)
+        warn_of_overfitting(run.problem, self.variables.hyperparams, outer_batch)
         self.num_forward = 0
         self.blank = self._blank()
         self.live: set[int] = set()
@@ -486,21 +491,17 @@ class _Call:
         hyperparams = self.variables.hyperparams
         floats = [jnp.zeros_like(x) for x in tree.split_floating(self.start)[0]]
         dtype = tree.wider(*(x.dtype for x in floats))
-        losses = jnp.full(len(self.run.evaluate_at), jnp.nan, dtype)
-        norms = jnp.full(self.run.num_segments + 1, jnp.nan, dtype)
-        params = jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), self.variables.params)
+        losses, norms = jnp.zeros(len(self.run.evaluate_at), dtype), jnp.full(self.run.num_segments + 1, -1, dtype)
+        params = optax.tree.zeros_like(self.variables.params)
         return _Progress(floats, tree.promoted_zeros_like(hyperparams), losses, norms, params)
 
     def _about(self) -> dict[str, Any]:
         """Return what tells this run from others, by name."""
         run = self.run
         arguments = run.length(0), self.start, self.variables.hyperparams, self.keys, jnp.zeros((), jnp.int32)
-        program = str(jax.make_jaxpr(run.forward, static_argnums=0)(*arguments))
-        outer = str(
-            jax.make_jaxpr(
-                lambda w, h: outer_loss_fn(run.context(h, w, self.keys, 0, 1, self.outer_batch))(w.params, h)[0]
-            )(self.start, self.variables.hyperparams)
-        )
+        program = jax.make_jaxpr(run.forward, static_argnums=0)(*arguments)
+        measure = lambda w, h: outer_loss_fn(run.context(h, w, self.keys, 0, 1, self.outer_batch))(w.params, h)[0]  # noqa: E731
+        outer = jax.make_jaxpr(measure)(self.start, self.variables.hyperparams)
         forms = lambda part: [f"{leaf.dtype}{list(leaf.shape)}" for leaf in map(jnp.asarray, jax.tree.leaves(part))]  # noqa: E731
         return {
             "num_steps": run.num_steps,
@@ -515,6 +516,9 @@ class _Call:
             "values of outer_batch": _digest(self.outer_batch),
             "key": _digest(self.keys),
             "losses and optimizer, as traced": _digest([_without_addresses(program), _without_addresses(outer)]),
+            "data, and other constants of losses, batch_at and optimizer": _digest(
+                [_constants(program), _constants(outer)]
+            ),
         }
 
     def result(self) -> tuple[tuple[Array, Hyperparams], MetagradientInfo]:
@@ -527,7 +531,7 @@ class _Call:
         self.live = _live(actions[:position])
         if position and actions[position - 1].kind == "keep":
             here = self._restored(actions[position - 1].at)
-        status, at_step = MetagradientStatus.FINISHED, run.num_steps
+        status, at_step = MetagradientStatus.FINISHED, run.boundaries[-1]
         for index in range(position, len(actions)):
             kind, at, to = actions[index]
             if kind == "restore":
@@ -611,24 +615,34 @@ class _Call:
             status, at_step = MetagradientStatus.COTANGENT, 0
         if status != MetagradientStatus.FINISHED:
             hypergrad, params_grad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), (hypergrad, params_grad))
+        # Not with NaN from the start: jax_debug_nans would stop healthy runs.
+        boundaries, norms, params = np.asarray(self.run.boundaries), np.array(progress.norms), progress.params
+        measured = norms[np.searchsorted(boundaries, self.run.evaluate_at)] >= 0
+        losses = np.where(measured, progress.outer_losses, np.nan)
+        norms[norms < 0] = np.nan
+        if not measured[-1]:
+            params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
         info = MetagradientInfo(
             status,
             at_step,
-            np.asarray(progress.outer_losses),
-            np.asarray(self.run.boundaries),
-            np.asarray(progress.norms),
-            progress.params,
+            losses,
+            boundaries,
+            norms,
+            params,
             params_grad,
             self.num_forward,
             time.perf_counter() - self.begun,
             self.kept.bytes_moved,
         )
-        return (jnp.mean(progress.outer_losses), hypergrad), info
+        return (jnp.asarray(losses.mean(), progress.outer_losses.dtype), hypergrad), info
 
 
 def _evaluations(evaluate_at: Any, num_steps: int) -> tuple[int, ...]:
     if evaluate_at is None:
         return (num_steps,)
+    if not isinstance(evaluate_at, Sequence | np.ndarray):
+        fix = f"Pass evaluate_at=({evaluate_at},) for one step."
+        raise TypeError(validate.message("evaluate_at to be a sequence of steps", validate.describe(evaluate_at), fix))
     found = tuple(validate.positive_int("an entry of evaluate_at", step) for step in evaluate_at)
     if not found or list(found) != sorted(set(found)) or found[-1] > num_steps:
         fix = "Pass e.g. evaluate_at=(num_steps // 2, num_steps)."
@@ -647,6 +661,16 @@ def _live(actions: Sequence[_revolve.Action]) -> set[int]:
     return found
 
 
+def _constants(program: Any) -> list[Any]:
+    """Return the arrays that a traced function closes over, those of functions inside of it included."""
+    found = list(getattr(program, "consts", ()))
+    for equation in getattr(program, "jaxpr", program).eqns:
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(value, "eqns"):
+                found += _constants(value)
+    return found
+
+
 def _digest(part: PyTree) -> str:
     """Return a checksum of the values of a tree."""
     found = hashlib.blake2b(digest_size=16)
@@ -658,5 +682,5 @@ def _digest(part: PyTree) -> str:
     return found.hexdigest()
 
 
-def _without_addresses(text: str) -> str:
-    return re.sub(r"0x[0-9a-f]+", "", text)
+def _without_addresses(program: Any) -> str:
+    return re.sub(r"0x[0-9a-f]+", "", str(program))

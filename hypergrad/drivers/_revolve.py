@@ -60,23 +60,27 @@ def schedule(num_segments: int, slots: int) -> Iterator[Action]:
     >>> [" ".join(map(str, action[: 3 if action.kind == "forward" else 2])) for action in schedule(2, 2)]
     ['forward 0 1', 'keep 1', 'reverse 1', 'drop 1', 'restore 0', 'reverse 0']
     """
-    return _reversed(0, num_segments, slots)
-
-
-def _reversed(start: int, stop: int, slots: int) -> Iterator[Action]:
-    """Reverse the segments from ``start``, whose state is present and kept in one of the slots."""
-    while stop - start > 1:
-        middle = start + _split(stop - start, slots)
+    # Parts of the run, the next one last; the first state of each is kept. A stack: there may be as many as slots.
+    parts = [(0, num_segments)]
+    while parts:
+        start, stop = parts.pop()
+        free = slots - len(parts)  # with that of this part
+        if stop - start == 1:
+            yield Action("reverse", start, start)
+            if parts:
+                if free > 0:
+                    yield Action("drop", start, start)
+                yield Action("restore", parts[-1][0], parts[-1][0])
+            continue
+        middle = start + _split(stop - start, free)
         yield Action("forward", start, middle)
-        if slots == 1:
+        parts.append((start, middle))
+        if free == 1:
             yield Action("reverse", middle, middle)
+            yield Action("restore", start, start)
         else:
             yield Action("keep", middle, middle)
-            yield from _reversed(middle, stop, slots - 1)
-            yield Action("drop", middle, middle)
-        yield Action("restore", start, start)
-        stop = middle
-    yield Action("reverse", start, start)
+            parts.append((middle, stop))
 
 
 def _split(length: int, slots: int) -> int:

@@ -140,7 +140,8 @@ def evolution(
 
     Valid as an unbiased estimate of the gradient of the smoothed loss, not of the loss: the two differ by O(σ²) where
     the loss is smooth. With persistent particles it is unbiased if λ changes little during a particle's life. If all
-    pairs are left out it is NaN, which the guard reports. σ must be above the rounding of λ: keep λ in float32.
+    pairs are left out it is NaN, which the guard reports, and so is an entry where λ ± ε rounds to λ in every pair: σ
+    must be above the rounding of λ.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp
     >>> problem = hg.BilevelProblem(lambda w, h, b, k: ((w - h) ** 2).sum(), lambda w, h, b, k: jnp.round(10 * h).sum())
@@ -255,6 +256,11 @@ def evolution(
             for leaf, size in zip(jax.tree.leaves(sums), sizes, strict=True)
         ]
         means = [jnp.sum(leaf, axis=0) / count.astype(leaf.dtype) for leaf in pairs]  # 0/0: no pair is left
+        # Where λ + ε rounds to λ in every pair, 0 would look like a certain estimate.
+        means = [
+            mean if _is_still(size) else jnp.where((drawn != 0).any(axis=0), mean, jnp.nan)
+            for mean, drawn, size in zip(means, jax.tree.leaves(sums), sizes, strict=True)
+        ]
         errors = [
             jnp.full_like(mean, jnp.inf) if _is_still(size) else _standard_error(leaf, mean, finite, count)
             for leaf, mean, size in zip(pairs, means, sizes, strict=True)
@@ -302,8 +308,7 @@ def _noise(key: Array, leaf: Any, scale: Any, count: int) -> Array:
     leaf = jnp.asarray(leaf)
     size = jnp.broadcast_to(jnp.asarray(scale, leaf.dtype), leaf.shape)[None]
     drawn = size * jax.random.normal(key, (count, *leaf.shape), leaf.dtype)
-    drawn = drawn + jnp.zeros_like(leaf)[None]  # on explicit axes: in the leaf's sharding
-    return drawn if jnp.finfo(leaf.dtype).bits >= 32 else (leaf[None] + drawn) - leaf[None]
+    return (leaf[None] + drawn) - leaf[None]
 
 
 def _column(of_pairs: Array, ndim: int) -> Array:
