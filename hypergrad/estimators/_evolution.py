@@ -308,7 +308,7 @@ def _noise(key: Array, leaf: Any, scale: Any, count: int) -> Array:
     leaf = jnp.asarray(leaf)
     size = jnp.broadcast_to(jnp.asarray(scale, leaf.dtype), leaf.shape)[None]
     drawn = size * jax.random.normal(key, (count, *leaf.shape), leaf.dtype)
-    return (leaf[None] + drawn) - leaf[None]
+    return lax.optimization_barrier(leaf[None] + drawn) - leaf[None]  # a barrier: bfloat16 may be added in float32
 
 
 def _column(of_pairs: Array, ndim: int) -> Array:
