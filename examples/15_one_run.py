@@ -93,19 +93,19 @@ def run(values, calls, every, seed):  # to (validation, test loss) at the lowest
     return min(found), history
 
 
-def main(calls=450, trial_calls=90, out="15_one_run.png"):
+def main(calls=450, trial_calls=90, seed=0, out="15_one_run.png"):
     """Print losses and values, save a picture; return test losses."""
-    losses, found = {}, []
-    losses["one run"], history = run(FIRST, calls, EVERY, 0)
-    study = create_study(sampler=samplers.TPESampler(seed=0))
+    (one, history), found = run(FIRST, calls, EVERY, seed), []
+    trials = max(1, COST * calls // EVERY // (WINDOW * trial_calls))  # as many gradients
+    study = create_study(sampler=samplers.TPESampler(seed=seed, n_startup_trials=max(1, trials // 4)))
     study.enqueue_trial(FIRST)
-    for number in range(max(1, COST * calls // EVERY // (WINDOW * trial_calls))):  # as many gradients
+    for number in range(trials):
         trial = study.ask(
             {name: distributions.FloatDistribution(low, high) for name, (_, low, high, _) in SPACE.items()}
         )
-        found.append(run(trial.params, trial_calls, 10**6, number)[0])
+        found.append(run(trial.params, trial_calls, 10**6, 100 * seed + number)[0])
         study.tell(trial, found[-1][0])
-    losses[f"TPE, {len(found)} trials"] = min(found)
+    losses = {"one run": one, f"TPE, {trials} trials": min(found)}
     for name, (valid, test) in losses.items():
         print(f"{name:16} validation loss {valid:.3f}, test loss {test:.3f}")
     figure = Figure(figsize=(7, 5), layout="constrained")
