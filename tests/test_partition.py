@@ -276,3 +276,17 @@ def test_one_estimator_for_all_is_that_estimator():
     (_, grad), _ = evaluated(hg.partition({"all": hg.implicit(problem)}, "all"))
     (_, same), _ = evaluated(hg.implicit(problem))
     np.testing.assert_allclose(grad["decay"], same["decay"], rtol=1e-12)
+
+
+def test_an_optimizer_without_a_derivative_at_zero_is_refused_as_alone():
+    problem = hg.BilevelProblem(lambda w, h, b, k: 0.5 * jnp.sum(h["decay"] * w**2), lambda w, h, b, k: jnp.sum(w))
+    parts = {"decay": hg.implicit(problem), "rate": hg.unrolled(problem)}
+    tx = hg.bilevel(
+        hg.partition(parts, {"decay": "decay", "rate": "rate"}),
+        inner_optimizer=lambda h: optax.adam(h["rate"]),
+        outer_optimizer=optax.sgd(0.1),
+        window=2,
+    )
+    variables = hg.BilevelParams(jnp.ones(2), {"decay": jnp.ones(()), "rate": jnp.full((), 0.1)})
+    with pytest.raises(ValueError, match="eps_root"):
+        tx.update(None, tx.init(variables), variables, inner_batch=hg.IndexedBatch((), jnp.arange(2)), outer_batch=())

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 from jax import lax
 
-from hypergrad import tree, validate
+from hypergrad import data, tree, validate
+from hypergrad.estimators import _probe
 from hypergrad.estimators._protocol import Estimate, Estimator
 from hypergrad.problem import BilevelProblem
-from hypergrad.training import Context, Trained
+from hypergrad.training import Context, Trained, resolve_optimizer
 from hypergrad.types import Hyperparams, PyTree
 
 __all__ = ["partition"]
@@ -76,6 +77,18 @@ def partition(estimators: Mapping[str, Estimator], labels: PyTree | Callable[[Hy
         (label,) = trains
         each = estimators[label]
         assert each.train is not None
+        if (
+            each.best_response is not None
+        ):  # steps that are differentiated; its own λ hides the optimizer from its check
+            make = lambda h: resolve_optimizer(ctx.inner_optimizer, ctx.problem.constrain(h))  # noqa: E731
+            _probe.check_differentiable(
+                make,
+                ctx.start.params,
+                ctx.hyperparams,
+                steps=data.window_length(ctx.inner_batches),
+                reverse=False,
+                cache_key=(ctx.inner_optimizer, ctx.problem.constrain),
+            )
         at, own, tape = each.train(state[label], restricted(ctx, each, label, spread(ctx.hyperparams)))
         return at, {**state, label: own}, tape
 

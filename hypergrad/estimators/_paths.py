@@ -36,14 +36,16 @@ ZERO_GRADIENT_HINTS = {
     "implicit": (
         "the inner loss's gradient in the weights",
         "A learning rate, momentum or decoupled decay acts through the optimizer: use unrolled differentiation "
-        "(hg.unrolled) for it, or put a decay into the inner loss (hg.penalties.l2). A dropout rate or a noise level "
-        "may have no derivative: use hg.responses.self_tuning with hg.direct. A stop_gradient cuts a leaf off, too.",
+        "(hg.unrolled) for it, or put a decay into the inner loss (hg.penalties.l2). A rounded number, a choice or a "
+        "dropout rate may have no derivative: use hg.evolution, or for dropout and noise hg.responses.self_tuning "
+        "with hg.direct. A stop_gradient cuts a leaf off, too.",
     ),
     "unrolled": (
         "the inner steps, differentiably",
         "Make inner_optimizer a function that builds the optimizer from the constrained hyperparameters. An optimizer "
         "that takes signs (optax.lion, sign_sgd) passes no derivative of the loss: only its rate and decay have one. "
-        "A dropout rate or a noise level may have no derivative: use hg.responses.self_tuning with hg.direct. "
+        "A rounded number, a choice or a dropout rate may have no derivative: use hg.evolution, or for dropout and "
+        "noise hg.responses.self_tuning with hg.direct. "
         "What enters the optimizer's initial state alone (optax.inject_hyperparams) does not act on a given state.",
     ),
     "direct": (
