@@ -244,7 +244,7 @@ def stopped(folder, after, **options):
     return call(stoppable(**options))
 
 
-ENDS = 34  # the first of ``after`` at which nothing is left to stop
+ENDS = 29  # the first of ``after`` at which nothing is left to stop
 
 
 @pytest.mark.parametrize(
