@@ -752,7 +752,7 @@ MUTANTS = [
         "inner_solvers/_lbfgs.py",
         "solved, norm = end.best",
         "solved, norm = end.params, end.norm",
-        INNER,
+        "test_inner_solvers.py -k best_weights",
         "last, not best",
     ),
     Mutant("data.py", "return x[indices]", "return x", "test_sparse.py", "sparse rows not taken"),

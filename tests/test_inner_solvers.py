@@ -235,6 +235,7 @@ def test_the_residual_is_that_of_the_weights_returned(name):
     assert name_of(found) == "STALLED"
 
 
+@pytest.mark.slow
 def test_lbfgs_returns_the_best_weights_that_it_met():
     """Where the loss rounds, steps are judged by the gradient, whose norm may rise; more steps are never worse."""
     loss = lambda w: 1e6 + 0.5 * jnp.sum(jnp.arange(1.0, 9.0) ** 3 * w**2)  # noqa: E731

@@ -241,7 +241,8 @@ def test_methods_with_steps_are_refused_over_plain_weights_beside_a_response():
     [
         ({}, {**LABELS, "rate": "momentum"}, r"\['rate'\]; got 'momentum'"),
         ({}, {**LABELS, "shift": "implicit"}, "none for 'direct'"),
-        ({}, {"decay": "implicit"}, "tree prefix"),
+        ({}, {"decay": "implicit"}, r"tree prefix of the hyperparameters; got no label for .*\['rate'\]"),
+        ({}, {**LABELS, "momentum": "implicit"}, r"got a label for hyperparams leaf \['momentum'\]"),
         ({"second": hg.unrolled(PROBLEM)}, LABELS, "at most one estimator.*'unrolled', 'second'"),
         ({"direct": hg.direct(hg.BilevelProblem(inner, outer))}, LABELS, "another one for 'direct'"),
         ({}, {**LABELS, "rate": "implicit", "decay": "unrolled"}, r"\['rate'\], which enters neither"),

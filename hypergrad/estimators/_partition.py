@@ -155,7 +155,13 @@ def _spread(labels: Any, known: tuple[str, ...], hyperparams: Hyperparams) -> Py
         marks = jax.tree.broadcast(given, hyperparams)
     except (ValueError, TypeError) as error:
         fix = "Use the structure of the hyperparameters with labels in place of subtrees, or one label."
-        got = f"{jax.tree.structure(given)} for {jax.tree.structure(hyperparams)}"
+        have, want = tree.labels("hyperparams", given), tree.labels("hyperparams", hyperparams)
+        without = [name for name in want if not any(map(name.startswith, have))]
+        beyond = [label for label in have if not any(name.startswith(label) for name in want)]
+        parts = [f"no label for {', '.join(without)}"] * bool(without) + [f"a label for {', '.join(beyond)}"] * bool(
+            beyond
+        )
+        got = " and ".join(parts) or f"{jax.tree.structure(given)} for {jax.tree.structure(hyperparams)}"
         raise ValueError(validate.message("labels that are a tree prefix of the hyperparameters", got, fix)) from error
     names, used = tree.labels("hyperparams", hyperparams), jax.tree.leaves(marks)
     for name, label in zip(names, used, strict=True):
