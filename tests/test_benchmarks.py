@@ -42,7 +42,7 @@ def test_quick_run_of_quality(name, tmp_path):
         {"trajectories", "one shot", "networks", "comparison"},
         {"problems", "libraries"},
         {"problems"},
-        {"sizes"},
+        {"splits"},
     )
     assert any(names <= set(record) for names in parts)
     assert str(ROOT) not in json.dumps(record)

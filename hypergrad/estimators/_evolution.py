@@ -258,8 +258,10 @@ def evolution(
         means = [jnp.sum(leaf, axis=0) / count.astype(leaf.dtype) for leaf in pairs]  # 0/0: no pair is left
         # Where λ + ε rounds to λ in every pair, 0 would look like a certain estimate.
         means = [
-            mean if _is_still(size) else jnp.where((drawn != 0).any(axis=0), mean, jnp.nan)
-            for mean, drawn, size in zip(means, jax.tree.leaves(sums), sizes, strict=True)
+            mean if _is_still(size) else jnp.where((h[None] + drawn != h[None]).any(axis=0), mean, jnp.nan)
+            for mean, h, drawn, size in zip(
+                means, jax.tree.leaves(ctx.hyperparams), jax.tree.leaves(sums), sizes, strict=True
+            )
         ]
         errors = [
             jnp.full_like(mean, jnp.inf) if _is_still(size) else _standard_error(leaf, mean, finite, count)
@@ -304,11 +306,14 @@ def _check_sigma(sigma: Any, num_pairs: int, *, persistent: bool) -> None:
 
 
 def _noise(key: Array, leaf: Any, scale: Any, count: int) -> Array:
-    """Return ε with a leading axis of pairs: (λ + ε) − λ, so that rounding of λ + ε is part of it."""
+    """Return ε with a leading axis of pairs; in low precision (λ + ε) − λ, so that rounding of λ + ε is part of it."""
     leaf = jnp.asarray(leaf)
     size = jnp.broadcast_to(jnp.asarray(scale, leaf.dtype), leaf.shape)[None]
     drawn = size * jax.random.normal(key, (count, *leaf.shape), leaf.dtype)
-    return lax.optimization_barrier(leaf[None] + drawn) - leaf[None]  # a barrier: bfloat16 may be added in float32
+    drawn = drawn + jnp.zeros_like(leaf)[None]  # on explicit axes: in the leaf's sharding
+    if jnp.finfo(leaf.dtype).bits >= 32:
+        return drawn
+    return lax.optimization_barrier(leaf[None] + drawn) - leaf[None]  # a barrier: it may be added in float32
 
 
 def _column(of_pairs: Array, ndim: int) -> Array:
