@@ -34,7 +34,6 @@ _OURS = {
         "methods",
         "responses",
         "solvers",
-        "stores",
     ),
 }
 

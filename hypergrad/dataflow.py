@@ -6,6 +6,7 @@ A jaxpr lists the primitive operations of a function. It is made from shapes, so
 works under ``jit``. A hypergradient that is zero by construction is found this way and refused instead of returned.
 """
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ from jax.extend import core as jex_core
 from hypergrad import tree
 from hypergrad.types import PyTree
 
-__all__ = ["dependence", "independent_leaves", "inner_jaxprs", "merge_equal", "open_jaxpr", "operations", "scan_parts"]
-__all__ += ["unmoved", "working_precision"]
+__all__ = ["constants", "dependence", "independent_leaves", "inner_jaxprs", "merge_equal", "open_jaxpr", "operations"]
+__all__ += ["scan_parts", "unmoved", "working_precision"]
 
 _ZERO_IF_ANY = {"mul", "dot_general"}
 _ZERO_IF_FIRST = {"div", "dynamic_slice", "gather", "reduce_sum", "integer_pow"}
@@ -142,11 +143,21 @@ def _equations(equations: Iterable[Any]) -> Iterator[Any]:
             yield from _equations(inner.eqns)
 
 
+def constants(closed: Any) -> list[Any]:
+    """Return the arrays that a closed jaxpr holds, and those of the jaxprs inside it."""
+    inside = [getattr(item, "consts", ()) for eqn in _equations(closed.jaxpr.eqns) for item in _parameters(eqn)]
+    return [*closed.consts, *itertools.chain.from_iterable(inside)]
+
+
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """Return the jaxprs among the parameters of an equation, and in lists among them (the branches of a cond)."""
-    lists = [p if isinstance(p, list | tuple) else [p] for p in eqn.params.values()]
-    inner = [open_jaxpr(item) for items in lists for item in items]
+    inner = map(open_jaxpr, _parameters(eqn))
     return [jaxpr for jaxpr in inner if hasattr(jaxpr, "eqns")]
+
+
+def _parameters(eqn: Any) -> list[Any]:
+    lists = [p if isinstance(p, list | tuple) else [p] for p in eqn.params.values()]
+    return [item for items in lists for item in items]
 
 
 def _follow(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:

@@ -143,10 +143,10 @@ def directory(path: str | os.PathLike[str], slots: int = 10) -> Store:
 class _Host(Kept):
     def put(self, number: int, state: PyTree) -> None:
         self._states[number] = [_to_host(leaf) for leaf in jax.tree.leaves(state)]
-        self.bytes_moved += sum(leaf.nbytes for leaf in self._states[number])
+        self.bytes_moved += tree.num_bytes(self._states[number])
 
     def get(self, number: int, like: PyTree) -> PyTree:
-        self.bytes_moved += sum(leaf.nbytes for leaf in self._states[number])
+        self.bytes_moved += tree.num_bytes(self._states[number])
         return _from_host(self._states[number], like)
 
 

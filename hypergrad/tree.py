@@ -258,7 +258,7 @@ def _is_inexact(x: Any) -> bool:
 
 def num_bytes(tree: PyTree) -> int:
     """Return the size of all arrays."""
-    return sum(jnp.asarray(leaf).nbytes if is_number(leaf) else 0 for leaf in jax.tree.leaves(tree))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def is_key(x: Any) -> bool:

@@ -249,6 +249,11 @@ def last_line(text: str) -> str:
     return re.sub(r"\S+://\S+|(?<![\w.])/\S+", "…", lines[-1])[:200] if lines else "no message"
 
 
+def environment() -> dict[str, str]:
+    """Return the environment variables for another interpreter: none of those that point Python here."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+
+
 def ask(
     environments: Path, name: str, problems: Path, make: bool, script: str = "", seconds: float | None = None
 ) -> dict[str, Any]:
@@ -259,8 +264,7 @@ def ask(
         if reason:
             return {"failed": f"not installed: {reason}"}
     path = Path(__file__).resolve().parent / (script or peer.script)
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    clean["JAX_PLATFORMS"] = "cpu"
+    clean = {**environment(), "JAX_PLATFORMS": "cpu"}
     try:
         command = [str(python), str(path), str(problems)]
         done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=seconds)

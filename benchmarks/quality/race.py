@@ -35,7 +35,6 @@ import functools
 import importlib.metadata
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -162,14 +161,14 @@ def make_problem(size: int) -> hg.BilevelProblem:
 @functools.cache
 def plain(size: int) -> Any:
     """Return ``look(weights, state, logs, data, key)``: training with λ held fixed until the next look."""
-    inner, tx = make_problem(size).inner_loss, INNER
+    inner = make_problem(size).inner_loss
 
     @jax.jit
     def look(weights: Weights, state: Any, logs: jax.Array, data: Data, key: jax.Array) -> Any:
         def step(carry: Any, key: jax.Array) -> Any:
             weights, state = carry
             grads = jax.grad(inner)(weights, logs, tasks.draw(data.train, BATCH, key), None)
-            updates, state = tx.update(grads, state, weights)
+            updates, state = INNER.update(grads, state, weights)
             return (optax.apply_updates(weights, updates), state), None
 
         (weights, state), _ = jax.lax.scan(step, (weights, state), jax.random.split(key, LOOK))
@@ -291,7 +290,7 @@ def groups_of_groups(size: int) -> np.ndarray:
 def _asked(environments: Path, settings: dict[str, Any], train: Any) -> Iterator[Seen]:
     script = Path(__file__).resolve().parent / "_peer_search.py"
     command = [str(peer_accuracy.interpreter(environments, PEERS)), str(script), json.dumps(settings)]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    clean = peer_accuracy.environment()
     with subprocess.Popen(command, env=clean, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
         assert peer.stdin is not None
         assert peer.stdout is not None
@@ -321,9 +320,9 @@ def follow(looks: Iterator[Seen], budget: int) -> list[Seen]:
     return best
 
 
-def compete(size: int, name: str, seed: int, settings: Settings) -> list[Seen]:
+def compete(size: int, name: str, seed: int, data: Data, settings: Settings) -> list[Seen]:
     """Run one method on one seed; return its best looks."""
-    data, chosen = load(seed, settings), settings.chosen[name]
+    chosen = settings.chosen[name]
     if name in GRADIENTS:
         looks = gradient_method(size, name, seed, data, chosen)
     else:
@@ -337,7 +336,7 @@ def compete(size: int, name: str, seed: int, settings: Settings) -> list[Seen]:
 def measured(size: int, name: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Return the losses at a number of costs, and those of new weights at some of them."""
     data = load(seed, settings)
-    best = compete(size, name, seed, settings)
+    best = compete(size, name, seed, data, settings)
     costs = np.linspace(0, settings.budget, POINTS + 1)[1:]
     at = [next((seen for seen in reversed(best) if seen.spent <= cost), None) for cost in costs]
     again: list[float | None] = [None] * POINTS
@@ -377,7 +376,7 @@ def choose(sizes: Sequence[int], settings: Settings) -> dict[str, dict[str, floa
         for value in RATES if name in GRADIENTS else LENGTHS:
             tried = settings._replace(chosen={**settings.chosen, name: value})
             runs = [(size, seed) for size in sizes if name in methods(size, settings) for seed in CHOICE_SEEDS]
-            ends = [compete(size, name, seed, tried)[-1].valid for size, seed in runs]
+            ends = [compete(size, name, seed, load(seed, tried), tried)[-1].valid for size, seed in runs]
             found[name][f"{value:g}"] = round(statistics.mean(ends), 4)
         print(f"{name}: {found[name]}", flush=True)
     return found

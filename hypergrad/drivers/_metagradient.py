@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from hypergrad import data, stores, tree, validate
+from hypergrad import data, dataflow, stores, tree, validate
 from hypergrad.drivers import _revolve
 from hypergrad.estimators import reverse, unrolled
 from hypergrad.problem import (
@@ -419,15 +419,13 @@ class _Run:
 
         ends, back, (reached, loss) = jax.vjp(segment, floats, hyperparams, has_aux=True)
         cotangent, hypergrad, losses, norms, params = before
-        norms = norms.at[number + 1].set(tree.scaled_norm(cotangent).astype(norms.dtype))
         outer_finite = jnp.array(True)
         if evaluation is not None:
             restored = tree.split_floating(reached)[1]
             count = len(self.evaluate_at)
-            own = None if keys.outer is None or count == 1 else jax.random.fold_in(keys.outer, evaluation)
-            ctx = self.context(
-                hyperparams, reached, keys if own is None else keys._replace(outer=own), first, length, outer_batch
-            )
+            if keys.outer is not None and count > 1:
+                keys = keys._replace(outer=jax.random.fold_in(keys.outer, evaluation))
+            ctx = self.context(hyperparams, reached, keys, first, length, outer_batch)
 
             def outer(ends: list[Array], hyperparams: Hyperparams) -> Array:
                 here = restored(ends)
@@ -444,7 +442,7 @@ class _Run:
         cotangent, through = back(cotangent)
         hypergrad = jax.tree.map(lambda a, g: a + g.astype(a.dtype), hypergrad, through)
         finite = jnp.stack([trained, outer_finite, tree.all_finite((cotangent, through))])
-        norms = jnp.where(jnp.arange(norms.size) == number, tree.scaled_norm(cotangent).astype(norms.dtype), norms)
+        norms = norms.at[number].set(tree.scaled_norm(cotangent).astype(norms.dtype))
         return _Progress(cotangent, hypergrad, losses, norms, params), finite
 
     def check(self, hyperparams: Hyperparams, start: Trained, keys: Keys, outer_batch: Batch) -> None:
@@ -485,7 +483,6 @@ class _Call:
         warn_of_overfitting(run.problem, self.variables.hyperparams, outer_batch)
         self.num_forward = 0
         self.blank = self._blank()
-        self.live: set[int] = set()
 
     def _blank(self) -> _Progress:
         hyperparams = self.variables.hyperparams
@@ -517,7 +514,7 @@ class _Call:
             "key": _digest(self.keys),
             "losses and optimizer, as traced": _digest([_without_addresses(program), _without_addresses(outer)]),
             "data, and other constants of losses, batch_at and optimizer": _digest(
-                [_constants(program), _constants(outer)]
+                [dataflow.constants(program), dataflow.constants(outer)]
             ),
         }
 
@@ -528,20 +525,17 @@ class _Call:
         self.kept = run.store.open(self._about, (tree.num_bytes(self.start), tree.num_bytes(self.blank)))
         position, progress = self._resumed()
         here: Trained | None = self.start if position == 0 else None
-        self.live = _live(actions[:position])
         if position and actions[position - 1].kind == "keep":
-            here = self._restored(actions[position - 1].at)
+            here = self._restored(actions[position - 1].at, actions[:position])
         status, at_step = MetagradientStatus.FINISHED, run.boundaries[-1]
         for index in range(position, len(actions)):
             kind, at, to = actions[index]
             if kind == "restore":
-                here = self._restored(at)
+                here = self._restored(at, actions[:index])
             elif kind == "drop":
                 self.kept.drop(at)
-                self.live.discard(at)
             elif kind == "keep":
                 self.kept.put(at, here)
-                self.live.add(at)
                 self.kept.record(index + 1, None)
             elif kind == "forward":
                 assert here is not None
@@ -566,16 +560,16 @@ class _Call:
             warnings.warn(f"{damage}: the run begins again.", stacklevel=4)
             return 0, self.blank
 
-    def _restored(self, at: int) -> Trained:
+    def _restored(self, at: int, done: Sequence[_revolve.Action]) -> Trained:
         """Return the state at a boundary; where it is damaged, run on from the one kept before it."""
         if at == 0:
             return self.start
         try:
             return self.kept.get(at, self.start)
         except stores.DamagedError as damage:
-            before = max({0, *(number for number in self.live if number < at)})
+            before = max({0, *(number for number in _live(done) if number < at)})
             warnings.warn(f"{damage}: it is computed again from step {self.run.boundaries[before]}.", stacklevel=4)
-            state, _ = self._run_on(self._restored(before), before, at)
+            state, _ = self._run_on(self._restored(before, done), before, at)
             self.kept.put(at, state)
             return state
 
@@ -652,22 +646,13 @@ def _evaluations(evaluate_at: Any, num_steps: int) -> tuple[int, ...]:
 
 
 def _live(actions: Sequence[_revolve.Action]) -> set[int]:
+    """Return the boundaries whose states are kept after these actions."""
     found: set[int] = set()
     for kind, at, _ in actions:
         if kind == "keep":
             found.add(at)
         if kind == "drop":
             found.discard(at)
-    return found
-
-
-def _constants(program: Any) -> list[Any]:
-    """Return the arrays that a traced function closes over, those of functions inside of it included."""
-    found = list(getattr(program, "consts", ()))
-    for equation in getattr(program, "jaxpr", program).eqns:
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            if hasattr(value, "eqns"):
-                found += _constants(value)
     return found
 
 
