@@ -116,17 +116,18 @@ def scale(tree: PyTree, factor: Any) -> PyTree:
 
 def newly_bad(new: PyTree, old: PyTree) -> Array:
     """Return whether an entry of ``new`` is not finite where that of ``old`` was: a state may hold inf by design."""
-    masked = lambda a, b: jnp.where(jnp.abs(b) < jnp.inf, 0 * a, jnp.zeros_like(a)) if _is_inexact(a) else a  # noqa: E731
-    return ~all_finite(jax.tree.map(masked, new, old))
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    lost = [jnp.any(jnp.isfinite(b) & ~jnp.isfinite(a)) for a, b in pairs if _is_inexact(a)]
+    return functools.reduce(jnp.logical_or, lost, jnp.array(False))
 
 
 def all_finite(tree: PyTree) -> Array:
     """Return whether every entry of every leaf is finite; True for an empty tree.
 
-    The sum of 0·x is NaN where an entry is inf or NaN; it compiles in half the time of a reduction over ``isfinite``.
+    A reduction of bools: XLA on CPU writes what a sum of floats reads to memory first, a copy of each leaf.
     """
-    sums = [jnp.sum(0 * leaf) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)]
-    return functools.reduce(lambda is_finite, s: is_finite & ~jnp.isnan(s), sums, jnp.array(True))
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)]
+    return functools.reduce(jnp.logical_and, finite, jnp.array(True))
 
 
 def selected(marks: PyTree, tree: PyTree) -> PyTree:

@@ -490,3 +490,43 @@ def test_inside_optax_wrappers_that_need_full_gradients():
             updates, state = update(grads, state, case().variables, **batches)
         assert float(optax.tree.norm(updates)) > 0.0
         assert int(optax.tree.get(state, "info").step) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moments", "most"), [(None, 46.0), (jnp.bfloat16, 44.0)])
+@pytest.mark.parametrize("every", [1, 10])
+def test_bytes_per_weight(moments, most, every):
+    """Of weights with a decay each, Adam twice and the default solver: variables, states and scratch memory.
+
+    28 bytes are variables and states; a solve needs x, the remainder, the direction and its product.
+    """
+
+    def predict(params, x):
+        for layer in params:
+            x = jnp.tanh(x @ layer)
+        return x
+
+    def outer(params, decay, batch, key):
+        return jnp.mean((predict(params, batch) - 1.0) ** 2)
+
+    def inner(params, decay, batch, key):
+        return outer(params, decay, batch, key) + hg.penalties.l2(params, decay)
+
+    tx = make(
+        hg.BilevelProblem(inner, outer),
+        estimator=hg.implicit(hg.BilevelProblem(inner, outer)),
+        outer_optimizer=optax.adam(1e-2, mu_dtype=moments),
+        every=every,
+    )
+    params = [jax.ShapeDtypeStruct((512, 512), jnp.float32)] * 8
+    variables, batch = hg.BilevelParams(params, params), jax.ShapeDtypeStruct((4, 512), jnp.float32)
+    state = jax.eval_shape(tx.init, variables)
+
+    def step(variables, state, batch):
+        updates, state = tx.update(None, state, variables, inner_batch=batch, outer_batch=batch)
+        return optax.apply_updates(variables, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(variables, state, batch).compile()
+    memory = compiled.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    assert used / sum(leaf.size for leaf in params) <= most

@@ -312,10 +312,13 @@ class _Outer(NamedTuple):
 def _outer_step(setup: _Setup, ctx: Context, before: _Outer, number: Array, lost: Array) -> _Outer:
     hyperparams, guard = ctx.hyperparams, setup.guard
     result = _phases.estimate(setup.estimator, before.estimator, ctx)
-    updates, state = update_with(
-        "outer_optimizer", setup.outer_tx, result.hypergrad, before.state, hyperparams, value=result.value
-    )
-    updates, state = tree.match_dtypes(updates, hyperparams), tree.match_dtypes(state, before.state)
+
+    def step(before: PyTree) -> tuple[Hyperparams, PyTree]:
+        given = setup.outer_tx, result.hypergrad, before, hyperparams
+        updates, state = update_with("outer_optimizer", *given, value=result.value)
+        return tree.match_dtypes(updates, hyperparams), tree.match_dtypes(state, before)
+
+    updates, state = step(before.state)
     info = _guard.settle(
         guard,
         result,
@@ -330,7 +333,10 @@ def _outer_step(setup: _Setup, ctx: Context, before: _Outer, number: Array, lost
         ),
     )
     if guard is not None:
-        updates, state = optax.tree.where(info.skipped, (before.updates, before.state), (updates, state))
+        # The step above is only looked at; it is taken here, in place. Kept beside the old values it is three copies.
+        start = jax.tree.map(lambda h: jnp.where(info.skipped, jnp.zeros_like(h), h), result.hypergrad)
+        start = tree.match_dtypes(start, hyperparams), before.state
+        updates, state = _once_if(~info.skipped, lambda c: step(c[1]), start)
     validate.same_structure("the estimator's info", result.info, "the blank info of its init", before.info.method)
     kept, info = info.state, info._replace(state=(), aux=())
     return _Outer(updates, state, kept, tree.match_dtypes(info, before.info))
