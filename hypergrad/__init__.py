@@ -43,6 +43,7 @@ from hypergrad.drivers import (
     Guard,
     History,
     HypergradInfo,
+    MemoryPlan,
     MetagradientInfo,
     MetagradientPlan,
     MetagradientStatus,
@@ -56,6 +57,7 @@ from hypergrad.drivers import (
     metagradient,
     metagradient_plan,
     minimize,
+    plan,
     value_and_hypergrad,
 )
 from hypergrad.estimators import (
@@ -136,6 +138,7 @@ __all__ = [
     "Guard",
     "History",
     "HypergradInfo",
+    "MemoryPlan",
     "MetagradientInfo",
     "MetagradientPlan",
     "MetagradientStatus",
@@ -152,6 +155,7 @@ __all__ = [
     "metagradient_plan",
     "methods",
     "minimize",
+    "plan",
     "stores",
     "value_and_hypergrad",
     # whether to trust the result

@@ -83,6 +83,7 @@ COMPUTES = {
         "minimize",
         "metagradient",
         "metagradient_plan",
+        "plan",
         "hoag",
         "evolution",
         "learned",

@@ -11,13 +11,16 @@ from hypergrad.drivers._metagradient import (
     metagradient_plan,
 )
 from hypergrad.drivers._minimize import History, MinimizeResult, MinimizeStatus, minimize
+from hypergrad.drivers._plan import Advice, MemoryPlan, plan
 
 __all__ = [
+    "Advice",
     "BilevelState",
     "BilevelTransformation",
     "Guard",
     "History",
     "HypergradInfo",
+    "MemoryPlan",
     "MetagradientInfo",
     "MetagradientPlan",
     "MetagradientStatus",
@@ -34,6 +37,7 @@ __all__ = [
     "metagradient_plan",
     "minimize",
     "one_estimate",
+    "plan",
     "solves_in",
     "value_and_hypergrad",
 ]

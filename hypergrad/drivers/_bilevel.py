@@ -89,10 +89,14 @@ class BilevelTransformation(optax.GradientTransformationExtraArgs):  # type: ign
       init: ``init(variables, *, inner_state=None, model_state=None) -> BilevelState``.
       update: ``update(grads, state, variables, *, inner_batch, outer_batch, solve_batch=None, model_state=None,
         **extra) -> (updates, state)``.
+      estimator: as it was given.
+      window: inner steps per call.
     """
 
     init: BilevelInit  # pyright: ignore
     update: BilevelUpdate  # pyright: ignore
+    estimator: Estimator
+    window: int
 
 
 def bilevel(
@@ -272,7 +276,9 @@ def bilevel(
 
     compiled_step = _phases.compile_once(step)
     pure_functions: tuple[Any, Any] = init, update
-    return BilevelTransformation(*pure_functions)
+    tx = BilevelTransformation(*pure_functions)
+    tx.estimator, tx.window = estimator, window
+    return tx
 
 
 def check_bilevel(tx: Any) -> BilevelTransformation:

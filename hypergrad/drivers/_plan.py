@@ -1,0 +1,266 @@
+"""What a joint step or a hypergradient takes, before it runs: memory by part, and what would lower it.
+
+    peak per device = variables + states + batches + results + scratch memory         as XLA compiles the program
+
+Nothing is computed: the arguments may be ``jax.ShapeDtypeStruct``, with shardings or without.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hypergrad import curvature, data, tree, validate
+from hypergrad.drivers import _bilevel, _functional
+from hypergrad.estimators import Estimator
+from hypergrad.problem import BilevelParams, check_variables
+from hypergrad.training import Context, Trained, inner_loss_fn, split_keys
+from hypergrad.types import Batch, ModelState, Params, PyTree
+
+__all__ = ["Advice", "MemoryPlan", "plan"]
+
+
+class Advice(NamedTuple):
+    """A change, and about how many bytes per device it saves."""
+
+    change: str
+    saves: int
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes per device of one call, by part. ``advice`` has the largest saving first.
+
+    Attributes:
+      device_bytes: the peak: the sum of the other parts.
+      per_weight: device_bytes over the number of weights on a device.
+      weights: w.
+      hyperparams: λ.
+      inner_state: state of the inner optimizer.
+      outer_state: state of the outer optimizer; 0 of a functional call.
+      estimator_state: a warm start, the basis of ``recycled_cg``, a copy of the weights.
+      batches: the batches given, and the model state.
+      activations: scratch memory of one Hessian product, or of one gradient where the method takes no products:
+        activations and their tangents, constrained hyperparameters.
+      vectors: the rest of the scratch memory: the solver's vectors, the steps that an unroll keeps, new weights.
+      results: results that no donated argument makes room for.
+      advice: what to change where it is too much.
+    """
+
+    device_bytes: int
+    per_weight: float
+    weights: int
+    hyperparams: int
+    inner_state: int
+    outer_state: int
+    estimator_state: int
+    batches: int
+    activations: int
+    vectors: int
+    results: int
+    advice: tuple[Advice, ...]
+
+
+def plan(
+    driver: Any,
+    variables: BilevelParams,
+    *,
+    inner_batch: Batch,
+    outer_batch: Batch,
+    inner_optimizer: Any = None,
+    solve_batch: Batch = None,
+    model_state: ModelState = None,
+    device_bytes: int | None = None,
+    **extra_args: Any,
+) -> MemoryPlan:
+    """Compile a joint step or a hypergradient without running it, and return its memory by part.
+
+    Args:
+      driver: a ``hg.bilevel(...)``: the step is ``update`` and ``optax.apply_updates`` in one ``jax.jit`` with
+        variables and state donated, and takes the gradients itself. Or an estimator: the call is that of
+        ``hg.value_and_hypergrad(estimator, inner_optimizer)``.
+      variables: ``BilevelParams`` of arrays or ``jax.ShapeDtypeStruct``, whose shardings count.
+      inner_batch: as of ``update`` or of the function, arrays or ``jax.ShapeDtypeStruct``.
+      outer_batch: likewise.
+      inner_optimizer: with an estimator: of the inner steps before the hypergradient.
+      solve_batch: as of ``update``.
+      model_state: of a stateful problem.
+      device_bytes: a budget; with it, ``advice`` is empty where the plan fits.
+      **extra_args: more keywords of ``update``.
+
+    Returns:
+      A ``MemoryPlan``.
+
+    Raises:
+      TypeError: ``driver`` is neither; variables that are no ``BilevelParams``; an ``inner_optimizer`` beside a
+        ``hg.bilevel``.
+      ValueError: ``device_bytes`` < 1; what the driver refuses.
+
+    Valid for the program as this version of XLA compiles it for the default backend. Memory that the process holds
+    beside (other arrays, the compiler, Python) is not in it.
+
+    >>> import hypergrad as hg, jax, jax.numpy as jnp, optax
+    >>> loss = lambda w, h, batch, key: jnp.sum((batch @ w) ** 2) + hg.penalties.l2(w, h)
+    >>> tx = hg.bilevel(hg.implicit(hg.BilevelProblem(loss, loss)), inner_optimizer=optax.adam(1e-3),
+    ...                 outer_optimizer=optax.adam(1e-2))
+    >>> shapes = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    >>> rows = jax.ShapeDtypeStruct((8, 1000), jnp.float32)
+    >>> found = plan(tx, hg.BilevelParams(shapes, shapes), inner_batch=rows, outer_batch=rows)
+    >>> found.weights, found.outer_state, found.advice[0].saves > 0
+    (4000, 8004, True)
+
+    Reference: ``jax.stages.Compiled.memory_analysis``.
+    """
+    if device_bytes is not None:
+        validate.positive_int("device_bytes", device_bytes)
+    variables = check_variables(jax.tree.map(_shape, variables))
+    batches, model_state, extra = jax.tree.map(
+        _shape, ((inner_batch, outer_batch, solve_batch), model_state, extra_args)
+    )
+    if isinstance(driver, _bilevel.BilevelTransformation):
+        if inner_optimizer is not None:
+            fix = "Leave inner_optimizer out: hg.bilevel has its own."
+            raise TypeError(validate.message("no inner_optimizer beside a hg.bilevel", "one", fix))
+        program = _joint_step(driver, variables, batches, model_state, extra)
+    elif isinstance(driver, Estimator):
+        program = _hypergradient(driver, inner_optimizer, variables, batches, model_state)
+    else:
+        fix = "Pass tx=hg.bilevel(...), or an estimator such as hg.implicit(problem)."
+        raise TypeError(validate.message("a hg.bilevel or an estimator", validate.describe(driver), fix))
+    memory: Any = program.lowered.compile().memory_analysis()
+    activations = min(_activations(program, variables), memory.temp_size_in_bytes)
+    sizes = {name: _bytes_on_a_device(part) for name, part in program.parts.items()}
+    sizes |= {
+        "activations": activations,
+        "vectors": memory.temp_size_in_bytes - activations,
+        "results": max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+    }
+    count = sum(math.prod(_on_a_device(leaf)) for leaf in jax.tree.leaves(variables.params))
+    total = sum(sizes.values())
+    fits = device_bytes is not None and total <= device_bytes
+    advice = () if fits else _advice(program.parts["outer_state"], sizes, total, device_bytes)
+    return MemoryPlan(total, total / max(count, 1), **sizes, advice=advice)
+
+
+class _Program(NamedTuple):
+    """A driver's call: what it holds, by part, and how it is lowered."""
+
+    parts: dict[str, PyTree]
+    lowered: jax.stages.Lowered
+    estimator: Estimator
+    inner_batch: Batch
+    windowed: bool  # whether its leaves have a window axis
+    model_state: ModelState
+
+
+def _joint_step(
+    tx: _bilevel.BilevelTransformation, variables: BilevelParams, batches: Any, model_state: ModelState, extra: Any
+) -> _Program:
+    state = jax.eval_shape(lambda v, m: tx.init(v, model_state=m), variables, model_state)
+    state = _placed(state, variables)
+
+    def step(variables: BilevelParams, state: Any, batches: Any, extra: Any) -> Any:
+        names = "inner_batch", "outer_batch", "solve_batch"
+        updates, state = tx.update(None, state, variables, **dict(zip(names, batches, strict=True)), **extra)
+        return optax.apply_updates(variables, updates), state
+
+    parts = {
+        "weights": variables.params,
+        "hyperparams": variables.hyperparams,
+        "inner_state": state.inner,
+        "outer_state": state.outer,
+        "estimator_state": state.estimator,
+        "batches": (batches, extra, state.model_state),
+    }
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(variables, state, batches, extra)
+    return _Program(parts, lowered, tx.estimator, batches[0], tx.window > 1, state.model_state)
+
+
+def _hypergradient(
+    estimator: Estimator, inner_optimizer: Any, variables: BilevelParams, batches: Any, model_state: ModelState
+) -> _Program:
+    init, run = _functional.compiled(estimator, inner_optimizer)
+    inner_batch, outer_batch, solve_batch = batches
+    model_state, key = () if model_state is None else model_state, jax.eval_shape(lambda: jax.random.key(0))
+    state = _placed(jax.eval_shape(init, variables, key, model_state), variables)
+    parts = {
+        "weights": variables.params,
+        "hyperparams": variables.hyperparams,
+        "inner_state": (),
+        "outer_state": (),
+        "estimator_state": state,
+        "batches": (batches, model_state),
+    }
+    lowered = jax.jit(run).lower(variables, inner_batch, outer_batch, key, state, model_state, solve_batch)
+    return _Program(parts, lowered, estimator, inner_batch, inner_optimizer is not None, model_state)
+
+
+def _activations(program: _Program, variables: BilevelParams) -> int:
+    """Return the scratch memory of one Hessian product, or of one gradient where the estimator takes no product."""
+    estimator = program.estimator
+    second = estimator.unknowns is not None or estimator.train is not None
+
+    def derivative(variables: BilevelParams, vector: Params, batch: Batch, model_state: ModelState) -> Any:
+        at, keys = Trained(variables.params, (), model_state), split_keys(jax.random.key(0))
+        batches = batch if program.windowed else data.one_step(batch)
+        ctx = Context(estimator.problem, variables.hyperparams, at, at, batches, None, keys, None)
+        loss = lambda w: inner_loss_fn(ctx)(w, variables.hyperparams)  # noqa: E731
+        return curvature.hvp(loss, variables.params)(vector) if second else jax.grad(loss)(variables.params)
+
+    arguments = variables, jax.eval_shape(tree.promote, variables.params), program.inner_batch, program.model_state
+    memory: Any = jax.jit(derivative).lower(*arguments).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+
+def _advice(outer_state: PyTree, sizes: dict[str, int], total: int, budget: int | None) -> tuple[Advice, ...]:
+    """Return what would save at least a fiftieth, the largest saving first."""
+    found = []
+    wide = [leaf for leaf in jax.tree.leaves(outer_state) if leaf.dtype == jnp.float32]
+    copies = _bytes_on_a_device(wide) / max(sizes["hyperparams"], 1)
+    if copies >= 0.99:
+        change = "keep the first moment of the outer optimizer in bfloat16: optax.adam(rate, mu_dtype=jnp.bfloat16)"
+        found.append(Advice(change, sizes["hyperparams"] // 2))
+    change = "halve the inner batch, or put jax.checkpoint around parts of the model"
+    found.append(Advice(change, sizes["activations"] // 2))
+    if sizes["vectors"] > 6 * sizes["weights"]:
+        change = (
+            "keep fewer vectors or steps: a shorter window, hg.reverse(checkpoint_every=...), a smaller restart or "
+            "rank, no reorthogonalize=True"
+        )
+        found.append(Advice(change, (sizes["vectors"] - 6 * sizes["weights"]) // 2))
+    if sizes["estimator_state"] > 2 * sizes["weights"]:
+        found.append(Advice("lower the rank of the solver, or the pairs", sizes["estimator_state"] // 2))
+    shared = total - sizes["batches"] - sizes["activations"]
+    devices = 2
+    while budget is not None and total - shared + shared / devices > budget and devices < 1024:
+        devices *= 2
+    change = f"shard weights, hyperparameters and states over {devices} times the devices: jax.sharding.NamedSharding"
+    found.append(Advice(change, shared - shared // devices))
+    found.sort(key=lambda advice: -advice.saves)
+    return tuple(advice for advice in found if advice.saves >= total / 50)
+
+
+def _shape(x: Any) -> Any:
+    """Return the shape, the dtype and the sharding of a leaf that is a number."""
+    if isinstance(x, jax.ShapeDtypeStruct) or not tree.is_number(x):
+        return x
+    placed = x.sharding if isinstance(x, jax.Array) and not tree.is_traced(x) else None
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=placed)
+
+
+def _placed(state: PyTree, variables: BilevelParams) -> PyTree:
+    """Return shapes of a state, with the sharding of the variables' leaf of the same shape, as ``init`` gives it."""
+    of_shape = {leaf.shape: leaf.sharding for leaf in reversed(jax.tree.leaves(variables))}
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of_shape.get(leaf.shape)), state
+    )
+
+
+def _on_a_device(leaf: Any) -> tuple[int, ...]:
+    return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+
+
+def _bytes_on_a_device(part: PyTree) -> int:
+    leaves = [leaf for leaf in jax.tree.leaves(part) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    return sum(math.prod(_on_a_device(leaf)) * leaf.dtype.itemsize for leaf in leaves)

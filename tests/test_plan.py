@@ -1,0 +1,168 @@
+"""``hg.plan``: memory by part, before anything runs."""
+
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import hypergrad as hg
+from tests.problems import batch_norm, network
+
+SHAPE = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+WEIGHTS = 4 * 256 * 256
+
+
+def outer(params, decay, batch, key):
+    for layer in params:
+        batch = jnp.tanh(batch @ layer)
+    return jnp.mean((batch - 1.0) ** 2)
+
+
+def inner(params, decay, batch, key):
+    return outer(params, decay, batch, key) + hg.penalties.l2(params, decay)
+
+
+PROBLEM = hg.BilevelProblem(inner, outer)
+
+
+def transformation(moments=None, solver=None, **options):
+    """Return ``bilevel`` with Adam twice and two products."""
+    return hg.bilevel(
+        hg.implicit(PROBLEM, solver or hg.solvers.neumann(2, 0.1)),
+        inner_optimizer=optax.adam(1e-3),
+        outer_optimizer=optax.adam(1e-2, mu_dtype=moments),
+        **options,
+    )
+
+
+def planned(tx=None, rows=8, layers=2, **options):
+    """Return the plan of a small MLP, from shapes alone."""
+    batch = jax.ShapeDtypeStruct((rows, 256), jnp.float32)
+    variables = hg.BilevelParams([SHAPE] * layers, [SHAPE] * layers)
+    tx = transformation() if tx is None else tx
+    return hg.plan(tx, variables, **{"inner_batch": batch, "outer_batch": batch, **options})
+
+
+def test_the_parts_are_those_of_the_variables_and_states():
+    found = planned()
+    assert found.weights == found.hyperparams == 2 * WEIGHTS
+    for state in (found.inner_state, found.outer_state):
+        assert state == 4 * WEIGHTS + 4  # two moments and a count
+    assert found.batches == 2 * 8 * 256 * 4
+    parts = found[2:-1]
+    assert found.device_bytes == sum(parts)
+    assert min(parts) >= 0
+    assert found.per_weight == found.device_bytes / (2 * 256 * 256)
+
+
+def test_the_peak_is_that_of_the_compiled_step():
+    """What the plan says before is what the compiled program of a user's step says, to the state's few scalars."""
+    case, tx = network(), transformation()
+    tx = hg.bilevel(hg.implicit(case.problem), inner_optimizer=optax.adam(1e-3), outer_optimizer=optax.adam(1e-2))
+    state = tx.init(case.variables)
+
+    def step(variables, state, inner_batch, outer_batch):
+        updates, state = tx.update(None, state, variables, inner_batch=inner_batch, outer_batch=outer_batch)
+        return optax.apply_updates(variables, updates), state
+
+    given = case.variables, state, case.inner_batch, case.outer_batch
+    memory = jax.jit(step, donate_argnums=(0, 1)).lower(*given).compile().memory_analysis()
+    found = hg.plan(tx, case.variables, inner_batch=case.inner_batch, outer_batch=case.outer_batch)
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    used += max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    assert found.device_bytes == pytest.approx(used, abs=256)
+
+
+def test_activations_grow_with_the_batch():
+    few, many = planned(rows=8), planned(rows=1024)
+    assert many.activations > few.activations + 1016 * 256 * 4
+    assert many.weights == few.weights
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_an_unroll(window):
+    """An estimator is planned as ``value_and_hypergrad``; its steps are in ``vectors``."""
+    batch = jax.ShapeDtypeStruct((3, 8, 256), jnp.float32)
+    last = jax.ShapeDtypeStruct((8, 256), jnp.float32)
+    variables = hg.BilevelParams([SHAPE] * 2, [SHAPE] * 2)
+    if window is None:
+        driver, options = hg.unrolled(PROBLEM), {"inner_optimizer": optax.sgd(0.1)}
+    else:
+        sgd = {"inner_optimizer": optax.sgd(0.1), "outer_optimizer": optax.sgd(0.1)}
+        driver, options = hg.bilevel(hg.unrolled(PROBLEM), **sgd, window=window), {}
+    found = hg.plan(driver, variables, inner_batch=batch, outer_batch=last, **options)
+    assert found.vectors > 2 * found.weights  # a copy of the weights for each step
+    assert found.inner_state == found.outer_state == 0
+
+
+def test_losses_with_keys_and_a_model_state():
+    problem, variables, statistics, batch = batch_norm()
+    optimizers = {"inner_optimizer": optax.sgd(0.1), "outer_optimizer": optax.sgd(0.1)}
+    tx = hg.bilevel(hg.implicit(problem), **optimizers, key=0)
+    found = hg.plan(tx, variables, inner_batch=batch, outer_batch=batch, model_state=statistics)
+    assert found.device_bytes > sum(leaf.nbytes for leaf in jax.tree.leaves((batch, batch, variables)))
+    dropped = network(dropout=0.5)
+    fn = hg.plan(
+        hg.implicit(dropped.problem),
+        dropped.variables,
+        inner_batch=dropped.inner_batch,
+        outer_batch=dropped.outer_batch,
+    )
+    assert fn.outer_state == 0
+
+
+def test_bfloat16_moments_save_what_is_predicted():
+    found = planned()
+    advice = {entry.change: entry.saves for entry in found.advice}
+    moments = next(saves for change, saves in advice.items() if "bfloat16" in change)
+    assert found.device_bytes - planned(transformation(jnp.bfloat16)).device_bytes == pytest.approx(moments, rel=0.02)
+
+
+def test_half_a_batch_saves_at_least_what_is_predicted():
+    found = planned(rows=2048)
+    halved = next(entry.saves for entry in found.advice if "halve the inner batch" in entry.change)
+    assert found.device_bytes - planned(rows=1024).device_bytes >= 0.95 * halved
+
+
+def test_advice_is_for_what_does_not_fit():
+    found = planned()
+    assert planned(device_bytes=found.device_bytes).advice == ()
+    advice = planned(device_bytes=found.device_bytes // 6).advice
+    assert [entry.saves for entry in advice] == sorted((entry.saves for entry in advice), reverse=True)
+    assert any("over 8 times the devices" in entry.change for entry in advice)
+
+
+def test_a_basis_is_told_to_shrink():
+    found = planned(transformation(solver=hg.solvers.recycled_cg(4, 6)))
+    assert found.estimator_state > 12 * found.weights
+    assert "rank" in found.advice[0].change or "rank" in found.advice[1].change
+
+
+@pytest.mark.slow
+def test_shards_hold_their_part():
+    """On a mesh of four devices each holds a quarter of variables, states and vectors."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    placed = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("d")))
+    batch = jax.ShapeDtypeStruct((8, 256), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    variables = hg.BilevelParams([placed] * 2, [placed] * 2)
+    found, whole = hg.plan(transformation(), variables, inner_batch=batch, outer_batch=batch), planned()
+    assert found.weights == whole.weights // 4
+    assert found.outer_state == whole.outer_state // 4 + 3  # the count is on each
+    assert found.device_bytes < 0.5 * whole.device_bytes
+
+
+def test_refusals():
+    variables = hg.BilevelParams([SHAPE], [SHAPE])
+    batch = jax.ShapeDtypeStruct((8, 256), jnp.float32)
+    batches = {"inner_batch": batch, "outer_batch": batch}
+    with pytest.raises(TypeError, match=r"expected a hg\.bilevel or an estimator"):
+        hg.plan(optax.adam(1e-3), variables, **batches)
+    with pytest.raises(TypeError, match=r"no inner_optimizer beside a hg\.bilevel"):
+        hg.plan(transformation(), variables, **batches, inner_optimizer=optax.sgd(0.1))
+    with pytest.raises(ValueError, match="device_bytes"):
+        hg.plan(transformation(), variables, **batches, device_bytes=0)
+    with pytest.raises(TypeError, match="BilevelParams"):
+        hg.plan(transformation(), [SHAPE], **batches)
