@@ -5,14 +5,19 @@
 
 1. Correctness: hypergradients by ``implicit`` with each solver, ``unrolled`` and ``direct``, on the device in its
    default precision, beside the CPU's float32 (both in this process; on a CPU alone the rows compare it with itself).
-2. Speed: an MLP with one log decay per weight; a plain Adam step, the joint step of the default solver with an outer
-   step every 10, a hypergradient; per second, and over the plain step. Bytes per weight of the joint step's memory.
-3. Precision: the default solver's hypergradient with TF32 matrix products and with a loss in bfloat16, beside float32.
+2. Metagradient: 200 Adam steps of an MLP in segments of 20, one log decay per weight. Error beside the CPU;
+   milliseconds per step, forward and in reverse; seconds and bytes of ``hg.metagradient_plan`` beside those measured.
+   The bytes measured are the peak of this process so far.
+3. Speed: an MLP with one log decay per weight; a plain Adam step, the joint step of the default solver with an outer
+   step every 10, a hypergradient; per second, and over the plain step. Bytes per weight of the joint step's memory,
+   with the outer Adam's first moment in float32 and in bfloat16.
+4. Precision: the default solver's hypergradient with TF32 matrix products and with a loss in bfloat16, beside float32.
 
 It prints tables and writes ``device_check.json``. It needs nothing but this repository; data are random numbers.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -115,15 +120,57 @@ def correctness() -> list[dict[str, Any]]:
     return rows
 
 
-def speed(millions: float, rounds: int) -> dict[str, Any]:
+def metagradient(steps: int, segment: int, width: int) -> dict[str, Any]:
+    """Differentiate a whole run on the device and on the CPU, and compare it with its plan."""
+    problem, make = make_problem(width, width // 2)
+    rng = np.random.default_rng(0)
+    given = jax.tree.map(np.asarray, make())
+    inputs, labels = rng.normal(size=(1024, width // 2)).astype(np.float32), rng.integers(0, 10, 1024)
+    rows = rng.integers(0, 1024, (steps, BATCH))
+
+    def batch_at(step: jax.Array) -> hg.IndexedBatch:
+        return hg.IndexedBatch((jnp.asarray(inputs), jnp.asarray(labels)), jnp.asarray(rows)[step])
+
+    rule = optax.adam(1e-3, eps_root=1e-8)
+    settings: dict[str, Any] = {"batch_at": batch_at, "num_steps": steps, "segment": segment}
+    settings["store"] = hg.stores.host(4)
+    found = {}
+    for place in dict.fromkeys((jax.local_devices(backend="cpu")[0], jax.devices()[0])):
+        with jax.default_device(place):
+            (params, decay), valid = jax.device_put(given, place)
+            fn = hg.metagradient(problem, rule, **settings)
+            fn(params, decay, valid, key=None)
+            (_, grads), info = fn(params, decay, valid, key=None)
+            found[place.platform] = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
+    memory = place.memory_stats()  # None on a CPU
+    with jax.default_device(place):
+        plan = hg.metagradient_plan(problem, rule, **settings)(params, decay, valid, key=None)
+    here, cpu = found[place.platform], found["cpu"]
+    error = float(np.linalg.norm(here - cpu) / np.linalg.norm(cpu))
+    return {
+        "weights": here.size,
+        "steps": steps,
+        "segment": segment,
+        "status": info.status.name,
+        "error": error,
+        "right": error <= TOLERANCE,
+        "forward_ms_per_step": 1e3 * plan.forward_seconds / segment,
+        "reverse_ms_per_step": 1e3 * plan.reverse_seconds / segment,
+        "seconds": info.seconds,
+        "planned_seconds": plan.seconds,
+        "peak_bytes": memory["peak_bytes_in_use"] if memory else None,
+        "planned_bytes": plan.device_bytes,
+    }
+
+
+def speed(millions: float, rounds: int, moments: Any) -> dict[str, Any]:
     """Time a plain step, a joint step and a hypergradient at a number of weights."""
     width = max(8, round((-1034 + (1034**2 + 4e6 * millions) ** 0.5) / 2))
     problem, make = make_problem(width, 1024 if millions >= 1 else 64)
     variables, batch = make()
     weights = sum(leaf.size for leaf in jax.tree.leaves(variables.params))
-    tx = hg.bilevel(
-        hg.implicit(problem), inner_optimizer=optax.adam(1e-3), outer_optimizer=optax.adam(1e-2), every=EVERY
-    )
+    outer = optax.adam(1e-2, mu_dtype=moments)
+    tx = hg.bilevel(hg.implicit(problem), inner_optimizer=optax.adam(1e-3), outer_optimizer=outer, every=EVERY)
     state = tx.init(variables)
 
     def joint(variables: Any, state: Any) -> Any:
@@ -160,6 +207,7 @@ def speed(millions: float, rounds: int) -> dict[str, Any]:
     step, whole = statistics.median(times["plain"]), statistics.median(times["joint"])
     return {
         "weights": weights,
+        "outer_moments": jnp.dtype(moments).name,
         "plain_ms": 1e3 * step,
         "joint_over_plain": ratio,
         "hypergradients_per_s": 1.0 / (EVERY * (whole - step)) if whole > step else math.nan,
@@ -187,6 +235,11 @@ def precision() -> list[dict[str, Any]]:
     return rows
 
 
+def tell(row: dict[str, Any]) -> None:
+    """Print a row."""
+    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run, print the tables, write the file; return the record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -200,14 +253,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     record["correctness"] = correctness()
     for row in record["correctness"]:
         print(f"{row['method']:32s} error {row['error']:.1e}  {'right' if row['right'] else 'WRONG'}", flush=True)
+    record["metagradient"] = metagradient(20, 5, 32) if args.quick else metagradient(200, 20, 512)
+    tell(record["metagradient"])
     record["speed"] = []
-    for millions in (0.01,) if args.quick else map(float, args.sizes.split(",")):
+    sizes = (0.01,) if args.quick else map(float, args.sizes.split(","))
+    for millions, moments in itertools.product(sizes, (jnp.float32, jnp.bfloat16)):
         try:
-            row = speed(millions, rounds=2 if args.quick else 5)
+            row = speed(millions, 2 if args.quick else 5, moments)
         except Exception as error:  # out of memory at the largest size is a result, too
-            row = {"weights": millions * 1e6, "failed": f"{type(error).__name__}: {str(error).splitlines()[0]:.120}"}
+            row = {"weights": millions * 1e6, "outer_moments": jnp.dtype(moments).name}
+            row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]:.120}"
         record["speed"].append(row)
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+        tell(row)
     record["precision"] = precision()
     for row in record["precision"]:
         print(f"{row['precision']:32s} cosine {row['cosine']:.6f}", flush=True)

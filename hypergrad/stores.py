@@ -193,6 +193,8 @@ class _Directory(Kept):
 
     def resume(self, progress: PyTree) -> tuple[int, PyTree]:
         position, name = self._position()
+        for left in set(self._folder.glob("progress_*")) - {self._folder / name}:  # of a kill
+            left.unlink()
         return position, (self._load(name, progress) if name else progress)
 
     def _position(self) -> tuple[int, str]:

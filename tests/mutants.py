@@ -30,6 +30,7 @@ class Mutant(NamedTuple):
 KEYS, FAULTS, TOYS, CG = "test_keys.py", "test_faults.py", "test_toys.py", "test_conjugate_gradients.py"
 MINIMIZE, INNER = "test_minimize.py", "test_inner_solvers.py"
 EVOLUTION, DESCENT, LEARNED = "test_evolution.py", "test_hypergradient_descent.py", "test_learned_optimizers.py"
+META = "test_metagradient.py"
 MUTANTS = [
     # keys
     Mutant(
@@ -888,6 +889,103 @@ MUTANTS = [
         "pass",
         "test_partition.py -k solve_batch",
         "a batch of the solve for all",
+    ),
+    # whole runs
+    Mutant(
+        "drivers/_metagradient.py",
+        "jax.random.fold_in(keys.outer, evaluation)",
+        "jax.random.fold_in(keys.outer, 0)",
+        META,
+        "one key for all evaluations",
+    ),
+    Mutant(
+        "drivers/_metagradient.py",
+        "if evaluation == count - 1 else params",
+        "if evaluation == 0 else params",
+        META,
+        "weights of the first evaluation",
+    ),
+    Mutant("drivers/_metagradient.py", "(g / count)", "g", META, "sum of the evaluations, not mean"),
+    Mutant(
+        "drivers/_metagradient.py",
+        "first = jnp.asarray(self.run.boundaries[number], jnp.int32)",
+        "first = jnp.asarray(self.run.boundaries[0], jnp.int32)",
+        META,
+        "each segment begins at step 0",
+    ),
+    Mutant(
+        "drivers/_metagradient.py",
+        "self.kept.record(index + 1, progress)",
+        "self.kept.record(index, progress)",
+        META,
+        "a segment counts twice after a kill",
+    ),
+    Mutant(
+        "drivers/_metagradient.py",
+        "at if status == MetagradientStatus.COTANGENT else at + 1",
+        "at + 1",
+        META,
+        "off by one in at_step",
+    ),
+    Mutant(
+        "drivers/_metagradient.py",
+        "(min(slots, run.num_segments) - 1) * state",
+        "min(slots, run.num_segments) * state",
+        "test_metagradient.py -k plan",
+        "the first state counts as kept",
+    ),
+    Mutant(
+        "drivers/_metagradient.py",
+        "(a + g).astype(h.dtype), progress.hypergrad",
+        "a.astype(h.dtype), progress.hypergrad",
+        "test_metagradient.py -k copy",
+        "no derivative through the first state",
+    ),
+    Mutant(
+        "drivers/_metagradient.py",
+        'if run.store.where != "device" and not all(',
+        "if False and not all(",
+        "test_sharding.py -k other_drivers",
+        "a store of one process for several",
+    ),
+    Mutant(
+        "drivers/_revolve.py",
+        "length - math.comb(slots + repeats - 2, slots - 1)",
+        "length - math.comb(slots + repeats - 1, slots - 1)",
+        META,
+        "wrong binomial",
+    ),
+    Mutant("drivers/_revolve.py", "slots - len(parts)  #", "slots + 1 - len(parts)  #", META, "one slot too many"),
+    Mutant(
+        "drivers/_revolve.py",
+        "math.comb(slots + repeats, repeats - 1)",
+        "math.comb(slots + repeats, repeats)",
+        META,
+        "wrong count of segments",
+    ),
+    Mutant("stores.py", ".digest() != digest", ".digest() == b''", META, "checksum not compared"),
+    Mutant(
+        "stores.py",
+        'file.with_name(file.name + ".part")',
+        "file",
+        META,
+        "a file is written in its place",
+    ),
+    Mutant("stores.py", "if before and before != name:", "if before:", META, "what was gathered is removed"),
+    Mutant(
+        "stores.py",
+        'set(self._folder.glob("progress_*")) - {self._folder / name}',
+        "set()",
+        META,
+        "files of a kill stay",
+    ),
+    Mutant("stores.py", "            start += size\n", "", META, "each leaf is the first"),
+    Mutant(
+        "stores.py",
+        "self.bytes_moved += tree.num_bytes(self._states[number])\n        return",
+        "return",
+        META,
+        "reads are not counted",
     ),
 ]
 

@@ -84,7 +84,14 @@ def test_the_device_check_runs_on_a_cpu(tmp_path):
     record = json.loads((tmp_path / "device_check.json").read_text())
     assert len(record["correctness"]) == 9
     assert all(row["right"] for row in record["correctness"])
-    assert all("failed" not in row for row in record["speed"])
+    meta = record["metagradient"]
+    assert meta["right"]
+    assert meta["status"] == "FINISHED"
+    assert meta["planned_bytes"] > 4 * meta["weights"]
+    wide, narrow = record["speed"]
+    assert "failed" not in wide
+    assert "failed" not in narrow
+    assert narrow["bytes_per_weight"] < wide["bytes_per_weight"] - 1  # the first moment takes two bytes less
     assert min(row["cosine"] for row in record["precision"]) > 0.9
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,6 +24,8 @@ from jax.sharding import PartitionSpec as P
 import hypergrad as hg
 from tests import two_processes
 from tests.problems import relative_error
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def _preconditioned(solver, preconditioner):
@@ -214,29 +218,100 @@ def test_init_keeps_shardings_in_the_solver_state():
     assert jax.tree.all(same)
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_answer_of_one():
-    """Two processes of two devices each, over ``jax.distributed`` on loopback."""
+def together(*commands):
+    """Run Python on arguments as processes that wait for each other, on CPUs; return what they print."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen([sys.executable, *map(str, c)], cwd=ROOT, env=environment, **pipes) for c in commands]
+    try:
+        outputs = [worker.communicate(timeout=240) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, (_, errors) in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, errors[-3000:]
+    return [out for out, _ in outputs]
+
+
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = pathlib.Path(__file__).parent.parent
-    command = [sys.executable, "-m", "tests.two_processes", str(port)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    workers = [
-        subprocess.Popen([*command, str(i)], cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for i in range(2)
-    ]
-    outputs = [worker.communicate(timeout=240) for worker in workers]
-    for worker, (_, errors) in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, errors.decode()[-3000:]
-    results = [json.loads(out.decode().splitlines()[-1]) for out, _ in outputs]
-    want = two_processes.train(two_processes.problem()[1], two_processes.problem()[2])
-    for result in results:
-        assert result["devices"] == 4
-        assert result["loss"] == pytest.approx(want["loss"], rel=1e-5)
-        assert result["hyperparams"] == pytest.approx(want["hyperparams"], rel=1e-4)
-        assert result["residual"] == pytest.approx(want["residual"], rel=1e-3)
+        return probe.getsockname()[1]
+
+
+def example(folder, *, steps, model=1, devices=1, processes=1):
+    """Train by the example, over processes of so many devices each; it saves, and goes on from what was saved."""
+    command = ["examples/frameworks/multi_host.py", "--folder", folder, "--steps", steps, "--model", model]
+    command += ["--cpu-devices", devices]
+    if processes == 1:
+        return together(command)
+    shared = ["--address", f"127.0.0.1:{free_port()}", "--processes", processes, "--index"]
+    return together(*([*command, *shared, index] for index in range(processes)))
+
+
+def saved(folder, step):
+    """Return the arrays of a checkpoint, by name."""
+    with ocp.CheckpointManager(folder, item_handlers=ocp.StandardCheckpointHandler()) as manager:
+        like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), manager.item_metadata(step))
+        found = manager.restore(step, args=ocp.args.StandardRestore(like))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(found)}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What eight steps on one device end with."""
+    folder = tmp_path_factory.mktemp("alone")
+    example(folder, steps=8)
+    return saved(folder, 8)
+
+
+def equal_to_rounding(found, wanted):
+    """Weights, hyperparameters, both optimizers' states, the solver's, and what is known of the last outer step."""
+    assert found.keys() == wanted.keys()
+    for name, leaf in wanted.items():
+        if np.issubdtype(leaf.dtype, np.floating):
+            assert np.linalg.norm(found[name] - leaf) <= 1e-5 * np.linalg.norm(leaf), name
+        else:
+            np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [1, 2])
+def test_two_processes_give_the_answer_of_one(model, alone, tmp_path):
+    """Of two devices each, over ``jax.distributed`` on loopback: split by examples, and by hidden units, too."""
+    for index, out in enumerate(example(tmp_path, steps=8, model=model, devices=2, processes=2)):
+        assert f"process {index}: steps 0 to 8 on" in out
+        assert f"(16, 64), (16, {64 // model}) on each device" in out
+    equal_to_rounding(saved(tmp_path, 8), alone)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_processes_goes_on_on_one_device_and_on_four(alone, tmp_path):
+    begun = tmp_path / "begun"
+    example(begun, steps=4, model=2, devices=2, processes=2)
+    for devices, model in ((1, 1), (4, 2), (4, 4)):
+        folder = tmp_path / f"{devices}_{model}"
+        shutil.copytree(begun, folder)
+        (out,) = example(folder, steps=8, model=model, devices=devices)
+        assert "process 0: steps 4 to 8 on" in out
+        assert f"(16, 64), (16, {64 // model}) on each device" in out
+        equal_to_rounding(saved(folder, 8), alone)
+
+
+@pytest.mark.slow
+def test_other_drivers_in_two_processes_give_the_answer_of_one():
+    """But for stores of one process, which are refused by name."""
+    port = free_port()
+    outputs = together(*(["-m", "tests.two_processes", port, index] for index in range(2)))
+    want = two_processes.drive(*two_processes.convex()[1:])
+    for output in outputs:
+        found = json.loads(output.splitlines()[-1])
+        assert found["devices"] == 4
+        for driver, figures in want.items():
+            assert found[driver] == pytest.approx(figures, rel=1e-4), driver
+        for store in ("host", "directory"):
+            assert f"states that one process can keep in the {store}; got" in found["refused"][store]
+    assert want["minimize"][2] == 2
 
 
 @pytest.mark.slow

@@ -125,7 +125,8 @@ def metagradient(
       num_steps: T ≥ 1.
       segment: steps per segment. One segment at a time is differentiated in memory, with about 2 √segment copies of
         weights and optimizer state and as many inner gradients as steps.
-      store: of the states that are kept: ``hg.stores.host(10)``, ``device``, or ``directory``, which can resume.
+      store: of the states that are kept: ``hg.stores.host(10)``, ``device``, or ``directory``, which can resume. Over
+        several processes: ``device``.
       evaluate_at: increasing numbers of steps in 1 … T at which the outer loss is taken; None: (T,). The run ends at
         the last. A segment ends at each of them: segments of another length are compiled again.
 
@@ -139,7 +140,8 @@ def metagradient(
     Raises:
       TypeError: arguments of another kind; at the call, traced arguments.
       ValueError: numbers out of range, a problem with a response; at the call what ``hg.unrolled`` refuses: Adam
-        without ``eps_root``, a hyperparameter without effect. What ``store`` refuses.
+        without ``eps_root``, a hyperparameter without effect; weights that several processes share, in another store
+        than ``device``. What ``store`` refuses.
 
     Exact, to rounding. Useful where training is smooth: see ``info.cotangent_norms``.
 
@@ -479,6 +481,10 @@ class _Call:
         self.keys = split_keys(validate.as_key(key))
         self.model_state = check_model_state(run.problem, model_state)
         self.start = run.begin(self.variables, self.model_state)
+        if run.store.where != "device" and not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(self.start)):
+            fix = "Pass store=hg.stores.device(slots=10): each device keeps its own part."
+            got = "weights or optimizer state that several processes share"
+            raise ValueError(validate.message(f"states that one process can keep in the {run.store.where}", got, fix))
         run.check(self.variables.hyperparams, self.start, self.keys, outer_batch)
         warn_of_overfitting(run.problem, self.variables.hyperparams, outer_batch)
         self.num_forward = 0

@@ -442,9 +442,9 @@ def _message(result: MinimizeResult) -> str:
         f"{tolerance:.2g}: give inner_solver more steps, take another one, or give the method a larger "
         f"tolerance{wider}."
     )
-    farthest = max(
-        (float(np.max(np.abs(leaf), initial=0.0)) for leaf in jax.tree.leaves(result.hyperparams)), default=0
-    )
+    # Of what this process holds: to fetch the rest, all processes would have to ask for the message.
+    shards = [s.data for x in jax.tree.leaves(result.hyperparams) for s in jnp.asarray(x).addressable_shards]
+    farthest = max((float(np.max(np.abs(shard), initial=0.0)) for shard in shards), default=0)
     far = (
         f" An unconstrained hyperparameter is at ±{farthest:.2g}: if it runs off, the outer loss is flat there; bound "
         "it by hg.bijectors.interval, or add a prior (hg.with_prior)."

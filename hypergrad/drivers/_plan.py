@@ -246,6 +246,8 @@ def _shape(x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct) or not tree.is_number(x):
         return x
     placed = x.sharding if isinstance(x, jax.Array) and not tree.is_traced(x) else None
+    if placed is not None and len(placed.device_set) == 1:
+        placed = None  # it goes where the others are
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=placed)
 
 
