@@ -125,7 +125,9 @@ class _Layer(nn.Module):
         return _Block()(x), None
 
 
-class _LanguageModel(nn.Module):
+class LanguageModel(nn.Module):
+    """A causal transformer over tokens."""
+
     vocabulary: int
     width: int
     layers: int = 2
@@ -133,6 +135,7 @@ class _LanguageModel(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Return logits (n, t, vocabulary)."""
         x = nn.Embed(self.vocabulary, self.width)(tokens)
         x = x + self.param("positions", nn.initializers.normal(0.02), (tokens.shape[-1], self.width))
         if self.scanned:
@@ -145,15 +148,15 @@ class _LanguageModel(nn.Module):
 
 
 def _transformer() -> Network:
-    return _language("transformer", _LanguageModel(64, 64), (16, 32))
+    return _language("transformer", LanguageModel(64, 64), (16, 32))
 
 
 def _deep() -> Network:
     """A scan over layers that are computed again in the backward pass, with long sequences: few weights, much else."""
-    return _language("deep", _LanguageModel(64, 64, layers=8, scanned=True), (8, 64))
+    return _language("deep", LanguageModel(64, 64, layers=8, scanned=True), (8, 64))
 
 
-def _language(name: str, module: _LanguageModel, shape: tuple[int, int]) -> Network:
+def _language(name: str, module: LanguageModel, shape: tuple[int, int]) -> Network:
     rng = np.random.default_rng(0)
 
     def draw(*lead: int) -> Tree:
