@@ -3,7 +3,7 @@
 inner:  w(λ) = three steps of SGD on five images, one per class, from λ
 outer:  min_λ  mean over tasks of CE(w(λ); other images of the same classes)
 
-MAML differentiates the steps. One line changes it: first-order MAML counts them as constants, Meta-SGD learns a rate per
+MAML differentiates the steps. A line changes it: first-order MAML takes them as constants, Meta-SGD learns a rate per
 weight too, iMAML differentiates the minimum of CE + ½ρ‖w − λ‖², so that its memory does not grow with the steps.
 
 Reference: Finn et al., arXiv 1703.03400; Li et al., arXiv 1707.09835; Rajeswaran et al., arXiv 1909.04630.

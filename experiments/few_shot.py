@@ -249,10 +249,9 @@ def learn(row: Row, seed: int, data: Any, ways: int, shots: int, size: Size, sec
     return {"curve": curve, "accuracy": float(of_tasks.mean()), "error": error, "steps": count, **times}
 
 
-def run(
-    names: Sequence[str], ways: int, shots: int, seeds: int, minutes: tuple[float, float], size: Size, out: Path
-) -> Any:
-    """Return the record."""
+def run(args: argparse.Namespace, minutes: tuple[float, float], size: Size, kept: dict[str, Any]) -> dict[str, Any]:
+    """Return the record, with the rows that are kept from an earlier one."""
+    ways, shots = args.ways, args.shots
     data = omniglot()
     name = "random strokes" if data is None else "Omniglot"
     learned, judged = (strokes(0, 200), strokes(1, 50)) if data is None else data
@@ -262,11 +261,11 @@ def run(
     record: dict[str, Any] = {"data": name, "ways": ways, "shots": shots, "cores": os.cpu_count(), **size._asdict()}
     record |= {"nearest": float(nearest(tasks).mean()), "rows": kept}
     rows = methods(loss, *setting(ways))
-    for row in names:
+    for row in args.methods:
         print(f"{row}, load {os.getloadavg()[0]:.1f}", flush=True)
         seconds = 60 * minutes[row != "MAML"]
-        record["rows"][row] = [learn(rows[row], seed, split, ways, shots, size, seconds) for seed in range(seeds)]
-        write(record, out)
+        record["rows"][row] = [learn(rows[row], seed, split, ways, shots, size, seconds) for seed in range(args.seeds)]
+        write(record, args.out)
     return record
 
 
@@ -345,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     size = Size(4, 2, 4, 4) if args.quick else Size()
     minutes = (0.02, 0.02) if args.quick else (args.minutes, args.other_minutes)
     kept = json.loads((args.out / "few_shot.json").read_text())["rows"] if args.merge else {}
-    record = run(args.methods, args.ways, args.shots, args.seeds, minutes, size, kept, args.out)
+    record = run(args, minutes, size, kept)
     print(report(record))
     return record
 
