@@ -95,7 +95,8 @@ def learn(name, train, test, looks, outer_steps):  # to the accuracy on new clas
 def main(looks=11, outer_steps=50, classes=300, out="16_few_shot.png"):
     """Print accuracies on new classes, save a picture; return the accuracies."""
     train, test = glyphs(jax.random.key(3), classes), glyphs(jax.random.key(4), 100)
-    figure, found = Figure(figsize=(8, 3), layout="constrained"), {}
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    found: dict[str, float] = {}
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
     for name in METHODS:
         curve = learn(name, train, test, looks, outer_steps).tolist()
