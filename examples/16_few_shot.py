@@ -34,7 +34,7 @@ def glyphs(key, classes):  # a class is two quadratic curves; each drawing moves
 
 
 def task(key, images):  # support: one drawing per class; query: the others
-    x, y = jax.random.permutation(key, images)[:WAYS], jnp.arange(WAYS)
+    x, y = images[jax.random.permutation(key, len(images))[:WAYS]], jnp.arange(WAYS)
     return (x[:, 0], y), (x[:, 1:].reshape(-1, SIDE**2), jnp.repeat(y, DRAWINGS - 1))
 
 
@@ -92,7 +92,7 @@ def learn(name, train, test, looks, outer_steps):  # to the accuracy on new clas
     return jax.lax.scan(run, (h, tx.init(h)), jax.random.split(jax.random.key(2), looks))[1]
 
 
-def main(looks=11, outer_steps=50, classes=300, out="16_few_shot.png"):
+def main(looks=11, outer_steps=50, classes=1000, out="16_few_shot.png"):
     """Print accuracies on new classes, save a picture; return the accuracies."""
     train, test = glyphs(jax.random.key(3), classes), glyphs(jax.random.key(4), 100)
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -105,7 +105,7 @@ def main(looks=11, outer_steps=50, classes=300, out="16_few_shot.png"):
         right.plot([look * outer_steps for look in range(looks)], curve, label=name)
     shown = test[:WAYS, :6].reshape(WAYS, 6, SIDE, SIDE).transpose(0, 2, 1, 3)
     left.imshow(1 - shown.reshape(WAYS * SIDE, -1), cmap="gray")
-    left.set(title="six drawings of each of five classes", xticks=[], yticks=[])
+    left.set(title="drawings of five classes", xticks=[], yticks=[])
     right.set(xlabel="outer steps", ylabel="accuracy on new classes")
     right.legend(frameon=False)
     figure.savefig(out, dpi=100)
