@@ -226,7 +226,7 @@ def learn(row: Row, seed: int, data: Any, ways: int, shots: int, size: Size, sec
     judge = jax.jit(functools.partial(accuracies, row))
 
     @jax.jit
-    def step(h: Any, state: Any, count: jax.Array, outer_rate: jax.Array) -> Any:
+    def step(h: Any, state: Any, count: jax.Array, outer_rate: jax.Array, train: jax.Array) -> Any:
         tasks = draw_tasks(train, ways, shots, QUERIES, jax.random.fold_in(of_training, count), size.tasks)
         value, grads = jax.value_and_grad(lambda h: meta_loss(row, h, tasks))(h)
         updates, state = tx.update(grads, state, h)
@@ -236,7 +236,7 @@ def learn(row: Row, seed: int, data: Any, ways: int, shots: int, size: Size, sec
     curve, due = [(0.0, 0, float(judge(h, tasks).mean()))], 0.0
     while spent < seconds:
         outer_rate = OUTER_RATE * 0.5 * (1 + np.cos(np.pi * spent / seconds))
-        h, state, value = step(h, state, count, outer_rate)
+        h, state, value = step(h, state, count, outer_rate, train)
         value, count, spent = float(value), count + 1, time.perf_counter() - begun
         if spent >= min(due, seconds):
             curve.append((round(spent, 1), count, float(judge(h, tasks).mean())))
