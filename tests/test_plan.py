@@ -1,6 +1,5 @@
 """``hg.plan``: memory by part, before anything runs."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
