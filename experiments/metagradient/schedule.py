@@ -151,9 +151,7 @@ def window_gradient(log_rates: jax.Array, key: jax.Array, data: Splits) -> tuple
         weights = optax.apply_updates(variables.params, updates.params)
         return (variables._replace(params=weights), state, total + updates.hyperparams), None
 
-    cut = jax.tree.map(
-        lambda x: x.reshape(-1, WINDOW, *x.shape[1:]), batches(data.train, key, len(log_rates))
-    )
+    cut = jax.tree.map(lambda x: x.reshape(-1, WINDOW, *x.shape[1:]), batches(data.train, key, len(log_rates)))
     (variables, _, total), _ = jax.lax.scan(step, (start, tx.init(start), jnp.zeros_like(log_rates)), cut)
     return loss(variables.params, None, data.valid, None), total
 
@@ -227,7 +225,9 @@ def tune(size: Size) -> dict[str, dict[float, float]]:
 def run(seeds: int, size: Size) -> dict[str, Any]:
     """Return the record: of each row the seeds' losses, and the first seed's schedule."""
     tuning = tune(size)
-    rows: dict[str, Any] = {name: {"own": [], "other": []} for name in (*LEARNED, "cosine, one run", "cosine, four runs")}
+    rows: dict[str, Any] = {
+        name: {"own": [], "other": []} for name in (*LEARNED, "cosine, one run", "cosine, four runs")
+    }
     rows["start"] = {"own": [], "other": []}
     cost = 0.0
     for seed in range(seeds):
@@ -294,8 +294,8 @@ def report(record: dict[str, Any]) -> str:
         [
             "# A learning rate for each step of a whole run",
             "",
-            f"Losses after {record['size']['steps']:,} steps, mean ± standard error over {count} seeds. This run: the one "
-            f"that the schedule was chosen on. Other runs: {runs} with other first weights and orders of batches.",
+            f"Losses after {record['size']['steps']:,} steps, mean ± standard error over {count} seeds. This run: the "
+            f"one that the schedule was chosen on. Other runs: {runs} with other first weights and orders of batches.",
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
@@ -308,8 +308,8 @@ def report(record: dict[str, Any]) -> str:
             f"- fresh runs, other runs: validation {below('fresh runs', 'cosine, four runs', 'other', 1)}, "
             f"test {below('fresh runs', 'cosine, four runs', 'other', 2)}",
             "",
-            f"A metagradient costs {record['runs_per_metagradient']:.1f} training runs. Norm of the cotangent at the start "
-            "of the run to that at its end, at the last outer step, geometric mean over seeds: "
+            f"A metagradient costs {record['runs_per_metagradient']:.1f} training runs. Norm of the cotangent at the "
+            "start of the run to that at its end, at the last outer step, geometric mean over seeds: "
             + ", ".join(f"{name} {np.exp(np.log(g[:, 0] / g[:, -1]).mean()):.2g}" for name, g in growth.items())
             + f". Skipped outer steps: {sum(row.get('skipped', 0) for row in rows.values())}.",
             "",

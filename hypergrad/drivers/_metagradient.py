@@ -456,7 +456,7 @@ class _Run:
         return take_steps((), ctx)[2]
 
     def check(self, *given: Any) -> None:
-        """Refuse what ``hg.unrolled`` refuses, without computing anything; traced once for arrays of the same shapes."""
+        """Refuse what ``hg.unrolled`` refuses, once for arrays of the same shapes, and without computing anything."""
         self.checked.eval_shape(*given)
 
 
