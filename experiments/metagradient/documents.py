@@ -372,13 +372,14 @@ def report(record: dict[str, Any]) -> str:
             "# Weights of documents for one passage",
             "",
             f"{size.documents} documents of {size.length:,} characters, a passage of {size.passage:,}. Losses in nats "
-            f"per character, means of {RUNS} new runs; mean ± standard error over {len(equal)} seeds. Effective documents: "
-            "1 / Σ shares². Kind: the share of the weight on text of the passage's kind.",
+            f"per character, means of {RUNS} new runs; mean ± standard error over {len(equal)} seeds. Effective "
+            "documents: 1 / Σ shares². Kind: the share of the weight on text of the passage's kind.",
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
             f"A metagradient costs {record['runs_per_metagradient']:.1f} training runs. Norm of the cotangent at the "
-            f"start to that at the end, at the last outer step: {np.exp(np.log(norms[:, 0] / norms[:, -1]).mean()):.2g}.",
+            "start to that at the end, at the last outer step: "
+            f"{np.exp(np.log(norms[:, 0] / norms[:, -1]).mean()):.2g}.",
             f"Chosen: scale {chosen['scale']}, share of documents {chosen['share']}, passage as {chosen['added']}.",
             "",
             "Loss on the passage by the rate of Adam, on the seed that chooses it:",
