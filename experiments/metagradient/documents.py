@@ -43,7 +43,7 @@ from matplotlib.figure import Figure
 
 import hypergrad as hg
 
-CONTEXT, EMBEDDING, HIDDEN, BATCH, STEPS, RUNS = 8, 8, 48, 64, 500, 8
+CONTEXT, EMBEDDING, HIDDEN, BATCH, STEPS, RUNS = 8, 8, 48, 32, 500, 8
 EPILOGUE = 0.9655, 0.9935  # the second: its part of each file
 OUTER_RATES = 0.03, 0.1, 0.3
 SCALES = 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0
@@ -73,11 +73,11 @@ class Texts(NamedTuple):
 class Size(NamedTuple):
     """Documents and their length, characters of the passage, outer steps, runs that scores are the means of."""
 
-    documents: int = 256
+    documents: int = 128
     length: int = 1000
     passage: int = 6000
-    outer_steps: int = 60
-    runs: int = 8
+    outer_steps: int = 40
+    runs: int = 6
 
 
 QUICK = Size(24, 200, 400, 4, 2)
