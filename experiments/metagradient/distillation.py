@@ -114,7 +114,7 @@ def distil(name: str, size: Size, outer_rate: float, points: jax.Array, train: S
     state: Any = tx.init(points)
     for number in range(size.outer_steps):
         start = key if name == "through 500, one start" else jax.random.fold_in(key, number)
-        batch = drawn(train, jax.random.fold_in(key, number), OUTER_BATCH)
+        batch = drawn(train, OUTER_BATCH, jax.random.fold_in(key, number))
         (_, gradient), info = METAGRADIENT(fresh(start), points, batch, key=None)
         assert info.status == hg.MetagradientStatus.FINISHED, info.status
         updates, state = tx.update(gradient, state)
@@ -135,7 +135,7 @@ def distil_short(
     def step(carry: Any, number: jax.Array) -> Any:
         points, state = carry
         start = jax.random.fold_in(key, number)
-        batch = drawn(train, start, OUTER_BATCH)
+        batch = drawn(train, OUTER_BATCH, start)
         (_, gradient), _ = gradient_of(fresh(start), points, batches, batch, key=None)
         updates, state = tx.update(gradient, state)
         return (optax.apply_updates(points, updates), state), None

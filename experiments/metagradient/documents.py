@@ -2,7 +2,7 @@
 
     w_T(λ): 500 steps of SGD on mean_i v_{d(i)} CE(w; window i),  v = N softmax(λ);     min_λ  CE(w_T(λ); passage)
 
-A language model of about 8,500 weights, a character from the last eight, trains on documents of 1,000 characters of War
+A language model of about 9,300 weights, a character from the last eight, trains on documents of 1,000 characters of War
 and Peace from ``$HYPERGRAD_DATA``. The passage is of its second epilogue, on the philosophy of history; the epilogue's
 lines in another file judge. Without that variable, documents are of scikit-learn's descriptions of data sets.
 
