@@ -42,7 +42,7 @@ from experiments.common.datasets import draw as drawn
 
 HIDDEN, TRAIN, STEPS, STARTS, DRAWS = 32, 1000, 500, 10, 10
 MARKS = 0, 10, 20, 50, 100, 200, 500, 1000, 2000
-OUTER_RATES = 0.03, 0.1, 0.3
+OUTER_RATES = 0.01, 0.03, 0.1
 OUTER_BATCH = 200
 INNER = optax.sgd(0.02, momentum=0.9)
 Weights = dict[str, jax.Array]
