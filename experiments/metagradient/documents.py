@@ -146,7 +146,7 @@ def outer_loss(weights: Weights, _logits: Any, windows: jax.Array, _key: Any) ->
     return losses(weights, windows).mean()
 
 
-INNER = optax.sgd(optax.cosine_decay_schedule(0.2, STEPS), momentum=0.9)
+INNER = optax.sgd(optax.cosine_decay_schedule(0.1, STEPS), momentum=0.9)
 
 
 @jax.jit
