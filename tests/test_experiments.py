@@ -146,7 +146,7 @@ def test_windows_of_the_whole_length_see_what_a_metagradient_sees(monkeypatch):
 def test_metagradient_documents(tmp_path, monkeypatch):
     monkeypatch.delenv("HYPERGRAD_DATA", raising=False)
     record = documents.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
-    assert len(record["rows"]) == 8
+    assert len(record["rows"]) == 9
     for row in record["rows"].values():
         assert 1.0 < row[0]["held_out"] < 4.0
     equal, learned = (record["rows"][name][0] for name in ("equal weights", "metagradient"))

@@ -3,8 +3,9 @@
     w_T(λ): 500 steps of SGD on mean_i v_{d(i)} CE(w; window i),  v = N softmax(λ);     min_λ  CE(w_T(λ); passage)
 
 A language model of about 9,300 weights, a character from the last eight, trains on documents of 1,000 characters of War
-and Peace from ``$HYPERGRAD_DATA``. The passage is of its second epilogue, on the philosophy of history; the epilogue's
-lines in another file judge. Without that variable, documents are of scikit-learn's descriptions of data sets.
+and Peace from ``$HYPERGRAD_DATA``; every second document is printed backwards, and no row is told which. The passage is
+of the second epilogue, on the philosophy of history; the epilogue's lines in another file judge. Without that variable,
+documents are of scikit-learn's descriptions of data sets.
 
     python -m experiments.metagradient.documents [--seeds 3] [--quick] [--out experiments/results]
 
@@ -15,6 +16,7 @@ lines in another file judge. Without that variable, documents are of scikit-lear
     alignment, documents      the k documents of the highest scores
     alignment, iterated       outer Adam on the score, which is a hypergradient after one step, after each new run
     metagradient              outer Adam on ``hg.metagradient``, a new run at every outer step
+    metagradient, documents   the k documents of the largest learned weights
     passage added             plain training on the documents and the passage, which counts as so many documents
 
 Scores are means over runs. c, k, the count of the last row and the rate of Adam are the best by the loss on the
@@ -59,7 +61,7 @@ class Texts(NamedTuple):
       documents: (N, length).
       passage: (n,), which the weights of documents are learned for.
       judge: (m,), of the same kind.
-      kind: (N,), the share of the document that is of the same kind.
+      kind: (N,), 1 where a document is printed forwards.
       letters: the number of different characters.
     """
 
@@ -93,11 +95,10 @@ def load(seed: int, size: Size) -> Texts:
             "".join(getattr(sklearn.datasets, f"load_{n}")().DESCR for n in ("breast_cancer", "diabetes", "digits"))
         ]
         texts += [wine[:half], wine[half:]]
-        like = 2.0, 2.0  # no document is
     else:
         names = ("train", "valid", "test")
         files = [Path(root) / "war_and_peace" / f"{name}.txt.gz" for name in names]
-        texts, like = [gzip.decompress(file.read_bytes()).decode() for file in files], EPILOGUE
+        texts = [gzip.decompress(file.read_bytes()).decode() for file in files]
         texts[1:] = [text[slice(*(int(part * len(text)) for part in EPILOGUE))] for text in texts[1:]]
     letters = sorted(set("".join(texts)))
     number = {letter: i for i, letter in enumerate(letters)}
@@ -105,10 +106,10 @@ def load(seed: int, size: Size) -> Texts:
     places = rng.choice(len(train) // size.length, size.documents, replace=False)
     begins = size.length * places[:, None]
     first = rng.integers(len(valid) - size.passage + 1)
-    low, high = (part * len(train) for part in like)
-    share = np.clip((np.minimum(begins + size.length, high) - np.maximum(begins, low)) / size.length, 0.0, 1.0)
-    documents = jnp.asarray(train[begins + np.arange(size.length)])
-    return Texts(documents, jnp.asarray(valid[first:][: size.passage]), jnp.asarray(test), share[:, 0], len(letters))
+    kind = np.arange(size.documents) % 2
+    documents = train[begins + np.arange(size.length)]
+    documents = jnp.asarray(np.where(kind[:, None], documents, documents[:, ::-1]))
+    return Texts(documents, jnp.asarray(valid[first:][: size.passage]), jnp.asarray(test), kind, len(letters))
 
 
 def fresh(key: jax.Array, letters: int) -> Weights:
@@ -292,6 +293,7 @@ def run(seeds: int, size: Size) -> dict[str, Any]:
         begun, learner = time.perf_counter(), Learner(seed, size)
         found = {name: learner.learn(name, min(r, key=r.__getitem__)) for name, r in tuning.items()}
         learned = {name: row for name, (row, _) in found.items()}
+        logits = learned["metagradient"].logits
         record["norms"].append(found["metagradient"][1])
         score = learner.scores()
         scale, tilted = learner.best({c: learner.weighted(c * score) for c in SCALES})
@@ -299,13 +301,12 @@ def run(seeds: int, size: Size) -> dict[str, Any]:
         noise, order = jax.random.split(jax.random.fold_in(learner.key, 77))
         rows = {
             "equal weights": learner.weighted(learner.equal),
-            "random weights": learner.weighted(
-                learned["metagradient"].logits.std() * jax.random.normal(noise, (size.documents,))
-            ),
+            "random weights": learner.weighted(logits.std() * jax.random.normal(noise, (size.documents,))),
             "random documents": learner.only(jax.random.permutation(order, size.documents), share),
             "alignment, weights": tilted,
             "alignment, documents": kept,
             **learned,
+            "metagradient, documents": learner.best({k: learner.only(jnp.argsort(-logits), k) for k in COUNTS})[1],
         }
         for name, row in rows.items():
             record["rows"].setdefault(name, []).append(learner.judge(row))
@@ -317,7 +318,7 @@ def run(seeds: int, size: Size) -> dict[str, Any]:
             key = learner.key
             plan = learner.plan(fresh(key, learner.texts.letters), learner.equal, learner.windows, key=key)
             record["runs_per_metagradient"] = plan.forward_equivalents / plan.num_segments
-            shown = {"score": score, "kind": learner.texts.kind, "metagradient": learned["metagradient"].logits}
+            shown = {"score": score, "kind": learner.texts.kind, "metagradient": logits}
             record["first"] = {name: np.asarray(x, float).round(3).tolist() for name, x in shown.items()}
         print(f"seed {seed}: {time.perf_counter() - begun:.0f} s", flush=True)
     return record
@@ -331,6 +332,7 @@ def training_runs(record: dict[str, Any], name: str) -> str:
         "alignment, documents": size.runs * (1 + len(COUNTS)),
         "alignment, iterated": size.outer_steps,
         "metagradient": round(size.outer_steps * record["runs_per_metagradient"]),
+        "metagradient, documents": round(size.outer_steps * record["runs_per_metagradient"]) + size.runs * len(COUNTS),
         "passage added": 4 * len(ADDED),
     }
     return f"{costs.get(name, 0):,}"
@@ -352,7 +354,7 @@ def report(record: dict[str, Any]) -> str:
         "to equal weights",
         "passage",
         "effective documents",
-        "kind, %",
+        "forwards, %",
     )
     lines = [head, ("---",) * len(head)]
     for name, found in rows.items():
@@ -373,7 +375,7 @@ def report(record: dict[str, Any]) -> str:
             "",
             f"{size.documents} documents of {size.length:,} characters, a passage of {size.passage:,}. Losses in nats "
             f"per character, means of {RUNS} new runs; mean ± standard error over {len(equal)} seeds. Effective "
-            "documents: 1 / Σ shares². Kind: the share of the weight on text of the passage's kind.",
+            "documents: 1 / Σ shares². Forwards: the share of their weight.",
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
@@ -402,7 +404,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     first = {name: np.asarray(x) for name, x in record["first"].items()}
     weights = len(first["kind"]) * np.asarray(jax.nn.softmax(first["metagradient"]))
     inside = first["kind"] > 0.5
-    for part, label in ((~inside, "other documents"), (inside, "of the epilogue")):
+    for part, label in ((inside, "printed forwards"), (~inside, "printed backwards")):
         right.semilogy(first["score"][part], weights[part], "o", ms=4, label=label)
     right.set(xlabel="alignment score after plain training", ylabel="weight by metagradients")
     right.legend(fontsize="small")
