@@ -20,8 +20,8 @@ documents are of scikit-learn's descriptions of data sets.
     passage added             plain training on the documents and the passage, which counts as so many documents
 
 Scores are means over runs. c, k, the count of the last row and the rate of Adam are the best by the loss on the
-passage; the last row's by that on one half after training on the other half. All rows but the first three cost about
-as many training runs, or fewer. Judged by eight new runs: other first weights and batches. Writes
+passage; the last row's by that on one half after training on the other half. Rows by
+alignments cost a tenth of those by metagradients. Judged by eight new runs: other first weights and batches. Writes
 ``metagradient_documents.json``, ``.md`` and ``.png``.
 
 Reference: Engstrom et al., arXiv 2503.13751; Koh & Liang, arXiv 1703.04730; Pruthi et al., arXiv 2002.08484.
