@@ -8,7 +8,7 @@ first weights and its order of batches.
     python -m experiments.metagradient.schedule [--seeds 5] [--quick] [--out experiments/results]
 
     one run                 ``hg.metagradient`` of one run, from a constant rate
-    one run, from cosine    the same, from the cosine that a grid finds on this run
+    one run, from cosine    the same, from the cosine that a grid of 24 × 12 finds on this run
     fresh runs              ``hg.metagradient`` of a new run at every outer step, from a constant rate
     windows of 10           one run; the rates of 10 steps lower the validation loss right after them (``hg.unrolled``)
     cosine, one run         linear warm-up and cosine to 0; peak and warm-up by the least validation loss of this run
@@ -48,16 +48,17 @@ Weights = dict[str, jax.Array]
 
 
 class Size(NamedTuple):
-    """Inner and outer steps, peaks and warm-ups of the grid on one run, and on four, runs of a judgement."""
+    """Inner and outer steps; peaks and warm-ups of the grids on one run, on four, and for a start; judging runs."""
 
     steps: int = 1000
     outer_steps: int = 60
-    grid: tuple[int, int] = (24, 12)
-    grid_of_four: tuple[int, int] = (18, 4)
+    grid: tuple[int, int] = (32, 24)
+    grid_of_four: tuple[int, int] = (24, 8)
+    grid_of_start: tuple[int, int] = (24, 12)
     runs: int = 16
 
 
-QUICK = Size(100, 10, (6, 2), (3, 1), 2)
+QUICK = Size(100, 10, (6, 2), (3, 1), (6, 2), 2)
 
 
 def fresh(key: jax.Array) -> Weights:
@@ -182,7 +183,8 @@ class Learner:
         if name == "cosine, four runs":
             keys = jax.vmap(lambda i: jax.random.fold_in(self.key, 1000 + i))(jnp.arange(4))
             return cosine(*grid(keys, self.data, self.size.steps, self.size.grid_of_four), self.size.steps)
-        return cosine(*grid(self.key[None], self.data, self.size.steps, self.size.grid), self.size.steps)
+        size = self.size.grid if name == "cosine, one run" else self.size.grid_of_start
+        return cosine(*grid(self.key[None], self.data, self.size.steps, size), self.size.steps)
 
     def learn(self, name: str, outer_rate: float) -> tuple[jax.Array, dict[str, Any]]:
         """Return the schedule after all outer steps, and what was seen on the way."""
@@ -337,7 +339,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
             norms = row["norms"][-1]
             right.semilogy(np.linspace(0, steps, len(norms)), norms, lw=1.3, color=f"C{place}")
     left.set(xlabel="step", ylabel=f"rate, geometric mean of {block}", ylim=(1e-4, 3.0))
-    middle.set(xlabel="validation loss, by seed", xscale="log")
+    middle.set(xlabel="validation loss, by seed")
     middle.set_title("o: this run, x: other runs", fontsize="medium")
     middle.set_yticks(range(len(rows)), list(rows))
     middle.invert_yaxis()
