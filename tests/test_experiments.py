@@ -133,7 +133,7 @@ def test_metagradient_schedule(tmp_path):
 def test_windows_of_the_whole_length_see_what_a_metagradient_sees(monkeypatch):
     monkeypatch.setattr(schedule, "WINDOW", 20)
     data = schedule.load("digits", 0, 100)
-    key, log_rates = jax.random.key(0), schedule.cosine(0.3, 0.1, 20)
+    key, log_rates = jax.random.key(0), schedule.cosine(jnp.array([0.3, 0.1]), 20)
     value, gradient = schedule.window_gradient(log_rates, key, data)
     problem = hg.BilevelProblem(schedule.drawn_loss, schedule.loss)
     fn = hg.metagradient(problem, schedule.optimizer, batch_at=lambda _: data.train, num_steps=20, segment=20)

@@ -268,7 +268,8 @@ def report(record: dict[str, Any]) -> str:
 def draw(record: dict[str, Any], path: Path) -> None:
     """Draw the accuracies over steps, and the points of the first seed, one per class."""
     figure = Figure(figsize=(11.0, 3.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
+    parts: Any = figure.subfigures(1, 2, width_ratios=(3, 2))
+    left, right = parts
     panels = left.subplots(1, len(record["curves"]), sharey=True, squeeze=False)[0]
     for panel, (per_class, rows) in zip(panels, record["curves"].items(), strict=True):
         for place, (name, curves) in enumerate(rows.items()):

@@ -91,8 +91,9 @@ def optimizer(log_rates: jax.Array) -> optax.GradientTransformation:
     return optax.sgd(lambda count: jnp.exp(log_rates[count]), momentum=0.9)
 
 
-def cosine(peak: Any, warm_up: Any, steps: int) -> jax.Array:
+def cosine(point: jax.Array, steps: int) -> jax.Array:
     """Return the logarithms of rates that rise for a share of the steps and fall by a cosine."""
+    peak, warm_up = point
     part = (jnp.arange(steps) + 0.5) / steps
     rise = part / jnp.maximum(warm_up, 0.5 / steps)
     fall = 0.5 * (1 + jnp.cos(jnp.pi * (part - warm_up) / (1 - warm_up)))
@@ -126,13 +127,12 @@ def judge_many(log_rates: jax.Array, keys: jax.Array, data: Splits) -> jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def grid(keys: jax.Array, data: Splits, steps: int, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+def grid(keys: jax.Array, data: Splits, steps: int, size: tuple[int, int]) -> jax.Array:
     """Return the peak and the warm-up of the least validation loss, the mean over runs."""
     axes = jnp.geomspace(0.01, 1.0, size[0]), jnp.linspace(0.0, 0.5, size[1])
     points = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
-    losses = jax.lax.map(lambda p: judge_many(cosine(*p, steps), keys, data)[1], points, batch_size=12)
-    best = points[jnp.nanargmin(losses)]
-    return best[0], best[1]
+    losses = jax.lax.map(lambda p: judge_many(cosine(p, steps), keys, data)[1], points, batch_size=12)
+    return points[jnp.nanargmin(losses)]
 
 
 @jax.jit
@@ -182,9 +182,9 @@ class Learner:
         """Return the best of a grid."""
         if name == "cosine, four runs":
             keys = jax.vmap(lambda i: jax.random.fold_in(self.key, 1000 + i))(jnp.arange(4))
-            return cosine(*grid(keys, self.data, self.size.steps, self.size.grid_of_four), self.size.steps)
+            return cosine(grid(keys, self.data, self.size.steps, self.size.grid_of_four), self.size.steps)
         size = self.size.grid if name == "cosine, one run" else self.size.grid_of_start
-        return cosine(*grid(self.key[None], self.data, self.size.steps, size), self.size.steps)
+        return cosine(grid(self.key[None], self.data, self.size.steps, size), self.size.steps)
 
     def learn(self, name: str, outer_rate: float) -> tuple[jax.Array, dict[str, Any]]:
         """Return the schedule after all outer steps, and what was seen on the way."""
@@ -270,7 +270,7 @@ def training_runs(record: dict[str, Any], name: str) -> str:
 def report(record: dict[str, Any]) -> str:
     """Return the tables."""
 
-    def spread(values: Sequence[float]) -> str:
+    def spread(values: Any) -> str:
         error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
         return f"{np.mean(values):.4f}{error}"
 
