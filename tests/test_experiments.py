@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
+import hypergrad as hg
 from experiments import learned_optimizer, learning_rate, short_horizon, weight_decay
+from experiments.metagradient import distillation, documents, schedule
 
 ROWS = {
     "no decay",
@@ -112,6 +114,78 @@ def test_the_schedule_goes_from_the_first_rate_to_the_last():
     updates = jax.jit(lambda count: tx.update(jnp.ones(()), _at(tx, count))[0])
     found = [-float(updates(count)) for count in (0, 9, 10, 289, 290, 299)]
     assert found == pytest.approx([0.4, 0.4, 0.4 * 0.25 ** (1 / 29), 0.1 * 4 ** (1 / 29), 0.1, 0.1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_metagradient_schedule(tmp_path):
+    record = schedule.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
+    rows = record["rows"]
+    assert set(rows) == {*schedule.LEARNED, "cosine, one run", "cosine, four runs", "start"}
+    assert all(np.isfinite(row["other"]).all() for row in rows.values())
+    start = rows["start"]["own"][0][1]
+    assert max(rows["one run"]["own"][0][1], rows["windows of 10"]["own"][0][1]) < start
+    assert rows["one run"]["values"][0] == pytest.approx(start, rel=1e-4), "judged by the run that it was learned on"
+    text = (tmp_path / "metagradient_schedule.md").read_text()
+    assert all(f"| {name} |" in text for name in rows)
+    assert (tmp_path / "metagradient_schedule.png").stat().st_size > 10_000
+
+
+def test_windows_of_the_whole_length_see_what_a_metagradient_sees(monkeypatch):
+    monkeypatch.setattr(schedule, "WINDOW", 20)
+    data = schedule.load("digits", 0, 100)
+    key, log_rates = jax.random.key(0), schedule.cosine(jnp.array([0.3, 0.1]), 20)
+    value, gradient = schedule.window_gradient(log_rates, key, data)
+    problem = hg.BilevelProblem(schedule.drawn_loss, schedule.loss)
+    fn = hg.metagradient(problem, schedule.optimizer, batch_at=lambda _: data.train, num_steps=20, segment=20)
+    (whole, exact), _ = fn(schedule.fresh(key), log_rates, data.valid, key=key)
+    np.testing.assert_allclose(value, whole, rtol=1e-5)
+    np.testing.assert_allclose(gradient, exact, rtol=1e-3, atol=1e-5 * float(jnp.abs(exact).max()))
+
+
+@pytest.mark.slow
+def test_metagradient_documents(tmp_path, monkeypatch):
+    monkeypatch.delenv("HYPERGRAD_DATA", raising=False)
+    record = documents.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
+    assert len(record["rows"]) == 9
+    for row in record["rows"].values():
+        assert 1.0 < row[0]["held_out"] < 4.0
+    equal, learned = (record["rows"][name][0] for name in ("equal weights", "metagradient"))
+    assert equal["effective"] == pytest.approx(24)
+    assert learned["effective"] < 24
+    assert len(record["first"]["metagradient"]) == 24
+    assert "| alignment, weights |" in (tmp_path / "metagradient_documents.md").read_text()
+    assert (tmp_path / "metagradient_documents.png").stat().st_size > 10_000
+
+
+def test_the_score_of_a_document_is_the_product_of_two_gradients():
+    with jax.enable_x64(True):
+        first = documents.fresh(jax.random.key(0), 5)
+        texts = jax.random.randint(jax.random.key(1), (3, documents.CONTEXT + 1), 0, 5)  # one window each
+        windows = jax.random.randint(jax.random.key(2), (4, documents.CONTEXT + 1), 0, 5)
+        found = documents.scores(first, texts, windows, jax.random.key(3))
+        slopes = [jax.grad(lambda w, x=x: documents.losses(w, x).mean())(first) for x in (*texts[:, None], windows)]
+        exact = [optax.tree.vdot(slope, slopes[-1]) for slope in slopes[:-1]]
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_metagradient_distillation(tmp_path):
+    record = distillation.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
+    rows = {name: curves[0] for name, curves in record["curves"]["1"].items()}
+    assert set(rows) == {*distillation.ROWS, "class means", "random images", "all images"}
+    at = distillation.MARKS.index(distillation.STEPS)
+    assert all(curve[0] < 0.3 < curve[at] for curve in rows.values())
+    assert rows["all images"][at] > 0.9
+    assert np.shape(record["points"]["through 500 steps"]) == (10, 64)
+    assert "| through 500 steps |" in (tmp_path / "metagradient_distillation.md").read_text()
+    assert (tmp_path / "metagradient_distillation.png").stat().st_size > 10_000
+
+
+def test_points_are_in_the_order_of_their_labels():
+    train = distillation.load("digits", 0, 200).train
+    images = distillation.real_images(train, 3, np.random.default_rng(0))
+    labels = [int(train.y[jnp.flatnonzero((train.x == image).all(1))[0]]) for image in images]
+    assert labels == distillation.labelled(images).y.tolist() == [*range(10)] * 3
 
 
 def _at(tx, count):

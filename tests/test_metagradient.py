@@ -166,6 +166,23 @@ def test_it_runs_where_nan_is_refused():
     assert np.isfinite(info.cotangent_norms).all()
 
 
+def test_a_second_call_traces_nothing():
+    traced = []
+
+    def inner_loss(w, target, batch, key):
+        traced.append(1)
+        return 0.5 * jnp.sum((w - target) ** 2)
+
+    problem = hg.BilevelProblem(inner_loss, lambda w, target, batch, key: jnp.sum(w))
+    fn = hg.metagradient(problem, optax.sgd(0.5), batch_at=lambda i: (), num_steps=3, segment=1)
+    fn(jnp.zeros(1), jnp.ones(1), (), key=None)
+    assert traced
+    traced.clear()
+    (value, _), _ = fn(jnp.zeros(1), 2.0 * jnp.ones(1), (), key=None)
+    assert float(value) == 1.75
+    assert not traced
+
+
 def test_a_schedule_of_as_many_slots_as_segments():
     assert sum(action.kind == "forward" for action in _revolve.schedule(3000, 3000)) == 2999
 

@@ -349,6 +349,7 @@ class _Run:
         self.reverse = jax.jit(self._reverse, static_argnums=0, donate_argnums=6)
         self.begin = jax.jit(self._begin)
         self.end = jax.jit(self._end)
+        self.checked = jax.jit(self._checked)
 
     @property
     def num_segments(self) -> int:
@@ -447,17 +448,16 @@ class _Run:
         norms = norms.at[number].set(tree.scaled_norm(cotangent).astype(norms.dtype))
         return _Progress(cotangent, hypergrad, losses, norms, params), finite
 
-    def check(self, hyperparams: Hyperparams, start: Trained, keys: Keys, outer_batch: Batch) -> None:
-        """Refuse what ``hg.unrolled`` refuses, without computing anything."""
+    def _checked(self, hyperparams: Hyperparams, start: Trained, keys: Keys, outer_batch: Batch) -> Any:
         take_steps = unrolled(self.problem).train
         assert take_steps is not None
+        fresh = start._replace(inner_state=None, inner_loss=jnp.nan)
+        ctx = self.context(hyperparams, fresh, keys, 0, self.boundaries[-1], outer_batch)
+        return take_steps((), ctx)[2]
 
-        def trace(hyperparams: Hyperparams, start: Trained, keys: Keys, outer_batch: Batch) -> Any:
-            fresh = start._replace(inner_state=None, inner_loss=jnp.nan)
-            ctx = self.context(hyperparams, fresh, keys, 0, self.boundaries[-1], outer_batch)
-            return take_steps((), ctx)[2]
-
-        jax.eval_shape(trace, hyperparams, start, keys, outer_batch)
+    def check(self, *given: Any) -> None:
+        """Refuse what ``hg.unrolled`` refuses, once for arrays of the same shapes, and without computing anything."""
+        self.checked.eval_shape(*given)
 
 
 class _Call:
