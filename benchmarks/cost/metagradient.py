@@ -143,7 +143,7 @@ def report(record: dict[str, Any]) -> str:
 ABOUT = """Adam, one log decay per weight. "over its schedule": the seconds over those of the schedule's forward
 segments and vjps, each timed alone in the same process; "over its plan": over what `hg.metagradient_plan` said before.
 "copies": the device memory of a segment's vjp over the bytes of the weights; the optimizer's state and the decays are
-in it. "resident" is the largest resident set of the process. `python benchmarks/cost/metagradient.py` writes this file."""
+in it. "resident" is the largest resident set of the process. `python benchmarks/cost/metagradient.py` writes this."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
