@@ -928,7 +928,7 @@ MUTANTS = [
         "off by one in at_step",
     ),
     Mutant(
-        "drivers/_metagradient.py",
+        "drivers/_plan.py",
         "(min(slots, run.num_segments) - 1) * state",
         "min(slots, run.num_segments) * state",
         "test_metagradient.py -k plan",

@@ -3,15 +3,9 @@
 from hypergrad.drivers._bilevel import BilevelState, BilevelTransformation, bilevel, check_bilevel
 from hypergrad.drivers._functional import best_response, compiled, hypergrad, one_estimate, value_and_hypergrad
 from hypergrad.drivers._guard import Guard, HypergradInfo, SkipReason, guard, solves_in
-from hypergrad.drivers._metagradient import (
-    MetagradientInfo,
-    MetagradientPlan,
-    MetagradientStatus,
-    metagradient,
-    metagradient_plan,
-)
+from hypergrad.drivers._metagradient import MetagradientInfo, MetagradientStatus, metagradient
 from hypergrad.drivers._minimize import History, MinimizeResult, MinimizeStatus, minimize
-from hypergrad.drivers._plan import Advice, MemoryPlan, plan
+from hypergrad.drivers._plan import Advice, MemoryPlan, MetagradientPlan, metagradient_plan, plan
 
 __all__ = [
     "Advice",

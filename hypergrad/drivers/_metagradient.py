@@ -40,7 +40,7 @@ from hypergrad.problem import (
 from hypergrad.training import Context, Keys, Trained, outer_loss_fn, resolve_optimizer, split_keys, train
 from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
-__all__ = ["MetagradientInfo", "MetagradientPlan", "MetagradientStatus", "metagradient", "metagradient_plan"]
+__all__ = ["Call", "MetagradientInfo", "MetagradientStatus", "Run", "metagradient"]
 
 
 class MetagradientStatus(enum.IntEnum):
@@ -155,164 +155,17 @@ def metagradient(
 
     Reference: Engstrom et al., arXiv 2503.13751; Griewank & Walther 2000.
     """
-    run = _Run(problem, inner_optimizer, batch_at, num_steps, segment, store, evaluate_at)
+    run = Run(problem, inner_optimizer, batch_at, num_steps, segment, store, evaluate_at)
 
     def fn(
         params: Params, hyperparams: Hyperparams, outer_batch: Batch, *, key: Key, model_state: ModelState = None
     ) -> tuple[tuple[Array, Hyperparams], MetagradientInfo]:
-        return _Call(run, params, hyperparams, outer_batch, key, model_state).result()
+        return Call(run, params, hyperparams, outer_batch, key, model_state).result()
 
     return fn
 
 
-class MetagradientPlan(NamedTuple):
-    """What a metagradient would take. Times are those of this machine, as it is now.
-
-    Attributes:
-      segment: steps per segment.
-      slots: states that the store may keep.
-      num_segments: n.
-      num_repeats: r, how often a segment runs forward at most before it is differentiated.
-      num_forward: segments that run forward in all, without those that are differentiated.
-      forward_equivalents: the cost of all, in segments that run forward.
-      forward_seconds: of one segment.
-      reverse_seconds: of one segment that is differentiated.
-      seconds: of all.
-      device_bytes: the peak on the device: arguments, results and scratch memory of a differentiated segment, the
-        weights and hyperparameters given, and what the store keeps there.
-      host_bytes: of the states kept in host memory.
-      disk_bytes: of the files.
-    """
-
-    segment: int
-    slots: int
-    num_segments: int
-    num_repeats: int
-    num_forward: int
-    forward_equivalents: float
-    forward_seconds: float
-    reverse_seconds: float
-    seconds: float
-    device_bytes: int
-    host_bytes: int
-    disk_bytes: int
-
-
-def metagradient_plan(
-    problem: BilevelProblem,
-    inner_optimizer: Any,
-    *,
-    batch_at: Callable[[Array], Batch],
-    num_steps: int,
-    segment: int = 50,
-    store: stores.Store = stores.host(),  # noqa: B008
-    evaluate_at: Sequence[int] | None = None,
-) -> Callable[..., MetagradientPlan]:
-    """Return a function that predicts the memory and the time of a metagradient, from one segment of it.
-
-    ``fn(params, hyperparams, outer_batch, *, key, model_state=None, device_bytes=None) -> MetagradientPlan``
-
-    seconds = (r n − C(s + r, r − 1)) · seconds forward + n · seconds reverse, with n segments and s slots.
-
-    Args:
-      problem: as of ``metagradient``, and so are the others.
-      inner_optimizer: see there.
-      batch_at: see there.
-      num_steps: see there.
-      segment: see there.
-      store: see there; no file is written.
-      evaluate_at: see there.
-
-    Returns:
-      The function. With ``device_bytes`` the plan has the longest segment of at most ``segment`` steps, halved as often
-      as needed, whose peak is not larger: pass ``plan.segment`` to ``metagradient``.
-
-    Raises:
-      TypeError: as ``metagradient``.
-      ValueError: as ``metagradient``; or ``device_bytes`` that one step does not fit into.
-
-    Valid where all segments take as long as the first; on a shared machine times vary.
-
-    >>> import hypergrad as hg, jax.numpy as jnp, optax
-    >>> loss = lambda w, target, batch, key: 0.5 * jnp.sum((w - target) ** 2)
-    >>> problem = hg.BilevelProblem(loss, lambda w, target, batch, key: jnp.sum(w))
-    >>> fn = metagradient_plan(problem, optax.sgd(0.5), batch_at=lambda i: (), num_steps=1000, segment=10)
-    >>> plan = fn(jnp.zeros(1), jnp.ones(1), (), key=None)
-    >>> plan.num_segments, plan.num_repeats, plan.num_forward
-    (100, 3, 222)
-
-    Reference: Griewank & Walther 2000.
-    """
-    settings = problem, inner_optimizer, batch_at, num_steps
-    run = _Run(*settings, segment, store, evaluate_at)
-
-    def fn(
-        params: Params,
-        hyperparams: Hyperparams,
-        outer_batch: Batch,
-        *,
-        key: Key,
-        model_state: ModelState = None,
-        device_bytes: int | None = None,
-    ) -> MetagradientPlan:
-        given = params, hyperparams, outer_batch, key, model_state
-        tried = run
-        while True:
-            found = _planned(_Call(tried, *given))
-            if device_bytes is None or found.device_bytes <= device_bytes:
-                return found
-            if tried.segment == 1:
-                fix = "Shard the weights, or take smaller batches."
-                got = f"{found.device_bytes:,} for segments of one step"
-                raise ValueError(validate.message(f"a metagradient in {device_bytes:,} bytes", got, fix))
-            tried = _Run(*settings, tried.segment // 2, store, evaluate_at)
-
-    return fn
-
-
-def _planned(call: "_Call") -> MetagradientPlan:
-    """Compile a segment, time it, and count."""
-    run = call.run
-    slots, where, state = run.store.slots, run.store.where, tree.num_bytes(call.start)
-    last = run.num_segments - 1
-    forward, reverse = call.forward_arguments(call.start, 0), call.reverse_arguments(call.start, last, call.blank)
-    memory: Any = run.reverse.lower(*reverse).compile().memory_analysis()
-    # Results take the place of donated arguments.
-    used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    used += tree.num_bytes(call.variables) - memory.alias_size_in_bytes
-    kept = (min(slots, run.num_segments) - 1) * state
-
-    def seconds(fn: Callable[..., Any], arguments: tuple[Any, ...], donated: int | None) -> float:
-        times = []
-        for _ in range(3):
-            fresh = list(arguments)
-            if donated is not None:
-                fresh[donated] = jax.tree.map(jnp.copy, arguments[donated])
-            jax.block_until_ready(fresh[1:])
-            begun = time.perf_counter()
-            jax.block_until_ready(fn(*fresh))
-            times.append(time.perf_counter() - begun)
-        return min(times[1:])
-
-    one, back = seconds(run.forward, forward, None), seconds(run.reverse, reverse, 6)
-    steps = _revolve.num_forward(run.num_segments, slots)
-    return MetagradientPlan(
-        segment=run.segment,
-        slots=slots,
-        num_segments=run.num_segments,
-        num_repeats=_revolve.num_repeats(run.num_segments, slots),
-        num_forward=steps,
-        forward_equivalents=steps + run.num_segments * back / one,
-        forward_seconds=one,
-        reverse_seconds=back,
-        seconds=steps * one + run.num_segments * back,
-        device_bytes=used + (kept if where == "device" else 0),
-        host_bytes=kept if where == "host" else 0,
-        disk_bytes=kept + 2 * tree.num_bytes(call.blank) if where == "directory" else 0,
-    )
-
-
-class _Run:
+class Run:
     """What all calls of one ``metagradient`` share: checked settings, and compiled segments."""
 
     def __init__(
@@ -460,12 +313,12 @@ class _Run:
         self.checked.eval_shape(*given)
 
 
-class _Call:
+class Call:
     """One call: the loop over the schedule."""
 
     def __init__(
         self,
-        run: _Run,
+        run: Run,
         params: Params,
         hyperparams: Hyperparams,
         outer_batch: Batch,
@@ -590,12 +443,12 @@ class _Call:
         return state, None
 
     def forward_arguments(self, state: Trained, number: int) -> tuple[Any, ...]:
-        """Return what ``_Run.forward`` takes for a segment."""
+        """Return what ``Run.forward`` takes for a segment."""
         first = jnp.asarray(self.run.boundaries[number], jnp.int32)
         return self.run.length(number), state, self.variables.hyperparams, self.keys, first
 
     def reverse_arguments(self, state: Trained | None, number: int, progress: _Progress) -> tuple[Any, ...]:
-        """Return what ``_Run.reverse`` takes for a segment."""
+        """Return what ``Run.reverse`` takes for a segment."""
         run, end = self.run, self.run.boundaries[number + 1]
         evaluation = run.evaluate_at.index(end) if end in run.evaluate_at else None
         first, place = (jnp.asarray(x, jnp.int32) for x in (run.boundaries[number], number))
