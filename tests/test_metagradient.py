@@ -15,6 +15,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.drivers import _revolve
+from tests.problems import batch_norm
 
 T = 24
 X = jax.random.normal(jax.random.key(0), (30, 4), float)
@@ -156,6 +157,38 @@ def test_equals_one_unroll_for_every_store_and_segment(segment, store, tmp_path)
     np.testing.assert_allclose(found, value, rtol=1e-12)
     for a, b in zip(jax.tree.leaves(hypergrad), jax.tree.leaves(grad), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * np.abs(b).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["momentum, clipping and noise", "BatchNorm and Adam"])
+def test_equals_one_unroll_of_200_steps(case):
+    """In float64: keys and model state reach every step as in one unroll of the whole run."""
+    steps = 200
+    with jax.enable_x64(True):
+        wide = lambda part: jax.tree.map(lambda x: x.astype(float) if x.dtype.kind == "f" else x, part)  # noqa: E731
+        model_state = None
+        if case == "BatchNorm and Adam":
+            problem, *parts = batch_norm()
+            variables, model_state, arrays = map(wide, parts)
+            rule, outer_batch = optax.adam(1e-2, eps_root=1e-8), arrays
+        else:
+            problem, variables = PROBLEM, wide((WEIGHTS, {**HYPERPARAMS, "rate": jnp.full(steps, -3.0)}))
+            arrays, outer_batch = wide((X, Y, jnp.arange(30))), wide((X, Y))
+            rule = lambda h: optax.chain(  # noqa: E731
+                hg.optimizers.clip_by_global_norm(0.5), optax.sgd(RATE(h), momentum=0.9)
+            )
+        rows = jax.random.randint(jax.random.key(5), (steps, 8), 0, len(arrays[0]))
+        unroll = hg.value_and_hypergrad(hg.unrolled(problem), rule)
+        batches = hg.IndexedBatch(arrays, rows)
+        (value, grad), _ = unroll(*variables, batches, outer_batch, key=3, model_state=model_state)
+        fn = hg.metagradient(
+            problem, rule, batch_at=lambda i: hg.IndexedBatch(arrays, rows[i]), num_steps=steps, segment=30
+        )
+        (found, hypergrad), info = fn(*variables, outer_batch, key=3, model_state=model_state)
+    assert info.status == hg.MetagradientStatus.FINISHED
+    np.testing.assert_allclose(found, value, rtol=1e-12)
+    for a, b in zip(jax.tree.leaves(hypergrad), jax.tree.leaves(grad), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-12 * np.linalg.norm(b)
 
 
 @pytest.mark.slow
