@@ -103,3 +103,27 @@ def test_the_tables_of_methods_are_those_of_the_results(monkeypatch):
             assert f"<!-- {name} -->\n\n{table}\n\n<!-- end {name} -->" in (ROOT / page).read_text()
     goodness = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text())["goodness"]
     assert f"number {goodness['condition']:.0f})" in (ROOT / "docs/how_to_choose.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_scale_runs(tmp_path):
+    command = [sys.executable, "benchmarks/cost/scale.py", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "scale.json").read_text())
+    assert {row["network"] for row in record["rows"]} == {"mlp", "transformer"}
+    assert all(row["loss"][1] < row["loss"][0] and row["skipped"] == 0 for row in record["rows"])
+    plans = {row["variant"]: row["planned_bytes_per_weight"] for row in record["rows"] if row["network"] == "mlp"}
+    assert plans["bfloat16 moments"] < plans["float32"] - 1.5
+    assert all(row["bytes_per_weight_over_all"] > 28 for row in record["mesh"])
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_whole_runs_runs(tmp_path):
+    command = [sys.executable, "benchmarks/cost/metagradient.py", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "metagradient.json").read_text())["rows"]
+    assert [row["forward"] for row in rows] == [row["forward_planned"] for row in rows]
+    assert all(row["status"] == "FINISHED" for row in rows)
+    assert rows[0]["copies"] == pytest.approx(rows[1]["copies"], rel=0.01)  # a vjp does not know the run's length

@@ -44,22 +44,24 @@ class MLP(nn.Module):
     """Hidden layers of one width."""
 
     width: int
+    layers: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return logits (n, 10)."""
-        for _ in range(LAYERS):
+        for _ in range(self.layers):
             x = nn.tanh(nn.Dense(self.width)(x))
         return nn.Dense(10)(x)
 
 
 def network(name: str, millions: float) -> tuple[Any, Any]:
     """Return a module of about so many million weights and the shape and kind of its batches."""
+    layers = LAYERS if millions >= 1 else 1
     if name == "mlp":
-        width = max(8, round(math.sqrt(1e6 * millions / LAYERS) / 8) * 8)
-        return MLP(width), (jnp.float32, (BATCH, width))
-    width = max(8, round(math.sqrt(1e6 * millions / (12 * LAYERS)) / 8) * 8)
-    return networks.LanguageModel(VOCABULARY, width, LAYERS), (jnp.int32, (BATCH, SEQUENCE))
+        width = max(8, round(math.sqrt(1e6 * millions / layers) / 8) * 8)
+        return MLP(width, layers), (jnp.float32, (BATCH, width))
+    width = max(8, round(math.sqrt(1e6 * millions / (12 * layers)) / 8) * 8)
+    return networks.LanguageModel(VOCABULARY, width, layers), (jnp.int32, (BATCH, SEQUENCE))
 
 
 def joint(name: str, millions: float, variant: str) -> tuple[Any, Any, Any]:
