@@ -161,6 +161,8 @@ def test_refusals():
         hg.plan(optax.adam(1e-3), variables, **batches)
     with pytest.raises(TypeError, match=r"no inner_optimizer beside a hg\.bilevel"):
         hg.plan(transformation(), variables, **batches, inner_optimizer=optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"no more keywords beside an estimator; got value"):
+        hg.plan(hg.implicit(PROBLEM), variables, **batches, value=1.0)
     with pytest.raises(ValueError, match="device_bytes"):
         hg.plan(transformation(), variables, **batches, device_bytes=0)
     with pytest.raises(TypeError, match="BilevelParams"):

@@ -91,14 +91,14 @@ def plan(
       solve_batch: as of ``update``.
       model_state: of a stateful problem.
       device_bytes: a budget; with it, ``advice`` is empty where the plan fits.
-      **extra_args: more keywords of ``update``.
+      **extra_args: more keywords of ``update``, with a ``hg.bilevel``.
 
     Returns:
       A ``MemoryPlan``.
 
     Raises:
       TypeError: ``driver`` is neither; variables that are no ``BilevelParams``; an ``inner_optimizer`` beside a
-        ``hg.bilevel``.
+        ``hg.bilevel``, or more keywords beside an estimator.
       ValueError: ``device_bytes`` < 1; what the driver refuses.
 
     Valid for the program as this version of XLA compiles it for the default backend. Memory that the process holds
@@ -128,6 +128,9 @@ def plan(
             raise TypeError(validate.message("no inner_optimizer beside a hg.bilevel", "one", fix))
         program = _joint_step(driver, variables, batches, model_state, extra)
     elif isinstance(driver, Estimator):
+        if extra:
+            fix = "Leave them out: only the update of a hg.bilevel takes more."
+            raise TypeError(validate.message("no more keywords beside an estimator", ", ".join(extra), fix))
         program = _hypergradient(driver, inner_optimizer, variables, batches, model_state)
     else:
         fix = "Pass tx=hg.bilevel(...), or an estimator such as hg.implicit(problem)."
