@@ -220,10 +220,10 @@ MUTANTS = [
     ),
     Mutant(
         "drivers/_bilevel.py",
-        "(before.updates, before.state), (updates, state))",
-        "(before.updates, state), (updates, before.state))",
+        "_once_if(~info.skipped, lambda c: step(c[1]), start)",
+        "step(before.state)",
         FAULTS,
-        "swapped arguments",
+        "a skipped step is taken",
     ),
     Mutant(
         "drivers/_phases.py",
@@ -232,7 +232,7 @@ MUTANTS = [
         "test_guard.py test_toys.py",
         "no rollback",
     ),
-    Mutant("tree.py", "jnp.abs(b) < jnp.inf, 0 * a", "True, 0 * a", FAULTS, "inf by design counts"),
+    Mutant("tree.py", "jnp.isfinite(b) & ~jnp.isfinite(a)", "~jnp.isfinite(a)", FAULTS, "inf by design counts"),
     Mutant("tree.py", "size > floor)", "size > 0)", f"{FAULTS} -k norms", "unscaled norm"),
     # estimators
     Mutant(
@@ -451,8 +451,8 @@ MUTANTS = [
     Mutant("solvers/_base.py", "is_valid |= is_zero", "pass", FAULTS, "zero of a singular system"),
     Mutant(
         "training.py",
-        "**accepted_keywords(optimizer, {**keywords, **others})",
-        "**{**keywords, **others}",
+        "**accepted_keywords(optimizer, merged(others))",
+        "**merged(others)",
         FAULTS,
         "foreign keyword",
     ),
@@ -986,6 +986,43 @@ MUTANTS = [
         "return",
         META,
         "reads are not counted",
+    ),
+    # plans, and the outer step that is looked at first
+    Mutant(
+        "drivers/_plan.py",
+        "memory.output_size_in_bytes - memory.alias_size_in_bytes",
+        "memory.output_size_in_bytes",
+        "test_plan.py -k peak",
+        "donated results count twice",
+    ),
+    Mutant(
+        "drivers/_plan.py",
+        "leaf.sharding.shard_shape(leaf.shape)",
+        "leaf.shape",
+        "test_plan.py -k shards",
+        "the bytes of all devices",
+    ),
+    Mutant(
+        "drivers/_plan.py",
+        'sizes["hyperparams"] // 2)',
+        'sizes["hyperparams"])',
+        "test_plan.py -k bfloat16",
+        "a moment in no bytes at all",
+    ),
+    Mutant(
+        "drivers/_plan.py",
+        "key=lambda advice: -advice.saves",
+        "key=lambda advice: advice.saves",
+        "test_plan.py -k advice",
+        "the smallest saving first",
+    ),
+    Mutant("drivers/_plan.py", "total <= device_bytes", "total < device_bytes", "test_plan.py -k advice", "off by one"),
+    Mutant(
+        "drivers/_bilevel.py",
+        "jnp.where(info.skipped, jnp.zeros_like(h), h), result",
+        "h, result",
+        "test_guard.py",
+        "updates of a skipped step are its hypergradient",
     ),
 ]
 
