@@ -55,7 +55,7 @@ def test_closed_form_and_oracle_against_finite_differences(name):
     ("solver", "tolerance"),
     [
         (hg.solvers.cg(100, 1e-11), 1e-8),
-        (hg.solvers.neumann(3000), 1e-8),
+        pytest.param(hg.solvers.neumann(3000), 1e-8, marks=pytest.mark.slow),
         pytest.param(hg.solvers.neumann(3000, 0.5), 1e-8, marks=pytest.mark.slow),
     ],
     ids=["cg", "neumann_auto", "neumann"],

@@ -542,6 +542,7 @@ def test_advice_follows_from_what_went_wrong():
     assert "Allow more products" in slow
 
 
+@pytest.mark.slow
 def test_a_loss_in_bfloat16_can_be_compared():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(12, 5)), jnp.float32)
@@ -553,6 +554,7 @@ def test_a_loss_in_bfloat16_can_be_compared():
     assert found.rows[0].cosine > 0.999
 
 
+@pytest.mark.slow
 def test_compare_solvers_takes_a_model_state_that_is_one_array():
     inner = lambda w, h, b, k, s: (0.5 * jnp.sum(CURVED * w**2) + jnp.sum((h + s) * w), s)  # noqa: E731
     problem = hg.BilevelProblem(inner, lambda w, h, b, k, s: (jnp.sum((w - 1.0) ** 2), s), stateful=True)

@@ -86,7 +86,7 @@ def test_a_prior_counts_once(x64):
     assert values[1] - values[0] == pytest.approx(0.5 * 9.0 / 10)
 
 
-@pytest.mark.parametrize("folds", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
+@pytest.mark.parametrize("folds", [EQUAL, pytest.param(UNEQUAL, marks=pytest.mark.slow)], ids=["equal", "unequal"])
 def test_the_lasso_beside_scikit_learn(folds, x64):
     """``LassoCV`` on a fine grid of strengths, with the same folds."""
 

@@ -90,12 +90,10 @@ def called_back(w, h, batch, key):
     return scale * (w**2).sum() + batch * 0.5
 
 
-SLOW = [called_back, scattered, counted, stable, sorted_and_solved]
+SLOW = [called_back, scattered, counted, stable, sorted_and_solved, masked, scanned]
 
 
-@pytest.mark.parametrize(
-    "loss", [masked, narrow, ruled, scanned, *(pytest.param(loss, marks=pytest.mark.slow) for loss in SLOW)]
-)
+@pytest.mark.parametrize("loss", [narrow, ruled, *(pytest.param(loss, marks=pytest.mark.slow) for loss in SLOW)])
 def test_values_gradients_and_products_are_those_of_the_loss(loss):
     key, batch, h = jax.random.key(1), jnp.array(2), jnp.array(0.7)
     inexact = 0.02 if loss is narrow else 2e-6

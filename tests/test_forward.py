@@ -48,7 +48,7 @@ def equal(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), one, other)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [pytest.param("momentum", marks=pytest.mark.slow), "adam"])
 def test_windows_add_up_to_one_unroll(name):
     found = windows(hg.forward(persistent=True), OPTIMIZERS[name], 3, 4)
     for k, (grad, info) in enumerate(found):

@@ -57,6 +57,7 @@ def test_the_parts_are_those_of_the_variables_and_states():
     assert found.per_weight == found.device_bytes / (2 * 256 * 256)
 
 
+@pytest.mark.slow
 def test_the_peak_is_that_of_the_compiled_step():
     """What the plan says before is what the compiled program of a user's step says, to the state's few scalars."""
     case, tx = network(), transformation()
@@ -97,6 +98,7 @@ def test_an_unroll(window):
     assert found.inner_state == found.outer_state == 0
 
 
+@pytest.mark.slow
 def test_losses_with_keys_and_a_model_state():
     problem, variables, statistics, batch = batch_norm()
     optimizers = {"inner_optimizer": optax.sgd(0.1), "outer_optimizer": optax.sgd(0.1)}
@@ -134,6 +136,7 @@ def test_advice_is_for_what_does_not_fit():
     assert any("over 8 times the devices" in entry.change for entry in advice)
 
 
+@pytest.mark.slow
 def test_a_basis_is_told_to_shrink():
     found = planned(transformation(solver=hg.solvers.recycled_cg(4, 6)))
     assert found.estimator_state > 12 * found.weights
