@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hypergrad as hg
 from hypergrad.drivers import _revolve
@@ -563,6 +564,22 @@ def test_a_plan_fits_the_memory_or_says_that_nothing_does():
     assert less.device_bytes < whole.device_bytes
     with pytest.raises(ValueError, match=r"expected a metagradient in 10 bytes; got .* for segments of one step"):
         fn(device_bytes=10)
+
+
+@pytest.mark.slow
+def test_a_plan_on_a_mesh_counts_what_is_kept_on_one_device():
+    """Each slot more of the device's store takes a quarter of the weights."""
+    mesh, size = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4]), 4096
+    variables = jax.device_put((jnp.ones(size), jnp.ones(size)), NamedSharding(mesh, PartitionSpec("d")))
+    problem = hg.BilevelProblem(lambda w, h, b, k: jnp.sum((w - h) ** 2), lambda w, h, b, k: jnp.sum(w**2))
+
+    def peak(slots):
+        store = hg.stores.device(slots)
+        settings = {"batch_at": lambda i: (), "num_steps": 20, "segment": 2, "store": store}
+        plan = hg.metagradient_plan(problem, optax.sgd(0.1), **settings)
+        return plan(*variables, (), key=None).device_bytes
+
+    assert 0 <= peak(3) - peak(2) - variables[0].nbytes // 4 < 256  # the state has scalars, too
 
 
 @pytest.mark.slow
