@@ -130,6 +130,12 @@ def test_metagradient_schedule(tmp_path):
     assert (tmp_path / "metagradient_schedule.png").stat().st_size > 10_000
 
 
+def test_a_row_that_starts_from_a_grid_pays_for_the_grid():
+    record = {"size": schedule.Size()._asdict(), "runs_per_metagradient": 2.0}
+    found = [schedule.training_runs(record, name) for name in ("one run", "one run, from cosine", "cosine, one run")]
+    assert found == ["120", "408", "768"]
+
+
 def test_windows_of_the_whole_length_see_what_a_metagradient_sees(monkeypatch):
     monkeypatch.setattr(schedule, "WINDOW", 20)
     data = schedule.load("digits", 0, 100)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hypergrad as hg
 from hypergrad.drivers import _revolve
@@ -566,6 +567,22 @@ def test_a_plan_fits_the_memory_or_says_that_nothing_does():
 
 
 @pytest.mark.slow
+def test_a_plan_on_a_mesh_counts_what_is_kept_on_one_device():
+    """Each slot more of the device's store takes a quarter of weights and momenta."""
+    mesh, size = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4]), 4096
+    variables = jax.device_put((jnp.ones(size), jnp.ones(size)), NamedSharding(mesh, PartitionSpec("d")))
+    problem = hg.BilevelProblem(lambda w, h, b, k: jnp.sum((w - h) ** 2), lambda w, h, b, k: jnp.sum(w**2))
+
+    def peak(slots):
+        store = hg.stores.device(slots)
+        settings = {"batch_at": lambda i: (), "num_steps": 20, "segment": 2, "store": store}
+        plan = hg.metagradient_plan(problem, optax.sgd(0.1, momentum=0.9), **settings)
+        return plan(*variables, (), key=None).device_bytes
+
+    assert 0 <= peak(3) - peak(2) - 2 * variables[0].nbytes // 4 < 256  # the state has scalars, too
+
+
+@pytest.mark.slow
 def test_the_time_of_a_plan_is_that_of_the_run():
     """On a matrix that takes a millisecond a step: within 20 %, in the best of three."""
     size = 400
@@ -576,7 +593,7 @@ def test_the_time_of_a_plan_is_that_of_the_run():
     fn(*at, key=None)
     ratios = []
     for _ in range(3):
-        plan = hg.metagradient_plan(problem, optax.sgd(0.1), **settings)(*at, key=None)
+        plan = hg.metagradient_plan(problem, optax.sgd(0.1, momentum=0.9), **settings)(*at, key=None)
         ratios.append(fn(*at, key=None)[1].seconds / plan.seconds)
     assert min(abs(ratio - 1) for ratio in ratios) < 0.2
 

@@ -122,6 +122,16 @@ def test_bfloat16_moments_save_what_is_predicted():
     assert found.device_bytes - planned(transformation(jnp.bfloat16)).device_bytes == pytest.approx(moments, rel=0.02)
 
 
+def test_bfloat16_moments_are_advised_where_they_would_save():
+    """Not where they are in bfloat16, and not to an optimizer without moments."""
+    momentum = optax.sgd(1e-2, momentum=0.9)
+    other = hg.bilevel(hg.implicit(PROBLEM), inner_optimizer=optax.adam(1e-3), outer_optimizer=momentum)
+    for tx in (transformation(jnp.bfloat16), other):
+        advice = planned(tx).advice
+        assert advice
+        assert not any("bfloat16" in entry.change for entry in advice)
+
+
 def test_half_a_batch_saves_at_least_what_is_predicted():
     found = planned(rows=2048)
     halved = next(entry.saves for entry in found.advice if "halve the inner batch" in entry.change)
@@ -154,6 +164,23 @@ def test_shards_hold_their_part():
     assert found.weights == whole.weights // 4
     assert found.outer_state == whole.outer_state // 4 + 3  # the count is on each
     assert found.device_bytes < 0.5 * whole.device_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("swapped", [False, True])
+def test_states_of_leaves_of_one_shape_have_the_shardings_of_their_leaves(swapped):
+    """One leaf is split and one is whole; hyperparameters are the other way round."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("d"), PartitionSpec()))
+    order = [split, whole, whole][:: -1 if swapped else 1]
+    places = hg.BilevelParams(order, order[::-1])
+    variables = jax.tree.map(lambda place: jax.device_put(jnp.zeros((256, 256)), place), places)
+    batch = jax.device_put(jnp.zeros((8, 256)), whole)
+    tx = transformation(solver=hg.solvers.recycled_cg(2, 2))
+    found, state = hg.plan(tx, variables, inner_batch=batch, outer_batch=batch), tx.init(variables)
+    parts = (state.inner, found.inner_state), (state.outer, found.outer_state), (state.estimator, found.estimator_state)
+    for part, planned_bytes in parts:
+        assert planned_bytes == sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(part))
 
 
 def test_refusals():

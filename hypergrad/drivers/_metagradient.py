@@ -200,7 +200,6 @@ class Run:
         self.problem = dataclasses.replace(problem, inner_loss=at_step)
         self.forward = jax.jit(self._forward, static_argnums=0)
         self.reverse = jax.jit(self._reverse, static_argnums=0, donate_argnums=6)
-        self.begin = jax.jit(self._begin)
         self.end = jax.jit(self._end)
         self.checked = jax.jit(self._checked)
 
@@ -220,7 +219,8 @@ class Run:
     def _optimizer(self, hyperparams: Hyperparams) -> Any:
         return resolve_optimizer(self.inner_optimizer, self.problem.constrain(hyperparams))
 
-    def _begin(self, variables: BilevelParams, model_state: ModelState) -> Trained:
+    def begin(self, variables: BilevelParams, model_state: ModelState) -> Trained:
+        """Return the first state. Not compiled: XLA would put moments, which are zeros, whole on each device."""
         params, hyperparams = variables
         start = Trained(params, self._optimizer(hyperparams).init(params), model_state, ())
         return tree.strip_weak_types(start)
@@ -230,7 +230,7 @@ class Run:
         model_state = ()  # of the start: given, and not differentiated
 
         def floats(variables: BilevelParams) -> list[Array]:
-            params, inner_state, *_ = self._begin(variables, model_state)
+            params, inner_state, *_ = self.begin(variables, model_state)
             return tree.split_floating((params, inner_state))[0]
 
         states, back = jax.vjp(floats, variables)

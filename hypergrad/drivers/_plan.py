@@ -7,6 +7,7 @@
 ``metagradient_plan`` times one segment.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hypergrad import curvature, data, stores, tree, validate
 from hypergrad.drivers import _bilevel, _functional, _metagradient, _revolve
@@ -165,7 +167,7 @@ def _joint_step(
     tx: _bilevel.BilevelTransformation, variables: BilevelParams, batches: Any, model_state: ModelState, extra: Any
 ) -> _Program:
     state = jax.eval_shape(lambda v, m: tx.init(v, model_state=m), variables, model_state)
-    state = _placed(state, variables)
+    state = _placed(state, *variables)._replace(outer=_placed(state.outer, *reversed(variables)))
 
     def step(variables: BilevelParams, state: Any, batches: Any, extra: Any) -> Any:
         names = "inner_batch", "outer_batch", "solve_batch"
@@ -190,7 +192,7 @@ def _hypergradient(
     init, run = _functional.compiled(estimator, inner_optimizer)
     inner_batch, outer_batch, solve_batch = batches
     model_state, key = () if model_state is None else model_state, jax.eval_shape(lambda: jax.random.key(0))
-    state = _placed(jax.eval_shape(init, variables, key, model_state), variables)
+    state = _placed(jax.eval_shape(init, variables, key, model_state), *variables)
     parts = {
         "weights": variables.params,
         "hyperparams": variables.hyperparams,
@@ -223,11 +225,11 @@ def _activations(program: _Program, variables: BilevelParams) -> int:
 def _advice(outer_state: PyTree, sizes: dict[str, int], total: int, budget: int | None) -> tuple[Advice, ...]:
     """Return what would save at least a fiftieth, the largest saving first."""
     found = []
-    wide = [leaf for leaf in jax.tree.leaves(outer_state) if leaf.dtype == jnp.float32]
-    copies = _bytes_on_a_device(wide) / max(sizes["hyperparams"], 1)
-    if copies >= 0.99:
+    first_moments = [adam.mu for adam in jax.tree.leaves(outer_state, is_leaf=_is_adam) if _is_adam(adam)]
+    wide = [leaf for leaf in jax.tree.leaves(first_moments) if leaf.dtype == jnp.float32]
+    if wide:
         change = "keep the first moment of the outer optimizer in bfloat16: optax.adam(rate, mu_dtype=jnp.bfloat16)"
-        found.append(Advice(change, sizes["hyperparams"] // 2))
+        found.append(Advice(change, _bytes_on_a_device(wide) // 2))
     change = "halve the inner batch, or put jax.checkpoint around parts of the model"
     found.append(Advice(change, sizes["activations"] // 2))
     if sizes["vectors"] > 6 * sizes["weights"]:
@@ -248,6 +250,10 @@ def _advice(outer_state: PyTree, sizes: dict[str, int], total: int, budget: int 
     return tuple(advice for advice in found if advice.saves >= total / 50)
 
 
+def _is_adam(x: Any) -> bool:
+    return isinstance(x, optax.ScaleByAdamState)
+
+
 def _shape(x: Any) -> Any:
     """Return the shape, the dtype and the sharding of a leaf that is a number."""
     if isinstance(x, jax.ShapeDtypeStruct) or not tree.is_number(x):
@@ -258,12 +264,29 @@ def _shape(x: Any) -> Any:
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=placed)
 
 
-def _placed(state: PyTree, variables: BilevelParams) -> PyTree:
-    """Return shapes of a state, with the sharding of the variables' leaf of the same shape, as ``init`` gives it."""
-    of_shape = {leaf.shape: leaf.sharding for leaf in reversed(jax.tree.leaves(variables))}
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of_shape.get(leaf.shape)), state
-    )
+def _placed(state: PyTree, *variables: PyTree) -> PyTree:
+    """Return shapes of a state, each with the sharding of the variable that it is of, as ``init`` gives it.
+
+    That is the first of the same shape whose path ends the path of the leaf; where none does, the first of that shape.
+    A leaf may have an axis more in front, as that of the vectors of a basis.
+    """
+    known: dict[Any, Any] = {}
+    for path, leaf in itertools.chain.from_iterable(map(jax.tree.leaves_with_path, variables)):
+        known.setdefault((path, leaf.shape), leaf.sharding)
+        known.setdefault(leaf.shape, leaf.sharding)
+
+    def placed(path: tuple[Any, ...], leaf: Any) -> Any:
+        sharding = None
+        for shape in (leaf.shape, leaf.shape[1:]):
+            ends = [(path[start:], shape) for start in range(len(path) + 1)]
+            sharding = next((known[end] for end in [*ends, shape] if end in known), None)
+            if sharding is not None:
+                break
+        if isinstance(sharding, NamedSharding) and shape != leaf.shape:
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map_with_path(placed, state)
 
 
 def _on_a_device(leaf: Any) -> tuple[int, ...]:
@@ -389,8 +412,9 @@ def _planned(call: "_metagradient.Call") -> MetagradientPlan:
     memory: Any = run.reverse.lower(*reverse).compile().memory_analysis()
     # Results take the place of donated arguments.
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    used += tree.num_bytes(call.variables) - memory.alias_size_in_bytes
-    kept = (min(slots, run.num_segments) - 1) * state
+    used += _bytes_on_a_device(jax.tree.map(_shape, call.variables)) - memory.alias_size_in_bytes
+    others = min(slots, run.num_segments) - 1
+    kept = others * state
 
     def seconds(fn: Callable[..., Any], arguments: tuple[Any, ...], donated: int | None) -> float:
         times = []
@@ -416,7 +440,7 @@ def _planned(call: "_metagradient.Call") -> MetagradientPlan:
         forward_seconds=one,
         reverse_seconds=back,
         seconds=steps * one + run.num_segments * back,
-        device_bytes=used + (kept if where == "device" else 0),
+        device_bytes=used + (others * _bytes_on_a_device(jax.tree.map(_shape, call.start)) if where == "device" else 0),
         host_bytes=kept if where == "host" else 0,
         disk_bytes=kept + 2 * tree.num_bytes(call.blank) if where == "directory" else 0,
     )
