@@ -492,6 +492,25 @@ def test_inside_optax_wrappers_that_need_full_gradients():
         assert int(optax.tree.get(state, "info").step) >= 1
 
 
+def test_a_guarded_call_has_a_reverse_derivative():
+    """``jax.grad`` passes through a call with an outer step: a guard is no loop."""
+    problem, variables = case().problem, case().variables
+    tx = hg.bilevel(
+        hg.implicit(problem, hg.solvers.cg(2, unroll=True)),
+        inner_optimizer=optax.sgd(0.1),
+        outer_optimizer=optax.inject_hyperparams(optax.sgd)(learning_rate=0.1),
+    )
+    state, batches = tx.init(variables), {"inner_batch": case().inner_batch, "outer_batch": case().outer_batch}
+
+    def moved(rate):
+        outer = state.outer._replace(hyperparams={"learning_rate": rate})
+        updates, _ = tx.update(None, state._replace(outer=outer), variables, **batches)
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(updates.hyperparams))
+
+    rate = jnp.array(0.1)
+    assert float(jax.jit(jax.grad(moved))(rate)) == pytest.approx(float(moved(rate)) / 0.1, rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("moments", "most"), [(None, 46.0), (jnp.bfloat16, 44.0)])
 @pytest.mark.parametrize("every", [1, 10])

@@ -134,7 +134,8 @@ def bilevel(
       window: K ≥ 1, inner steps per call; None: 1. Estimators that differentiate the inner steps need it given.
       every: an outer step is due on calls ``every``, 2·``every``, …; or a function from the call's number
         (int32, from 1) to a scalar bool, e.g. ``lambda n: (n > 1000) & (n % 10 == 0)`` for a warm-up.
-      guard: when to skip an outer step: ``hg.guard(max_residual=3.0)``. None takes every step.
+      guard: when to skip an outer step: ``hg.guard(max_residual=3.0)``. None takes every step. With a guard the update
+        of the outer optimizer is computed twice, once to look at it: that saves three copies of the hyperparameters.
       key: an int or a ``jax.random.key``; all randomness of the run derives from it.
       model_state: initial model state of a stateful problem, here or at ``init``.
 
@@ -339,10 +340,9 @@ def _outer_step(setup: _Setup, ctx: Context, before: _Outer, number: Array, lost
         ),
     )
     if guard is not None:
-        # The step above is only looked at; it is taken here, in place. Kept beside the old values it is three copies.
-        start = jax.tree.map(lambda h: jnp.where(info.skipped, jnp.zeros_like(h), h), result.hypergrad)
-        start = tree.match_dtypes(start, hyperparams), before.state
-        updates, state = _once_if(~info.skipped, lambda c: step(c[1]), start)
+        # The step above is only looked at, and taken again here: its results beside the old values are three copies.
+        nothing = lambda state: (optax.tree.zeros_like(updates), state)  # noqa: E731
+        updates, state = jax.lax.cond(info.skipped, nothing, step, before.state)
     validate.same_structure("the estimator's info", result.info, "the blank info of its init", before.info.method)
     kept, info = info.state, info._replace(state=(), aux=())
     return _Outer(updates, state, kept, tree.match_dtypes(info, before.info))
