@@ -328,6 +328,15 @@ def write(record: dict[str, Any], out: Path) -> None:
     draw(record, out / "few_shot.png")
 
 
+def rows_of(file: Path, ways: int, shots: int) -> dict[str, Any]:
+    """Return the rows of an earlier run of the same task."""
+    before = json.loads(file.read_text())
+    if (before["ways"], before["shots"]) != (ways, shots):
+        got = f"{before['ways']}-way {before['shots']}-shot rows in {file.name}"
+        raise ValueError(f"--merge: expected {ways}-way {shots}-shot rows; got {got}. Write to another folder (--out).")
+    return before["rows"]
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run, write the files; return the record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -343,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     size = Size(4, 2, 4, 4) if args.quick else Size()
     minutes = (0.02, 0.02) if args.quick else (args.minutes, args.other_minutes)
-    kept = json.loads((args.out / "few_shot.json").read_text())["rows"] if args.merge else {}
+    kept = rows_of(args.out / "few_shot.json", args.ways, args.shots) if args.merge else {}
     record = run(args, minutes, size, kept)
     print(report(record))
     return record
