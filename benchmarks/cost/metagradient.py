@@ -89,9 +89,7 @@ def measured(model: str, steps: int, quick: bool) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     plans.append(plan_of(*variables, valid, key=0))
     plan = plans[0]
-    forward, reverse = (
-        statistics.median(getattr(p, f"{way}_seconds") for p in plans) for way in ("forward", "reverse")
-    )
+    forward, reverse = (statistics.mean(getattr(p, f"{way}_seconds") for p in plans) for way in ("forward", "reverse"))
     schedule = info.num_forward * forward + plan.num_segments * reverse
     weights = sum(leaf.size for leaf in variables[0])
     return {
