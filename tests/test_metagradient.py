@@ -192,6 +192,20 @@ def test_equals_one_unroll_of_200_steps(case):
         assert np.linalg.norm(a - b) <= 1e-12 * np.linalg.norm(b)
 
 
+def test_a_call_may_have_a_store_of_its_own(tmp_path):
+    """Two directories for two λ, one compiled function; the result is that of the function's own store."""
+    fn = run_of(hg.stores.device(2), segment=8, optimizer="momentum")
+    moved = {**HYPERPARAMS, "decay": jnp.array(-2.0)}
+    for number, hyperparams in enumerate((HYPERPARAMS, moved)):
+        own = fn(WEIGHTS, hyperparams, (X, Y), key=7, store=hg.stores.directory(tmp_path / str(number), 2))
+        assert bits(own) == bits(fn(WEIGHTS, hyperparams, (X, Y), key=7))
+    again = fn(WEIGHTS, moved, (X, Y), key=7, store=hg.stores.directory(tmp_path / "1", 2))
+    assert bits(again) == bits(own)
+    assert again[1].num_forward == 0
+    with pytest.raises(TypeError, match="store to be a Store"):
+        fn(WEIGHTS, HYPERPARAMS, (X, Y), key=7, store=str(tmp_path))
+
+
 @pytest.mark.slow
 def test_it_runs_where_nan_is_refused():
     with jax.debug_nans(True):

@@ -113,7 +113,7 @@ def metagradient(
 ) -> Callable[..., tuple[tuple[Array, Hyperparams], MetagradientInfo]]:
     """Return a function that trains T steps and differentiates the outer loss through all of them.
 
-    ``fn(params, hyperparams, outer_batch, *, key, model_state=None) -> ((value, hypergrad), info)``
+    ``fn(params, hyperparams, outer_batch, *, key, model_state=None, store=None) -> ((value, hypergrad), info)``
 
     value = mean_j L_out(w_{t_j}(λ), λ); hypergrad = d value / dλ, where λ may act through the loss (weights of
     examples, decays, augmentation), the optimizer (a learning rate per step), or the batches' contents.
@@ -131,11 +131,12 @@ def metagradient(
         the last. A segment ends at each of them: segments of another length are compiled again.
 
     Returns:
-      The function. Step i uses ``fold_in(k, i)`` with k the first of ``jax.random.split(key, 5)``, as one unroll of
-      the whole run does. The outer loss uses the second, or ``fold_in(second, j)`` at the j-th of several. The
-      optimizer state is fresh, and its dependence on λ is differentiated. With n segments and s slots, r n − C(s + r,
-      r − 1) segments run forward, where C(s + r, s) ≥ n; all n are differentiated. It runs as a Python loop over
-      compiled segments: call it outside of ``jax.jit``.
+      The function. ``store`` of a call takes the place of the one given here: each call of one compiled function may
+      have a directory of its own. Step i uses ``fold_in(k, i)`` with k the first of ``jax.random.split(key, 5)``, as
+      one unroll of the whole run does. The outer loss uses the second, or ``fold_in(second, j)`` at the j-th of
+      several. The optimizer state is fresh, and its dependence on λ is differentiated. With n segments and s slots,
+      r n − C(s + r, r − 1) segments run forward, where C(s + r, s) ≥ n; all n are differentiated. It runs as a Python
+      loop over compiled segments: call it outside of ``jax.jit``.
 
     Raises:
       TypeError: arguments of another kind; at the call, traced arguments.
@@ -158,9 +159,15 @@ def metagradient(
     run = Run(problem, inner_optimizer, batch_at, num_steps, segment, store, evaluate_at)
 
     def fn(
-        params: Params, hyperparams: Hyperparams, outer_batch: Batch, *, key: Key, model_state: ModelState = None
+        params: Params,
+        hyperparams: Hyperparams,
+        outer_batch: Batch,
+        *,
+        key: Key,
+        model_state: ModelState = None,
+        store: stores.Store | None = None,
     ) -> tuple[tuple[Array, Hyperparams], MetagradientInfo]:
-        return Call(run, params, hyperparams, outer_batch, key, model_state).result()
+        return Call(run, params, hyperparams, outer_batch, key, model_state, store).result()
 
     return fn
 
@@ -183,13 +190,10 @@ class Run:
         if not callable(batch_at):
             fix = "Pass a function of the step number, e.g. lambda i: hg.IndexedBatch(data, rows[i])."
             raise TypeError(validate.message("batch_at to be callable", validate.describe(batch_at), fix))
-        if not isinstance(store, stores.Store):
-            fix = "Pass hg.stores.host(slots=10), device or directory."
-            raise TypeError(validate.message("store to be a Store", validate.describe(store), fix))
         self.num_steps = validate.positive_int("num_steps", num_steps)
         self.segment = min(validate.positive_int("segment", segment), self.num_steps)
         self.evaluate_at = _evaluations(evaluate_at, self.num_steps)
-        self.store, self.inner_optimizer, self.batch_at = store, inner_optimizer, batch_at
+        self.store, self.inner_optimizer, self.batch_at = _checked_store(store), inner_optimizer, batch_at
         last = self.evaluate_at[-1]
         self.boundaries = sorted({*range(0, last, self.segment), *self.evaluate_at})
 
@@ -324,8 +328,10 @@ class Call:
         outer_batch: Batch,
         key: Key,
         model_state: ModelState,
+        store: stores.Store | None = None,
     ) -> None:
         self.run, self.outer_batch = run, outer_batch
+        self.store = run.store if store is None else _checked_store(store)
         if any(map(tree.is_traced, jax.tree.leaves((params, hyperparams, outer_batch, key, model_state)))):
             fix = "Call it outside of jax.jit, jax.vmap and jax.grad: it is a loop over compiled segments."
             raise TypeError(validate.message("concrete arguments of a metagradient", "traced ones", fix))
@@ -334,10 +340,10 @@ class Call:
         self.keys = split_keys(validate.as_key(key))
         self.model_state = check_model_state(run.problem, model_state)
         self.start = run.begin(self.variables, self.model_state)
-        if run.store.where != "device" and not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(self.start)):
+        if self.store.where != "device" and not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(self.start)):
             fix = "Pass store=hg.stores.device(slots=10): each device keeps its own part."
             got = "weights or optimizer state that several processes share"
-            raise ValueError(validate.message(f"states that one process can keep in the {run.store.where}", got, fix))
+            raise ValueError(validate.message(f"states that one process can keep in the {self.store.where}", got, fix))
         run.check(self.variables.hyperparams, self.start, self.keys, outer_batch)
         warn_of_overfitting(run.problem, self.variables.hyperparams, outer_batch)
         self.num_forward = 0
@@ -380,8 +386,8 @@ class Call:
     def result(self) -> tuple[tuple[Array, Hyperparams], MetagradientInfo]:
         """Follow the schedule from where an earlier call stopped, if one did."""
         self.begun = time.perf_counter()
-        run, actions = self.run, list(_revolve.schedule(self.run.num_segments, self.run.store.slots))
-        self.kept = run.store.open(self._about, (tree.num_bytes(self.start), tree.num_bytes(self.blank)))
+        run, actions = self.run, list(_revolve.schedule(self.run.num_segments, self.store.slots))
+        self.kept = self.store.open(self._about, (tree.num_bytes(self.start), tree.num_bytes(self.blank)))
         position, progress = self._resumed()
         here: Trained | None = self.start if position == 0 else None
         if position and actions[position - 1].kind == "keep":
@@ -488,6 +494,13 @@ class Call:
             self.kept.bytes_moved,
         )
         return (jnp.asarray(losses.mean(), progress.outer_losses.dtype), hypergrad), info
+
+
+def _checked_store(store: Any) -> stores.Store:
+    if not isinstance(store, stores.Store):
+        fix = "Pass hg.stores.host(slots=10), device or directory."
+        raise TypeError(validate.message("store to be a Store", validate.describe(store), fix))
+    return store
 
 
 def _evaluations(evaluate_at: Any, num_steps: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hypergrad import curvature, data, stores, tree, validate
 from hypergrad.drivers import _bilevel, _functional, _metagradient, _revolve
 from hypergrad.estimators import Estimator
-from hypergrad.problem import BilevelParams, BilevelProblem, check_variables
+from hypergrad.problem import BilevelParams, BilevelProblem, OverfittingWarning, check_variables
 from hypergrad.training import Context, Trained, inner_loss_fn, split_keys
 from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
@@ -45,11 +46,13 @@ class MemoryPlan(NamedTuple):
       hyperparams: λ.
       inner_state: state of the inner optimizer.
       outer_state: state of the outer optimizer; 0 of a functional call.
-      estimator_state: a warm start, the basis of ``recycled_cg``, a copy of the weights.
+      estimator_state: the solver's warm start (one vector by default), the basis of ``recycled_cg``, a copy of the
+        weights.
       batches: the batches given, and the model state.
-      activations: scratch memory of one Hessian product, or of one gradient where the method takes no products:
-        activations and their tangents, constrained hyperparameters.
-      vectors: the rest of the scratch memory: the solver's vectors, the steps that an unroll keeps, new weights.
+      activations: scratch memory that grows with the inner batch, of one Hessian product, or of one gradient where the
+        method takes no products: activations and their tangents. The step may hold it more than once.
+      vectors: the rest of the scratch memory: the solver's vectors, the steps that an unroll keeps, new weights,
+        constrained hyperparameters.
       results: results that no donated argument makes room for.
       advice: what to change where it is too much.
     """
@@ -84,7 +87,8 @@ def plan(
 
     Args:
       driver: a ``hg.bilevel(...)``: the step is ``update`` and ``optax.apply_updates`` in one ``jax.jit`` with
-        variables and state donated, and takes the gradients itself. Or an estimator: the call is that of
+        variables and state donated (without ``donate_argnums`` it takes about half as much again), and takes the
+        gradients itself. Or an estimator: the call is that of
         ``hg.value_and_hypergrad(estimator, inner_optimizer)``.
       variables: ``BilevelParams`` of arrays or ``jax.ShapeDtypeStruct``, whose shardings count.
       inner_batch: as of ``update`` or of the function, arrays or ``jax.ShapeDtypeStruct``.
@@ -120,10 +124,30 @@ def plan(
     """
     if device_bytes is not None:
         validate.positive_int("device_bytes", device_bytes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OverfittingWarning)  # nothing is learned here
+        return _planned_memory(
+            driver,
+            variables,
+            (inner_batch, outer_batch, solve_batch),
+            inner_optimizer,
+            model_state,
+            device_bytes,
+            extra_args,
+        )
+
+
+def _planned_memory(
+    driver: Any,
+    variables: BilevelParams,
+    batches: Any,
+    inner_optimizer: Any,
+    model_state: ModelState,
+    device_bytes: int | None,
+    extra: dict[str, Any],
+) -> MemoryPlan:
     variables = check_variables(jax.tree.map(_shape, variables))
-    batches, model_state, extra = jax.tree.map(
-        _shape, ((inner_batch, outer_batch, solve_batch), model_state, extra_args)
-    )
+    batches, model_state, extra = jax.tree.map(_shape, (batches, model_state, extra))
     if isinstance(driver, _bilevel.BilevelTransformation):
         if inner_optimizer is not None:
             fix = "Leave inner_optimizer out: hg.bilevel has its own."
@@ -206,7 +230,10 @@ def _hypergradient(
 
 
 def _activations(program: _Program, variables: BilevelParams) -> int:
-    """Return the scratch memory of one Hessian product, or of one gradient where the estimator takes no product."""
+    """Return what grows with the batch in the scratch memory of a Hessian product, or of a gradient.
+
+    It is twice what half a batch saves, and all of that memory where the loss does not take half a batch.
+    """
     estimator = program.estimator
     second = estimator.unknowns is not None or estimator.train is not None
 
@@ -217,14 +244,47 @@ def _activations(program: _Program, variables: BilevelParams) -> int:
         loss = lambda w: inner_loss_fn(ctx)(w, variables.hyperparams)  # noqa: E731
         return curvature.hvp(loss, variables.params)(vector) if second else jax.grad(loss)(variables.params)
 
-    arguments = variables, jax.eval_shape(tree.promote, variables.params), program.inner_batch, program.model_state
-    memory: Any = jax.jit(derivative).lower(*arguments).compile().memory_analysis()
-    return memory.temp_size_in_bytes
+    vector = jax.eval_shape(tree.promote, variables.params)
+
+    def scratch(batch: Batch) -> int:
+        lowered = jax.jit(derivative).lower(variables, vector, batch, program.model_state)
+        memory: Any = lowered.compile().memory_analysis()
+        return memory.temp_size_in_bytes
+
+    whole, half = scratch(program.inner_batch), _half(program.inner_batch, 1 if program.windowed else 0)
+    try:
+        return min(max(0, 2 * (whole - scratch(half))), whole)
+    except (TypeError, ValueError):
+        return whole
+
+
+def _half(batch: Batch, axis: int) -> Batch:
+    """Return a batch of half as many examples: the longest leaves along the axis of examples are cut."""
+
+    def examples(part: Any) -> Any:
+        return part.indices if isinstance(part, data.IndexedBatch) else part
+
+    is_part = lambda part: isinstance(part, data.IndexedBatch)  # noqa: E731
+    found = [examples(part) for part in jax.tree.leaves(batch, is_leaf=is_part)]
+    longest = max((leaf.shape[axis] for leaf in found if len(jnp.shape(leaf)) > axis), default=0)
+
+    def cut(part: Any) -> Any:
+        leaf = examples(part)
+        if len(jnp.shape(leaf)) <= axis or leaf.shape[axis] != longest:
+            return part
+        shape = (*leaf.shape[:axis], longest // 2, *leaf.shape[axis + 1 :])
+        shorter: Any = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+        return part._replace(indices=shorter) if isinstance(part, data.IndexedBatch) else shorter
+
+    return jax.tree.map(cut, batch, is_leaf=is_part)
 
 
 def _advice(outer_state: PyTree, sizes: dict[str, int], total: int, budget: int | None) -> tuple[Advice, ...]:
     """Return what would save at least a fiftieth, the largest saving first."""
-    found = []
+    change = "learn fewer hyperparameters: one per layer or per group in place of one per weight"
+    found = [Advice(change, sizes["hyperparams"] + sizes["outer_state"])]
+    if sizes["estimator_state"] >= sizes["weights"]:
+        found.append(Advice("take a solver without a state: hg.solvers.neumann(5)", sizes["estimator_state"]))
     first_moments = [adam.mu for adam in jax.tree.leaves(outer_state, is_leaf=_is_adam) if _is_adam(adam)]
     wide = [leaf for leaf in jax.tree.leaves(first_moments) if leaf.dtype == jnp.float32]
     if wide:
