@@ -929,8 +929,8 @@ MUTANTS = [
     ),
     Mutant(
         "drivers/_plan.py",
-        "(min(slots, run.num_segments) - 1) * state",
-        "min(slots, run.num_segments) * state",
+        "(min(slots, run.num_segments) - 1)",
+        "min(slots, run.num_segments)",
         "test_metagradient.py -k plan",
         "the first state counts as kept",
     ),
@@ -943,7 +943,7 @@ MUTANTS = [
     ),
     Mutant(
         "drivers/_metagradient.py",
-        'if run.store.where != "device" and not all(',
+        'if self.store.where != "device" and not all(',
         "if False and not all(",
         "test_sharding.py -k other_drivers",
         "a store of one process for several",
@@ -1004,8 +1004,8 @@ MUTANTS = [
     ),
     Mutant(
         "drivers/_plan.py",
-        'sizes["hyperparams"] // 2)',
-        'sizes["hyperparams"])',
+        "_bytes_on_a_device(wide) // 2)",
+        "_bytes_on_a_device(wide))",
         "test_plan.py -k bfloat16",
         "a moment in no bytes at all",
     ),
