@@ -929,8 +929,8 @@ MUTANTS = [
     ),
     Mutant(
         "drivers/_plan.py",
-        "min(slots, run.num_segments) - 1",
-        "min(slots, run.num_segments)",
+        "min(run.store.slots, run.num_segments) - 1",
+        "min(run.store.slots, run.num_segments)",
         "test_metagradient.py -k plan",
         "the first state counts as kept",
     ),

@@ -124,43 +124,12 @@ def plan(
     """
     if device_bytes is not None:
         validate.positive_int("device_bytes", device_bytes)
+    variables = check_variables(jax.tree.map(_shape, variables))
+    batches = jax.tree.map(_shape, (inner_batch, outer_batch, solve_batch))
+    model_state, extra = jax.tree.map(_shape, (model_state, extra_args))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OverfittingWarning)  # nothing is learned here
-        return _planned_memory(
-            driver,
-            variables,
-            (inner_batch, outer_batch, solve_batch),
-            inner_optimizer,
-            model_state,
-            device_bytes,
-            extra_args,
-        )
-
-
-def _planned_memory(
-    driver: Any,
-    variables: BilevelParams,
-    batches: Any,
-    inner_optimizer: Any,
-    model_state: ModelState,
-    device_bytes: int | None,
-    extra: dict[str, Any],
-) -> MemoryPlan:
-    variables = check_variables(jax.tree.map(_shape, variables))
-    batches, model_state, extra = jax.tree.map(_shape, (batches, model_state, extra))
-    if isinstance(driver, _bilevel.BilevelTransformation):
-        if inner_optimizer is not None:
-            fix = "Leave inner_optimizer out: hg.bilevel has its own."
-            raise TypeError(validate.message("no inner_optimizer beside a hg.bilevel", "one", fix))
-        program = _joint_step(driver, variables, batches, model_state, extra)
-    elif isinstance(driver, Estimator):
-        if extra:
-            fix = "Leave them out: only the update of a hg.bilevel takes more."
-            raise TypeError(validate.message("no more keywords beside an estimator", ", ".join(extra), fix))
-        program = _hypergradient(driver, inner_optimizer, variables, batches, model_state)
-    else:
-        fix = "Pass tx=hg.bilevel(...), or an estimator such as hg.implicit(problem)."
-        raise TypeError(validate.message("a hg.bilevel or an estimator", validate.describe(driver), fix))
+        program = _program(driver, inner_optimizer, variables, batches, model_state, extra)
     memory: Any = program.lowered.compile().memory_analysis()
     activations = min(_activations(program, variables), memory.temp_size_in_bytes)
     sizes = {name: _bytes_on_a_device(part) for name, part in program.parts.items()}
@@ -185,6 +154,28 @@ class _Program(NamedTuple):
     inner_batch: Batch
     windowed: bool  # whether its leaves have a window axis
     model_state: ModelState
+
+
+def _program(
+    driver: Any,
+    inner_optimizer: Any,
+    variables: BilevelParams,
+    batches: Any,
+    model_state: ModelState,
+    extra: dict[str, Any],
+) -> _Program:
+    if isinstance(driver, _bilevel.BilevelTransformation):
+        if inner_optimizer is not None:
+            fix = "Leave inner_optimizer out: hg.bilevel has its own."
+            raise TypeError(validate.message("no inner_optimizer beside a hg.bilevel", "one", fix))
+        return _joint_step(driver, variables, batches, model_state, extra)
+    if not isinstance(driver, Estimator):
+        fix = "Pass tx=hg.bilevel(...), or an estimator such as hg.implicit(problem)."
+        raise TypeError(validate.message("a hg.bilevel or an estimator", validate.describe(driver), fix))
+    if extra:
+        fix = "Leave them out: only the update of a hg.bilevel takes more."
+        raise TypeError(validate.message("no more keywords beside an estimator", ", ".join(extra), fix))
+    return _hypergradient(driver, inner_optimizer, variables, batches, model_state)
 
 
 def _joint_step(
@@ -451,30 +442,42 @@ def metagradient_plan(
         given = params, hyperparams, outer_batch, key, model_state
         tried = run
         while True:
-            found = _planned(_metagradient.Call(tried, *given))
-            if device_bytes is None or found.device_bytes <= device_bytes:
-                return found
+            call = _metagradient.Call(tried, *given)
+            needed = _peak(call)
+            if device_bytes is None or needed <= device_bytes:
+                return _planned(call, needed)
             if tried.segment == 1:
                 fix = "Shard the weights, or take smaller batches."
-                got = f"{found.device_bytes:,} for segments of one step"
+                got = f"{needed:,} for segments of one step"
                 raise ValueError(validate.message(f"a metagradient in {device_bytes:,} bytes", got, fix))
             tried = _metagradient.Run(*settings, tried.segment // 2, store, evaluate_at)
 
     return fn
 
 
-def _planned(call: "_metagradient.Call") -> MetagradientPlan:
-    """Compile a segment, time it, and count."""
+def _peak(call: _metagradient.Call) -> int:
+    """Return the bytes on a device: of a segment that is differentiated, as compiled, and of the states kept there."""
     run = call.run
-    slots, where, state = run.store.slots, run.store.where, tree.num_bytes(call.start)
-    last = run.num_segments - 1
-    forward, reverse = call.forward_arguments(call.start, 0), call.reverse_arguments(call.start, last, call.blank)
+    reverse = call.reverse_arguments(call.start, run.num_segments - 1, call.blank)
     memory: Any = run.reverse.lower(*reverse).compile().memory_analysis()
     # Results take the place of donated arguments.
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     used += _bytes_on_a_device(jax.tree.map(_shape, call.variables)) - memory.alias_size_in_bytes
-    others = min(slots, run.num_segments) - 1
-    kept = others * state
+    on_device = _num_kept(run) * _bytes_on_a_device(jax.tree.map(_shape, call.start))
+    return used + (on_device if run.store.where == "device" else 0)
+
+
+def _num_kept(run: _metagradient.Run) -> int:
+    """Return how many states the store holds beside the first."""
+    return min(run.store.slots, run.num_segments) - 1
+
+
+def _planned(call: _metagradient.Call, device_bytes: int) -> MetagradientPlan:
+    """Time a segment, and count."""
+    run = call.run
+    slots, where, kept = run.store.slots, run.store.where, _num_kept(run) * tree.num_bytes(call.start)
+    forward = call.forward_arguments(call.start, 0)
+    reverse = call.reverse_arguments(call.start, run.num_segments - 1, call.blank)
 
     def seconds(fn: Callable[..., Any], arguments: tuple[Any, ...], donated: int | None) -> float:
         times = []
@@ -500,7 +503,7 @@ def _planned(call: "_metagradient.Call") -> MetagradientPlan:
         forward_seconds=one,
         reverse_seconds=back,
         seconds=steps * one + run.num_segments * back,
-        device_bytes=used + (others * _bytes_on_a_device(jax.tree.map(_shape, call.start)) if where == "device" else 0),
+        device_bytes=device_bytes,
         host_bytes=kept if where == "host" else 0,
         disk_bytes=kept + 2 * tree.num_bytes(call.blank) if where == "directory" else 0,
     )
