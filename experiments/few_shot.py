@@ -42,6 +42,7 @@ import optax
 from matplotlib.figure import Figure
 
 import hypergrad as hg
+from experiments.common import results
 
 SIDE, QUERIES, JUDGED_QUERIES, OUTER_RATE = 28, 3, 15, 2e-3
 PUBLISHED = {  # Omniglot, one shot, by ways
@@ -322,10 +323,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 def write(record: dict[str, Any], out: Path) -> None:
     """Write the files."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "few_shot.json").write_text(json.dumps(record) + "\n")
-    (out / "few_shot.md").write_text(report(record))
-    draw(record, out / "few_shot.png")
+    results.write(out, "few_shot", record, report(record), draw)
 
 
 def rows_of(file: Path, ways: int, shots: int) -> dict[str, Any]:

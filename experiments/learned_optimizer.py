@@ -19,7 +19,6 @@ images, at the end and as a mean over the run. Writes ``learned_optimizer.json``
 
 import argparse
 import functools
-import json
 import os
 import platform
 import time
@@ -35,6 +34,7 @@ import optax
 from matplotlib.figure import Figure
 
 import hypergrad as hg
+from experiments.common import results
 from experiments.common.datasets import Split, load
 
 LIFE, BATCH, WINDOW, PAIRS, WIDTH, EVERY = 200, 64, 20, 8, 32, 10
@@ -269,10 +269,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     args = parser.parse_args(argv)
     record = run(12 if args.quick else args.episodes, 2 if args.quick else args.seeds, quick=args.quick)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "learned_optimizer.json").write_text(json.dumps(record) + "\n")
-    (args.out / "learned_optimizer.md").write_text(report(record))
-    draw(record, args.out / "learned_optimizer.png")
+    results.write(args.out, "learned_optimizer", record, report(record), draw)
     print(report(record))
     return record
 

@@ -27,7 +27,6 @@ fresh batches: the losses on all validation and on all test examples after T ste
 
 import argparse
 import functools
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +39,7 @@ import optax
 from matplotlib.figure import Figure
 
 import hypergrad as hg
+from experiments.common import results
 from experiments.common.datasets import Split, Splits, load
 
 STEPS, WINDOW, BATCH, OUTER_BATCH, HIDDEN = 300, 10, 8, 100, 16
@@ -303,10 +303,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
     record = run(args.seeds, QUICK if args.quick else Size())
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "short_horizon.json").write_text(json.dumps(record) + "\n")
-    (args.out / "short_horizon.md").write_text(report(record))
-    draw(record, args.out / "short_horizon.png")
+    results.write(args.out, "short_horizon", record, report(record), draw)
     print(report(record))
     return record
 

@@ -23,7 +23,6 @@ Reference: Wang et al., Dataset distillation, arXiv 1811.10959.
 import argparse
 import functools
 import itertools
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from matplotlib.figure import Figure
 from sklearn.cluster import KMeans
 
 import hypergrad as hg
+from experiments.common import results
 from experiments.common.datasets import Split, Splits, load
 from experiments.common.datasets import draw as drawn
 
@@ -297,10 +297,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     size = QUICK if args.quick else Size()
     record = run(args.seeds, size._replace(per_class=tuple(args.per_class)))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "metagradient_distillation.json").write_text(json.dumps(record) + "\n")
-    (args.out / "metagradient_distillation.md").write_text(report(record))
-    draw(record, args.out / "metagradient_distillation.png")
+    results.write(args.out, "metagradient_distillation", record, report(record), draw)
     print(report(record))
     return record
 

@@ -29,7 +29,6 @@ Reference: Engstrom et al., arXiv 2503.13751; Koh & Liang, arXiv 1703.04730; Pru
 
 import argparse
 import gzip
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -44,6 +43,7 @@ import sklearn.datasets
 from matplotlib.figure import Figure
 
 import hypergrad as hg
+from experiments.common import results
 
 CONTEXT, EMBEDDING, HIDDEN, BATCH, STEPS, RUNS = 8, 8, 48, 32, 500, 8
 EPILOGUE = 0.9655, 0.9935  # the second: its part of each file
@@ -419,10 +419,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results")
     args = parser.parse_args(argv)
     record = run(args.seeds, QUICK if args.quick else Size())
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "metagradient_documents.json").write_text(json.dumps(record) + "\n")
-    (args.out / "metagradient_documents.md").write_text(report(record))
-    draw(record, args.out / "metagradient_documents.png")
+    results.write(args.out, "metagradient_documents", record, report(record), draw)
     print(report(record))
     return record
 

@@ -25,7 +25,6 @@ Reference: Engstrom et al., arXiv 2503.13751; Wu et al., Understanding short-hor
 
 import argparse
 import functools
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ import optax
 from matplotlib.figure import Figure
 
 import hypergrad as hg
+from experiments.common import results
 from experiments.common.datasets import Split, Splits, load
 
 WINDOW, BATCH, HIDDEN, TRAIN, START = 10, 20, 32, 1000, 0.03
@@ -361,10 +361,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results")
     args = parser.parse_args(argv)
     record = run(args.seeds, QUICK if args.quick else Size())
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "metagradient_schedule.json").write_text(json.dumps(record) + "\n")
-    (args.out / "metagradient_schedule.md").write_text(report(record))
-    draw(record, args.out / "metagradient_schedule.png")
+    results.write(args.out, "metagradient_schedule", record, report(record), draw)
     print(report(record))
     return record
 
