@@ -300,8 +300,7 @@ def report(record: dict[str, Any]) -> str:
                 (bug, *("" if cell is None else f"{cell['verdict']}, {cell['seconds']:.0f} s" for cell in cells))
             )
         parts += [f"## {how}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
-    machine = ", ".join(f"{k} {record['machine'][k]}" for k in ("cpu", "cores", "jax", "date"))
-    return "\n\n".join([*parts, f"{machine}."]) + "\n"
+    return "\n\n".join([*parts, harness.where(record["machine"])]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

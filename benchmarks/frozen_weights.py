@@ -168,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
         for name, v in found["cases"].items()
     ]
-    where = ", ".join(f"{key} {found['machine'][key]}" for key in ("cpu", "cores", "jax", "date"))
-    text = f"# Hessian products where weights are frozen\n\n{report.table(head, rows)}\n\n{where}.\n"
+    where = harness.where(found["machine"])
+    text = f"# Hessian products where weights are frozen\n\n{report.table(head, rows)}\n\n{where}\n"
     harness.write(args.out, "frozen_weights", record, text)
     print(text)
     return record

@@ -106,6 +106,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def where(machine: dict[str, Any], keys: Sequence[str] = ("cpu", "cores", "jax", "date")) -> str:
+    """Return the last line of a report: on what it was measured, and when."""
+    return ", ".join(f"{key} {machine[key]}" for key in keys) + "."
+
+
 def circumstances(rounds: int) -> dict[str, Any]:
     """Return what is recorded with every network: the parts of a file may come from several runs."""
     return {"machine": machine(), "rounds": rounds, "load": [round(x, 2) for x in os.getloadavg()]}

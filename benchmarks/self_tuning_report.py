@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -165,9 +166,8 @@ def costs(record: dict[str, Any]) -> str:
             )
             for which, one in found["candidates"].items()
         ]
-        machine = found["machine"]
-        where = ", ".join(f"{k} {machine[k]}" for k in ("cpu", "cores", "python", "jax", "jaxlib", "flax", "date"))
+        where = harness.where(found["machine"], ("cpu", "cores", "python", "jax", "jaxlib", "flax", "date"))
         load = f"load {found['load'][0]}"
         parts += [f"## {name}: hidden layers of {found['hidden']}, batches of {found['batch']}", _table(head, rows)]
-        parts += [f"{found['rounds']} rounds, {load}, {where}."]
+        parts += [f"{found['rounds']} rounds, {load}, {where}"]
     return "\n\n".join(parts) + "\n"

@@ -2,7 +2,7 @@
 
     w_τ(λ) = K steps of SGD on the support images of task τ, from λ       min_λ  mean_τ  CE(w_τ(λ); query images of τ)
 
-    python -m experiments.few_shot [--ways 5] [--shots 1] [--minutes 25] [--other-minutes 8] [--seeds 1] [--quick]
+    python -m experiments.few_shot [--ways 5] [--shots 1] [--minutes 12] [--seeds 1] [--quick]
 
 Omniglot (964 classes to learn from, each with its rotations by 90°, 659 others to be judged on, 28 × 28 pixels) where
 ``$HYPERGRAD_DATA/omniglot`` has it, else classes of random strokes. Rows:
@@ -250,7 +250,7 @@ def learn(row: Row, seed: int, data: Any, ways: int, shots: int, size: Size, sec
     return {"curve": curve, "accuracy": float(of_tasks.mean()), "error": error, "steps": count, **times}
 
 
-def run(args: argparse.Namespace, minutes: tuple[float, float], size: Size, kept: dict[str, Any]) -> dict[str, Any]:
+def run(args: argparse.Namespace, minutes: float, size: Size, kept: dict[str, Any]) -> dict[str, Any]:
     """Return the record, with the rows that are kept from an earlier one."""
     ways, shots = args.ways, args.shots
     data = omniglot()
@@ -264,8 +264,8 @@ def run(args: argparse.Namespace, minutes: tuple[float, float], size: Size, kept
     rows = methods(loss, *setting(ways))
     for row in args.methods:
         print(f"{row}, load {os.getloadavg()[0]:.1f}", flush=True)
-        seconds = 60 * minutes[row != "MAML"]
-        record["rows"][row] = [learn(rows[row], seed, split, ways, shots, size, seconds) for seed in range(args.seeds)]
+        found = [learn(rows[row], seed, split, ways, shots, size, 60 * minutes) for seed in range(args.seeds)]
+        record["rows"][row] = found
         write(record, args.out)
     return record
 
@@ -340,8 +340,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ways", type=int, default=5)
     parser.add_argument("--shots", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=25, help="of MAML")
-    parser.add_argument("--other-minutes", type=float, default=8, help="of each other method")
+    parser.add_argument("--minutes", type=float, default=12, help="of each method")
     parser.add_argument("--methods", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a few steps of each: does it run?")
@@ -349,9 +348,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
     size = Size(4, 2, 4, 4) if args.quick else Size()
-    minutes = (0.02, 0.02) if args.quick else (args.minutes, args.other_minutes)
     kept = rows_of(args.out / "few_shot.json", args.ways, args.shots) if args.merge else {}
-    record = run(args, minutes, size, kept)
+    record = run(args, 0.02 if args.quick else args.minutes, size, kept)
     print(report(record))
     return record
 

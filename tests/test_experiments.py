@@ -136,6 +136,7 @@ def test_a_row_that_starts_from_a_grid_pays_for_the_grid():
     assert found == ["120", "408", "768"]
 
 
+@pytest.mark.slow
 def test_windows_of_the_whole_length_see_what_a_metagradient_sees(monkeypatch):
     monkeypatch.setattr(schedule, "WINDOW", 20)
     data = schedule.load("digits", 0, 100)
@@ -163,6 +164,7 @@ def test_metagradient_documents(tmp_path, monkeypatch):
     assert (tmp_path / "metagradient_documents.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_score_of_a_document_is_the_product_of_two_gradients():
     with jax.enable_x64(True):
         first = documents.fresh(jax.random.key(0), 5)

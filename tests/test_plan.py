@@ -55,6 +55,10 @@ def test_the_parts_are_those_of_the_variables_and_states():
     assert found.device_bytes == sum(parts)
     assert min(parts) >= 0
     assert found.per_weight == found.device_bytes / (2 * 256 * 256)
+    shown = str(found).splitlines()
+    assert shown[0] == f"{found.device_bytes:,} bytes per device, {found.per_weight:.1f} per weight"
+    assert any(line.split() == [f"{found.weights:,}", "weights"] for line in shown)
+    assert f"to save about {found.advice[0].saves:,}: {found.advice[0].change}" in shown
 
 
 @pytest.mark.slow

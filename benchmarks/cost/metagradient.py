@@ -138,8 +138,7 @@ def report(record: dict[str, Any]) -> str:
             f"{row['resident_in_all_mib']:,.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    machine = record["machine"]
-    lines += ["", f"cpu {machine['cpu']}, cores {machine['cores']}, jax {machine['jax']}, date {machine['date']}."]
+    lines += ["", harness.where(record["machine"])]
     return "\n".join(lines) + "\n"
 
 

@@ -186,8 +186,7 @@ def report(record: dict[str, Any]) -> str:
             f"| {row['weights'] / 1e6:.3g} M | {row['network']} | {row['mib_per_device']:,.0f} | "
             f"{row['bytes_per_weight_over_all']:.1f} |"
         )
-    machine = record["machine"]
-    lines += ["", f"cpu {machine['cpu']}, cores {machine['cores']}, jax {machine['jax']}, date {machine['date']}."]
+    lines += ["", harness.where(record["machine"])]
     return "\n".join(lines) + "\n"
 
 

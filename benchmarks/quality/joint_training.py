@@ -208,8 +208,7 @@ def report(record: dict[str, Any]) -> str:
             cost = f"{v['gradients']:.1f}", f"{v['skipped']:.1f}", str(len(v["test"]))
             rows.append((solver, *losses, error, mean_and_error(v["retrained"]), *cost))
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        where = ", ".join(f"{key} {found['machine'][key]}" for key in ("cpu", "cores", "jax", "date"))
-        parts += [f"## {name}", table, f"{where}."]
+        parts += [f"## {name}", table, harness.where(found["machine"])]
     return "\n\n".join(parts) + "\n"
 
 

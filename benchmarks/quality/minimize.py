@@ -546,8 +546,7 @@ def report(record: dict[str, Any]) -> str:
             cells = [_median([row.get(key) for row in rows], "seconds" in key) for key in of]
             lines.append("| " + " | ".join([method, shown, *cells, ended]) + " |")
         lines += ["", *_starts(seeds)]
-    machine = record["machine"]
-    lines.append(f"cpu {machine['cpu']}, cores {machine['cores']}, jax {machine['jax']}, date {machine['date']}.")
+    lines.append(harness.where(record["machine"]))
     return "\n".join(lines) + "\n"
 
 

@@ -287,8 +287,8 @@ def report(record: dict[str, Any]) -> str:
             table.append((method, *cells, ran[OURS]["rows"][problem].get(method, {}).get("reported", "")))
         parts += [f"## {problem}, {about['weights']} decays", _table(table)]
     parts += ["\n".join(["## Libraries", "", *(_about(*item) for item in record["libraries"].items())])]
-    machine = ", ".join(f"{k} {record['machine'][k]}" for k in ("cpu", "cores", "python", "numpy", "date"))
-    return "\n\n".join([*parts, machine + "."]) + "\n"
+    where = harness.where(record["machine"], ("cpu", "cores", "python", "numpy", "date"))
+    return "\n\n".join([*parts, where]) + "\n"
 
 
 def _legend() -> str:

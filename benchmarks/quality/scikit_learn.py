@@ -254,8 +254,7 @@ def report(record: dict[str, Any]) -> str:
             compiled = f"{max(first):.1f}" if first else "–"
             lines.append(f"| {method} | {cv:.4f} | {test:.4f} | {seconds:.2f} | {compiled} | {notes} |")
         lines.append("")
-    machine = record["machine"]
-    lines.append(f"cpu {machine['cpu']}, cores {machine['cores']}, jax {machine['jax']}, date {machine['date']}.")
+    lines.append(harness.where(record["machine"]))
     return "\n".join(lines) + "\n"
 
 

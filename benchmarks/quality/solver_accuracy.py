@@ -302,12 +302,7 @@ def report(record: dict[str, Any]) -> str:
             f"## `compare_solvers` on an MLP of {found['weights']:,} weights: {found['seconds']:.0f} s",
             f"```text\n{found['table']}\n```",
         ]
-    return "\n\n".join([*parts, harness_line(record)]) + "\n"
-
-
-def harness_line(record: dict[str, Any]) -> str:
-    """Return where and when it was measured."""
-    return ", ".join(f"{k} {record['machine'][k]}" for k in ("cpu", "cores", "jax", "date")) + "."
+    return "\n\n".join([*parts, harness.where(record["machine"])]) + "\n"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -70,6 +70,18 @@ class MemoryPlan(NamedTuple):
     results: int
     advice: tuple[Advice, ...]
 
+    def __str__(self) -> str:
+        """Return a table of the parts, and the advice."""
+        parts = {name: size for name, size in self._asdict().items() if name in self._fields[2:-1] and size > 0}
+        width = len(f"{self.device_bytes:,}")
+        return "\n".join(
+            [
+                f"{self.device_bytes:,} bytes per device, {self.per_weight:.1f} per weight",
+                *(f"{size:>{width},}  {name}" for name, size in parts.items()),
+                *(f"to save about {saves:,}: {change}" for change, saves in self.advice),
+            ]
+        )
+
 
 def plan(
     driver: Any,
