@@ -500,6 +500,12 @@ def test_what_is_not_finite_has_a_status():
     ("error", "match", "make"),
     [
         (TypeError, "batch_at to be callable", lambda: run_of(hg.stores.host(), batch_at=3)),
+        (
+            TypeError,
+            "jnp.asarray",
+            lambda: call(run_of(hg.stores.host(), batch_at=lambda i: hg.IndexedBatch((X, Y), np.asarray(ROWS)[i]))),
+        ),
+        (TypeError, "traced", lambda: call(run_of(hg.stores.host(), batch_at=lambda i: batch_at(i if i else 0)))),
         (TypeError, "store to be a Store", lambda: run_of("here")),
         (TypeError, "evaluate_at to be a sequence", lambda: run_of(hg.stores.host(), evaluate_at=12)),
         (ValueError, "num_steps", lambda: run_of(hg.stores.host(), num_steps=0)),

@@ -139,7 +139,8 @@ def metagradient(
       loop over compiled segments: call it outside of ``jax.jit``.
 
     Raises:
-      TypeError: arguments of another kind; at the call, traced arguments.
+      TypeError: arguments of another kind; at the call, traced arguments, or a ``batch_at`` that does not take a traced
+        step.
       ValueError: numbers out of range, a problem with a response; at the call what ``hg.unrolled`` refuses: Adam
         without ``eps_root``, a hyperparameter without effect; weights that several processes share, in another store
         than ``device``. What ``store`` refuses.
@@ -199,7 +200,7 @@ class Run:
 
         @functools.wraps(problem.inner_loss)
         def at_step(params: Params, hyperparams: Hyperparams, step: Array, *rest: Any) -> Any:
-            return problem.inner_loss(params, hyperparams, data.gathered(batch_at(step)), *rest)
+            return problem.inner_loss(params, hyperparams, data.gathered(_batch(batch_at, step)), *rest)
 
         self.problem = dataclasses.replace(problem, inner_loss=at_step)
         self.forward = jax.jit(self._forward, static_argnums=0)
@@ -501,6 +502,15 @@ def _checked_store(store: Any) -> stores.Store:
         fix = "Pass hg.stores.host(slots=10), device or directory."
         raise TypeError(validate.message("store to be a Store", validate.describe(store), fix))
     return store
+
+
+def _batch(batch_at: Callable[[Array], Batch], step: Array) -> Batch:
+    try:
+        return batch_at(step)
+    except jax.errors.JAXTypeError as error:
+        fix = "Index arrays of JAX, not of NumPy: jnp.asarray(rows)[i]; use jnp.where in place of if."
+        got = f"one that raised {type(error).__name__}"
+        raise TypeError(validate.message("batch_at to take a traced step number", got, fix)) from error
 
 
 def _evaluations(evaluate_at: Any, num_steps: int) -> tuple[int, ...]:
