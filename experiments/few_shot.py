@@ -292,7 +292,7 @@ def report(record: dict[str, Any]) -> str:
             f"# Few-shot learning: {record['data']}, {record['ways']}-way {record['shots']}-shot",
             "",
             f"Accuracy on classes that were not learned from, mean ± standard error {spread}. Minutes of wall time,",
-            f"with compilation, on {record['cores']} cores that other programs share (load average up to {load:.1f}).",
+            f"with compilation, on {record['cores']} cores (load average up to {load:.1f}).",
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
