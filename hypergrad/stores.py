@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,6 @@ from hypergrad.types import PyTree
 
 __all__ = ["DamagedError", "Kept", "Store", "device", "directory", "host"]
 
-_DIGEST = 64  # bytes
 _BY_CHECKSUM = "values of", "key", "losses", "data"  # what a directory knows by a checksum alone
 
 
@@ -66,13 +66,13 @@ class Store(NamedTuple):
 
     Attributes:
       slots: s ≥ 1, states that may be kept, that at the start of the run included.
-      open: ``open(about, sizes) -> Kept``: for one run. ``about()`` tells runs apart, by name; ``sizes`` are bytes of a
-        state and of what the run gathers.
+      open: ``open(about, num_bytes) -> Kept``: for one run. ``about()`` tells runs apart, by name; ``num_bytes`` is
+        what the run keeps at most at one time.
       where: "device", "host" or "directory".
     """
 
     slots: int
-    open: Callable[[Callable[[], Mapping[str, Any]], tuple[int, int]], Kept]
+    open: Callable[[Callable[[], Mapping[str, Any]], int], Kept]
     where: str
 
 
@@ -91,7 +91,7 @@ def device(slots: int = 10) -> Store:
     >>> device(3).slots
     3
     """
-    return Store(validate.positive_int("slots", slots), lambda _about, _sizes: Kept(), "device")
+    return Store(validate.positive_int("slots", slots), lambda _about, _num_bytes: Kept(), "device")
 
 
 def host(slots: int = 10) -> Store:
@@ -109,15 +109,15 @@ def host(slots: int = 10) -> Store:
     >>> host(3).where
     'host'
     """
-    return Store(validate.positive_int("slots", slots), lambda _about, _sizes: _Host(), "host")
+    return Store(validate.positive_int("slots", slots), lambda _about, _num_bytes: _Host(), "host")
 
 
 def directory(path: str | os.PathLike[str], slots: int = 10) -> Store:
     """Keep states in files, and resume a run that was stopped: the same call goes on, and ends with the same bits.
 
     Args:
-      path: of a directory for one call, with one λ; made where it is missing. When the run has ended, it holds the
-        result, which the same call returns at once: remove it to start again.
+      path: of a directory for one call, with one λ, in one process at a time; made where it is missing. When the run
+        has ended, it holds the result, which the same call returns at once: remove it to start again.
       slots: s ≥ 1.
 
     Returns:
@@ -135,38 +135,38 @@ def directory(path: str | os.PathLike[str], slots: int = 10) -> Store:
     folder = pathlib.Path(path).expanduser()
     return Store(
         validate.positive_int("slots", slots),
-        lambda about, sizes: _Directory(folder, slots, about(), sizes),
+        lambda about, num_bytes: _Directory(folder, slots, about(), num_bytes),
         "directory",
     )
 
 
 class _Host(Kept):
     def put(self, number: int, state: PyTree) -> None:
-        self._states[number] = [_to_host(leaf) for leaf in jax.tree.leaves(state)]
+        self._states[number] = jax.tree.map(lambda leaf: np.array(_to_host(leaf)), state)
         self.bytes_moved += tree.num_bytes(self._states[number])
 
     def get(self, number: int, like: PyTree) -> PyTree:
         self.bytes_moved += tree.num_bytes(self._states[number])
-        return _from_host(self._states[number], like)
+        return jax.tree.map(_placed, self._states[number], like)
 
 
 class _Directory(Kept):
-    def __init__(self, folder: pathlib.Path, slots: int, about: Mapping[str, Any], sizes: tuple[int, int]) -> None:
+    def __init__(self, folder: pathlib.Path, slots: int, about: Mapping[str, Any], num_bytes: int) -> None:
         super().__init__()
         self._folder = folder
         about = json.loads(json.dumps({**about, "slots": slots}))
-        known = folder / "run.json"
+        known, self._about = folder / "run.json", json.dumps(about, indent=1).encode()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if known.exists():
                 _compare(folder, _content(known), about)
-            free, needed = shutil.disk_usage(folder).free, slots * sizes[0] + 2 * sizes[1]
-            present = sum(file.stat().st_size for file in folder.iterdir())
-            if free + present < needed:
-                fix = "Free space, take fewer slots, or another directory."
-                raise OSError(validate.message(f"{needed:,} bytes of space in {folder}", f"{free + present:,}", fix))
-            if not known.exists():
-                _write(known, json.dumps(about, indent=1).encode())
+            else:
+                free = shutil.disk_usage(folder).free
+                if free < num_bytes:
+                    fix = "Free space, take fewer slots, or another directory."
+                    raise OSError(validate.message(f"{num_bytes:,} bytes of space in {folder}", f"{free:,}", fix))
+                self._position()  # refuses what is left of another run
+                _write(known, [self._about])
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             fix = "Pass a path that this process may write."
             raise OSError(
@@ -187,42 +187,67 @@ class _Directory(Kept):
         name = before if progress is None else f"progress_{position}"
         if progress is not None:
             self._save(name, progress)
-        _write(self._folder / "position.json", json.dumps([position, name]).encode())
+        _write(self._folder / "position.json", [json.dumps([position, name, self._signed(position, name)]).encode()])
         if before and before != name:
             (self._folder / before).unlink(missing_ok=True)
 
     def resume(self, progress: PyTree) -> tuple[int, PyTree]:
         position, name = self._position()
-        for left in set(self._folder.glob("progress_*")) - {self._folder / name}:  # of a kill
-            left.unlink()
+        for file in self._folder.iterdir():  # what a kill has left
+            if file.name != name and re.fullmatch(r"progress_\d+|(progress|state)_\d+\.part", file.name):
+                file.unlink()
         return position, (self._load(name, progress) if name else progress)
 
     def _position(self) -> tuple[int, str]:
         file = self._folder / "position.json"
         if not file.exists():
             return 0, ""
-        position, name = _content(file)
-        return int(position), str(name)
+        try:
+            position, name, signed = _content(file)
+        except (TypeError, ValueError):
+            signed = None
+        if signed is None or signed != self._signed(position, name):
+            wanted = f"{file} as this run wrote it"
+            raise ValueError(validate.message(wanted, "a damaged file, or one of another run", "Remove the directory."))
+        return position, name
+
+    def _signed(self, position: int, name: str) -> str:
+        return hashlib.blake2b(self._about + f"{position} {name}".encode(), digest_size=16).hexdigest()
 
     def _save(self, name: str, state: PyTree) -> None:
-        content = b"".join(_to_host(leaf).tobytes() for leaf in jax.tree.leaves(state))
-        _write(self._folder / name, hashlib.blake2b(content).digest() + content)
-        self.bytes_moved += len(content)
+        """Write the leaves, one at a time, and their checksum."""
+
+        def parts() -> Iterator[Any]:
+            digest = hashlib.blake2b()
+            for leaf in jax.tree.leaves(state):
+                part = _to_host(leaf).reshape(-1).view(np.uint8).data
+                digest.update(part)
+                self.bytes_moved += part.nbytes
+                yield part
+            yield digest.digest()
+
+        _write(self._folder / name, parts())
 
     def _load(self, name: str, like: PyTree) -> PyTree:
         file = self._folder / name
-        written = file.read_bytes() if file.exists() else b""
-        digest, content = written[:_DIGEST], memoryview(written)[_DIGEST:]
-        if not written or hashlib.blake2b(content).digest() != digest:
-            raise DamagedError(f"{file} is {'damaged' if written else 'missing'}")
-        self.bytes_moved += len(content)
-        leaves, start = [], 0
-        for leaf in jax.tree.leaves(like):
-            form = jax.eval_shape(_raw, leaf)
-            size = form.size * form.dtype.itemsize
-            leaves.append(np.frombuffer(content[start : start + size], form.dtype).reshape(form.shape))
-            start += size
-        return _from_host(leaves, like)
+        if not file.exists():
+            raise DamagedError(f"{file} is missing")
+        digest = hashlib.blake2b()
+
+        def read(like: Any) -> Any:
+            form = jax.eval_shape(_raw, like)
+            part = stream.read(form.size * form.dtype.itemsize)
+            digest.update(part)
+            self.bytes_moved += len(part)
+            if len(part) < form.size * form.dtype.itemsize:
+                raise DamagedError(f"{file} is damaged")
+            return _placed(np.frombuffer(part, form.dtype).reshape(form.shape), like)
+
+        with file.open("rb") as stream:
+            state = jax.tree.map(read, like)
+            if stream.read() != digest.digest():
+                raise DamagedError(f"{file} is damaged")
+        return state
 
 
 def _content(file: pathlib.Path) -> Any:
@@ -236,16 +261,17 @@ def _compare(folder: pathlib.Path, before: Mapping[str, Any], now: Mapping[str, 
     for name, value in now.items():
         if before.get(name) != value:
             fix = "Pass what the run was begun with, or another directory."
-            values = f"{before.get(name)!r} then, {value!r} now"
-            got = f"{name}: {'other ones' if name.startswith(_BY_CHECKSUM) else values}"
-            raise ValueError(validate.message(f"{folder} to hold a part of this run", got, fix))
+            values = f"{before.get(name)!r}, not {value!r}"
+            got = f"one with different {name}" if name.startswith(_BY_CHECKSUM) else f"one with {name} {values}"
+            raise ValueError(validate.message(f"{folder} to belong to this run", got, fix))
 
 
-def _write(file: pathlib.Path, content: bytes) -> None:
+def _write(file: pathlib.Path, parts: Iterable[Any]) -> None:
     """Write a file such that it is whole or absent, also after a loss of power."""
     beside = file.with_name(file.name + ".part")
     with beside.open("wb") as stream:
-        stream.write(content)
+        for part in parts:
+            stream.write(part)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(beside, file)
@@ -256,16 +282,12 @@ def _raw(leaf: Any) -> Any:
 
 
 def _to_host(leaf: Any) -> np.ndarray:
-    return np.array(jax.device_get(_raw(leaf)), copy=True)
+    return np.asarray(jax.device_get(_raw(leaf)))
 
 
-def _from_host(leaves: list[np.ndarray], like: PyTree) -> PyTree:
-    """Return arrays of the kinds and places of ``like``; copied, since on CPU a device array may share their memory."""
-
-    def placed(leaf: np.ndarray, form: Any) -> Any:
-        if tree.is_key(form):
-            return jax.random.wrap_key_data(jnp.array(leaf), impl=jax.random.key_impl(form))
-        return jax.device_put(jnp.array(leaf), form.sharding)
-
-    kinds, structure = jax.tree.flatten(like)
-    return jax.tree.unflatten(structure, [placed(leaf, form) for leaf, form in zip(leaves, kinds, strict=True)])
+def _placed(leaf: np.ndarray, like: Any) -> Any:
+    """Return an array of the kind and place of ``like``; a copy, since on CPU a device array may share its memory."""
+    if tree.is_key(like):
+        return jax.random.wrap_key_data(jnp.array(leaf), impl=jax.random.key_impl(like))
+    # As committed as before: segments are compiled once.
+    return jax.device_put(np.array(leaf), like.sharding) if like.committed else jnp.array(leaf)

@@ -173,6 +173,36 @@ def test_advice_is_for_what_does_not_fit():
     assert any("over 8 times the devices" in entry.change for entry in advice)
 
 
+def test_a_loss_that_takes_one_batch_size_is_planned():
+    """Half a batch, which tells what grows with it, raises; all scratch memory of a product then counts."""
+
+    def one_size(params, decay, batch, key):
+        assert batch.shape[0] == 8
+        return inner(params, decay, batch, key)
+
+    tx = hg.bilevel(
+        hg.implicit(hg.BilevelProblem(one_size, outer)),
+        inner_optimizer=optax.adam(1e-3),
+        outer_optimizer=optax.adam(1e-2),
+    )
+    assert planned(tx).activations >= planned().activations > 0
+
+
+def test_advice_on_solvers_is_for_estimators_that_solve():
+    evolving = hg.bilevel(
+        hg.evolution(PROBLEM, sigma=0.1, num_pairs=2, persistent=True, horizon=8),
+        inner_optimizer=optax.sgd(0.1),
+        outer_optimizer=optax.adam(1e-2),
+        window=2,
+    )
+    shapes = hg.BilevelParams([SHAPE], [SHAPE])
+    batch = jax.ShapeDtypeStruct((2, 8, 256), jnp.float32)
+    last = jax.ShapeDtypeStruct((8, 256), jnp.float32)
+    found = hg.plan(evolving, shapes, inner_batch=batch, outer_batch=last).advice
+    assert any("pairs" in entry.change for entry in found)
+    assert not any("solver" in entry.change or "rank" in entry.change for entry in found)
+
+
 @pytest.mark.slow
 def test_a_basis_is_told_to_shrink():
     found = planned(transformation(solver=hg.solvers.recycled_cg(4, 6)))
@@ -218,8 +248,8 @@ def test_refusals():
         hg.plan(optax.adam(1e-3), variables, **batches)
     with pytest.raises(TypeError, match=r"no inner_optimizer beside a hg\.bilevel"):
         hg.plan(transformation(), variables, **batches, inner_optimizer=optax.sgd(0.1))
-    with pytest.raises(TypeError, match=r"no more keywords beside an estimator; got value"):
-        hg.plan(hg.implicit(PROBLEM), variables, **batches, value=1.0)
+    with pytest.raises(TypeError, match=r"no extra_args beside an estimator; got value"):
+        hg.plan(hg.implicit(PROBLEM), variables, **batches, extra_args={"value": 1.0})
     with pytest.raises(ValueError, match="device_bytes"):
         hg.plan(transformation(), variables, **batches, device_bytes=0)
     with pytest.raises(TypeError, match="BilevelParams"):

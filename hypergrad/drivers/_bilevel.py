@@ -135,7 +135,8 @@ def bilevel(
       every: an outer step is due on calls ``every``, 2·``every``, …; or a function from the call's number
         (int32, from 1) to a scalar bool, e.g. ``lambda n: (n > 1000) & (n % 10 == 0)`` for a warm-up.
       guard: when to skip an outer step: ``hg.guard(max_residual=3.0)``. None takes every step. With a guard the update
-        of the outer optimizer is computed twice, once to look at it: that saves three copies of the hyperparameters.
+        of the outer optimizer is computed twice: to check it, and to apply it. This saves three copies of the
+        hyperparameters.
       key: an int or a ``jax.random.key``; all randomness of the run derives from it.
       model_state: initial model state of a stateful problem, here or at ``init``.
 

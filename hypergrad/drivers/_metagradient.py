@@ -27,7 +27,7 @@ from jax import lax
 
 from hypergrad import data, dataflow, stores, tree, validate
 from hypergrad.drivers import _revolve
-from hypergrad.estimators import reverse, unrolled
+from hypergrad.estimators import least_memory, unrolled
 from hypergrad.problem import (
     BilevelParams,
     BilevelProblem,
@@ -61,7 +61,7 @@ class MetagradientStatus(enum.IntEnum):
 
 
 class MetagradientInfo(NamedTuple):
-    """What is known of a metagradient. On the host, but for weights and their gradient.
+    """Diagnostics of a metagradient. ``params`` and ``params_grad`` are on the device, the rest on the host.
 
     Attributes:
       status: a ``MetagradientStatus``. Unless it is FINISHED, the hypergradient is NaN.
@@ -124,7 +124,7 @@ def metagradient(
       batch_at: ``batch_at(i) -> batch`` of step i, a pure function of a traced int32; ``hg.IndexedBatch`` or arrays.
       num_steps: T ≥ 1.
       segment: steps per segment. One segment at a time is differentiated in memory, with about 2 √segment copies of
-        weights and optimizer state and as many inner gradients as steps.
+        weights, optimizer state and gradient.
       store: of the states that are kept: ``hg.stores.host(10)``, ``device``, or ``directory``, which can resume. Over
         several processes: ``device``.
       evaluate_at: increasing numbers of steps in 1 … T at which the outer loss is taken; None: (T,). The run ends at
@@ -194,7 +194,7 @@ class Run:
         self.num_steps = validate.positive_int("num_steps", num_steps)
         self.segment = min(validate.positive_int("segment", segment), self.num_steps)
         self.evaluate_at = _evaluations(evaluate_at, self.num_steps)
-        self.store, self.inner_optimizer, self.batch_at = _checked_store(store), inner_optimizer, batch_at
+        self.store, self.inner_optimizer = _checked_store(store), inner_optimizer
         last = self.evaluate_at[-1]
         self.boundaries = sorted({*range(0, last, self.segment), *self.evaluate_at})
 
@@ -257,7 +257,7 @@ class Run:
 
     def _reverse(
         self,
-        settings: tuple[int, int | None],
+        settings: tuple[int, bool],
         at: Trained,
         hyperparams: Hyperparams,
         keys: Keys,
@@ -265,11 +265,12 @@ class Run:
         outer_batch: Batch,
         before: _Progress,
         number: Array,
+        evaluation: Array,
     ) -> tuple[_Progress, Array]:
         """Return what is gathered after a segment, and whether training, outer loss and cotangent are finite."""
-        length, evaluation = settings
+        length, evaluates = settings
         floats, restore = tree.split_floating(at._replace(inner_loss=()))
-        options: dict[str, Any] = {"mixed": True, "checkpoint_every": reverse().interval(length)}
+        options: dict[str, Any] = {"mixed": True, "checkpoint_every": least_memory(length)}
 
         def segment(floats: list[Array], hyperparams: Hyperparams) -> tuple[list[Array], tuple[Trained, Array]]:
             start = restore(floats)._replace(inner_loss=jnp.nan)
@@ -281,7 +282,7 @@ class Run:
         ends, back, (reached, loss) = jax.vjp(segment, floats, hyperparams, has_aux=True)
         cotangent, hypergrad, losses, norms, params = before
         outer_finite = jnp.array(True)
-        if evaluation is not None:
+        if evaluates:
             restored = tree.split_floating(reached)[1]
             count = len(self.evaluate_at)
             if keys.outer is not None and count > 1:
@@ -297,7 +298,7 @@ class Run:
             cotangent = [c + (g / count).astype(c.dtype) for c, g in zip(cotangent, slopes, strict=True)]
             hypergrad = jax.tree.map(lambda a, g: a + g.astype(a.dtype) / count, hypergrad, direct)
             losses = losses.at[evaluation].set(value.astype(losses.dtype))
-            params = reached.params if evaluation == count - 1 else params
+            params = optax.tree.where(evaluation == count - 1, reached.params, params)
             norms = norms.at[number + 1].set(tree.scaled_norm(cotangent).astype(norms.dtype))
         trained = jnp.isfinite(loss) & ~tree.newly_bad(reached[:3], at[:3])
         cotangent, through = back(cotangent)
@@ -388,7 +389,7 @@ class Call:
         """Follow the schedule from where an earlier call stopped, if one did."""
         self.begun = time.perf_counter()
         run, actions = self.run, list(_revolve.schedule(self.run.num_segments, self.store.slots))
-        self.kept = self.store.open(self._about, (tree.num_bytes(self.start), tree.num_bytes(self.blank)))
+        self.kept = self.store.open(self._about, self.num_bytes_kept)
         position, progress = self._resumed()
         here: Trained | None = self.start if position == 0 else None
         if position and actions[position - 1].kind == "keep":
@@ -426,6 +427,12 @@ class Call:
             warnings.warn(f"{damage}: the run begins again.", stacklevel=4)
             return 0, self.blank
 
+    @property
+    def num_bytes_kept(self) -> int:
+        """What the store holds at most: states beside the first, and two of what is gathered."""
+        num_states = min(self.store.slots, self.run.num_segments) - 1
+        return num_states * tree.num_bytes(self.start) + 2 * tree.num_bytes(self.blank)
+
     def _restored(self, at: int, done: Sequence[_revolve.Action]) -> Trained:
         """Return the state at a boundary; where it is damaged, run on from the one kept before it."""
         if at == 0:
@@ -457,10 +464,11 @@ class Call:
     def reverse_arguments(self, state: Trained | None, number: int, progress: _Progress) -> tuple[Any, ...]:
         """Return what ``Run.reverse`` takes for a segment."""
         run, end = self.run, self.run.boundaries[number + 1]
-        evaluation = run.evaluate_at.index(end) if end in run.evaluate_at else None
-        first, place = (jnp.asarray(x, jnp.int32) for x in (run.boundaries[number], number))
-        rest = self.variables.hyperparams, self.keys, first, self.outer_batch, progress, place
-        return (run.length(number), evaluation), state, *rest
+        evaluates = end in run.evaluate_at
+        numbers = run.boundaries[number], number, run.evaluate_at.index(end) if evaluates else 0
+        first, *places = (jnp.asarray(x, jnp.int32) for x in numbers)
+        rest = self.variables.hyperparams, self.keys, first, self.outer_batch, progress, *places
+        return (run.length(number), evaluates), state, *rest
 
     def _finished(
         self, progress: _Progress, status: MetagradientStatus, at_step: int
@@ -516,10 +524,10 @@ def _batch(batch_at: Callable[[Array], Batch], step: Array) -> Batch:
 def _evaluations(evaluate_at: Any, num_steps: int) -> tuple[int, ...]:
     if evaluate_at is None:
         return (num_steps,)
-    if not isinstance(evaluate_at, Sequence | np.ndarray):
-        fix = f"Pass evaluate_at=({evaluate_at},) for one step."
+    if isinstance(evaluate_at, str) or not isinstance(evaluate_at, Sequence | np.ndarray | jax.Array):
+        fix = "Pass a tuple of ints, e.g. evaluate_at=(num_steps // 2, num_steps)."
         raise TypeError(validate.message("evaluate_at to be a sequence of steps", validate.describe(evaluate_at), fix))
-    found = tuple(validate.positive_int("an entry of evaluate_at", step) for step in evaluate_at)
+    found = tuple(validate.positive_int("an entry of evaluate_at", step) for step in np.asarray(evaluate_at).tolist())
     if not found or list(found) != sorted(set(found)) or found[-1] > num_steps:
         fix = "Pass e.g. evaluate_at=(num_steps // 2, num_steps)."
         wanted = f"evaluate_at to be increasing numbers of steps, up to {num_steps}"

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,11 +49,11 @@ class MemoryPlan(NamedTuple):
       estimator_state: the solver's warm start (one vector by default), the basis of ``recycled_cg``, a copy of the
         weights.
       batches: the batches given, and the model state.
-      activations: scratch memory that grows with the inner batch, of one Hessian product, or of one gradient where the
-        method takes no products: activations and their tangents. The step may hold it more than once.
+      activations: scratch memory of one Hessian product that grows with the inner batch (of one gradient, if the
+        method takes no products): activations and their tangents. A step may hold it more than once.
       vectors: the rest of the scratch memory: the solver's vectors, the steps that an unroll keeps, new weights,
         constrained hyperparameters.
-      results: results that no donated argument makes room for.
+      results: memory of results that cannot take the place of a donated argument.
       advice: what to change where it is too much.
     """
 
@@ -93,14 +93,14 @@ def plan(
     solve_batch: Batch = None,
     model_state: ModelState = None,
     device_bytes: int | None = None,
-    **extra_args: Any,
+    extra_args: Mapping[str, Any] | None = None,
 ) -> MemoryPlan:
     """Compile a joint step or a hypergradient without running it, and return its memory by part.
 
     Args:
       driver: a ``hg.bilevel(...)``: the step is ``update`` and ``optax.apply_updates`` in one ``jax.jit`` with
-        variables and state donated (without ``donate_argnums`` it takes about half as much again), and takes the
-        gradients itself. Or an estimator: the call is that of
+        variables and state donated, and takes the gradients itself. (Without ``donate_argnums`` old and new variables
+        and states are in memory together.) Or an estimator: the call is that of
         ``hg.value_and_hypergrad(estimator, inner_optimizer)``.
       variables: ``BilevelParams`` of arrays or ``jax.ShapeDtypeStruct``, whose shardings count.
       inner_batch: as of ``update`` or of the function, arrays or ``jax.ShapeDtypeStruct``.
@@ -109,14 +109,14 @@ def plan(
       solve_batch: as of ``update``.
       model_state: of a stateful problem.
       device_bytes: a budget; with it, ``advice`` is empty where the plan fits.
-      **extra_args: more keywords of ``update``, with a ``hg.bilevel``.
+      extra_args: more keywords of ``update`` by name, with a ``hg.bilevel``.
 
     Returns:
       A ``MemoryPlan``.
 
     Raises:
       TypeError: ``driver`` is neither; variables that are no ``BilevelParams``; an ``inner_optimizer`` beside a
-        ``hg.bilevel``, or more keywords beside an estimator.
+        ``hg.bilevel``, or ``extra_args`` beside an estimator.
       ValueError: ``device_bytes`` < 1; what the driver refuses.
 
     Valid for the program as this version of XLA compiles it for the default backend. Memory that the process holds
@@ -138,7 +138,7 @@ def plan(
         validate.positive_int("device_bytes", device_bytes)
     variables = check_variables(jax.tree.map(_shape, variables))
     batches = jax.tree.map(_shape, (inner_batch, outer_batch, solve_batch))
-    model_state, extra = jax.tree.map(_shape, (model_state, extra_args))
+    model_state, extra = jax.tree.map(_shape, (model_state, dict(extra_args or {})))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OverfittingWarning)  # nothing is learned here
         program = _program(driver, inner_optimizer, variables, batches, model_state, extra)
@@ -153,7 +153,8 @@ def plan(
     count = sum(math.prod(_on_a_device(leaf)) for leaf in jax.tree.leaves(variables.params))
     total = sum(sizes.values())
     fits = device_bytes is not None and total <= device_bytes
-    advice = () if fits else _advice(program.parts["outer_state"], sizes, total, device_bytes)
+    solves = program.estimator.unknowns is not None
+    advice = () if fits else _advice(solves, program.parts["outer_state"], sizes, total, device_bytes)
     return MemoryPlan(total, total / max(count, 1), **sizes, advice=advice)
 
 
@@ -186,7 +187,7 @@ def _program(
         raise TypeError(validate.message("a hg.bilevel or an estimator", validate.describe(driver), fix))
     if extra:
         fix = "Leave them out: only the update of a hg.bilevel takes more."
-        raise TypeError(validate.message("no more keywords beside an estimator", ", ".join(extra), fix))
+        raise TypeError(validate.message("no extra_args beside an estimator", ", ".join(extra), fix))
     return _hypergradient(driver, inner_optimizer, variables, batches, model_state)
 
 
@@ -257,7 +258,7 @@ def _activations(program: _Program, variables: BilevelParams) -> int:
     whole, half = scratch(program.inner_batch), _half(program.inner_batch, 1 if program.windowed else 0)
     try:
         return min(max(0, 2 * (whole - scratch(half))), whole)
-    except (TypeError, ValueError):
+    except Exception:  # whatever a loss raises that takes no other batch
         return whole
 
 
@@ -282,27 +283,32 @@ def _half(batch: Batch, axis: int) -> Batch:
     return jax.tree.map(cut, batch, is_leaf=is_part)
 
 
-def _advice(outer_state: PyTree, sizes: dict[str, int], total: int, budget: int | None) -> tuple[Advice, ...]:
+def _advice(
+    solves: bool, outer_state: PyTree, sizes: dict[str, int], total: int, budget: int | None
+) -> tuple[Advice, ...]:
     """Return what would save at least a fiftieth, the largest saving first."""
-    change = "learn fewer hyperparameters: one per layer or per group in place of one per weight"
+    change = "learn fewer hyperparameters, e.g. one per group"
     found = [Advice(change, sizes["hyperparams"] + sizes["outer_state"])]
-    if sizes["estimator_state"] >= sizes["weights"]:
+    if solves and sizes["estimator_state"] >= sizes["weights"]:
         found.append(Advice("take a solver without a state: hg.solvers.neumann(5)", sizes["estimator_state"]))
     first_moments = [adam.mu for adam in jax.tree.leaves(outer_state, is_leaf=_is_adam) if _is_adam(adam)]
     wide = [leaf for leaf in jax.tree.leaves(first_moments) if leaf.dtype == jnp.float32]
     if wide:
         change = "keep the first moment of the outer optimizer in bfloat16: optax.adam(rate, mu_dtype=jnp.bfloat16)"
         found.append(Advice(change, _bytes_on_a_device(wide) // 2))
-    change = "halve the inner batch, or put jax.checkpoint around parts of the model"
+    change = "halve the inner batch, or take hg.microbatched or, around parts of the model, jax.checkpoint"
     found.append(Advice(change, sizes["activations"] // 2))
     if sizes["vectors"] > 6 * sizes["weights"]:
-        change = (
-            "keep fewer vectors or steps: a shorter window, hg.reverse(checkpoint_every=...), a smaller restart or "
-            "rank, no reorthogonalize=True"
+        change = "keep fewer vectors or steps: "
+        change += (
+            "a smaller restart or rank, no reorthogonalize=True"
+            if solves
+            else "a shorter window, hg.reverse(checkpoint_every=...)"
         )
         found.append(Advice(change, (sizes["vectors"] - 6 * sizes["weights"]) // 2))
     if sizes["estimator_state"] > 2 * sizes["weights"]:
-        found.append(Advice("lower the rank of the solver, or the pairs", sizes["estimator_state"] // 2))
+        change = "lower the rank of the solver" if solves else "take fewer pairs of particles"
+        found.append(Advice(change, sizes["estimator_state"] // 2))
     shared = total - sizes["batches"] - sizes["activations"]
     devices = 2
     while budget is not None and total - shared + shared / devices > budget and devices < 1024:
@@ -370,12 +376,11 @@ class MetagradientPlan(NamedTuple):
       num_segments: n.
       num_repeats: r, how often a segment runs forward at most before it is differentiated.
       num_forward: segments that run forward in all, without those that are differentiated.
-      forward_equivalents: the cost of all, in segments that run forward.
-      forward_seconds: of one segment.
-      reverse_seconds: of one segment that is differentiated.
-      seconds: of all.
+      forward_seconds: of one segment of full length.
+      reverse_seconds: of one segment of full length that is differentiated.
+      seconds: of all, without compilation.
       device_bytes: the peak on the device: arguments, results and scratch memory of a differentiated segment, the
-        weights and hyperparameters given, and what the store keeps there.
+        weights and hyperparameters given, and what the store keeps there. Memory of the compiler is not in it.
       host_bytes: of the states kept in host memory.
       disk_bytes: of the files.
     """
@@ -385,13 +390,25 @@ class MetagradientPlan(NamedTuple):
     num_segments: int
     num_repeats: int
     num_forward: int
-    forward_equivalents: float
     forward_seconds: float
     reverse_seconds: float
     seconds: float
     device_bytes: int
     host_bytes: int
     disk_bytes: int
+
+    @property
+    def forward_equivalents(self) -> float:
+        """The time of all, in segments that run forward."""
+        return self.seconds / self.forward_seconds
+
+    def __str__(self) -> str:
+        """Return the plan in two lines."""
+        return (
+            f"{self.num_segments:,} segments of {self.segment:,} steps, {self.slots:,} slots: {self.num_forward:,} "
+            f"segments run forward, about {self.seconds:.3g} s\n"
+            f"{self.device_bytes:,} bytes on the device, {self.host_bytes:,} on the host, {self.disk_bytes:,} in files"
+        )
 
 
 def metagradient_plan(
@@ -408,26 +425,28 @@ def metagradient_plan(
 
     ``fn(params, hyperparams, outer_batch, *, key, model_state=None, device_bytes=None) -> MetagradientPlan``
 
-    seconds = (r n − C(s + r, r − 1)) · seconds forward + n · seconds reverse, with n segments and s slots.
+    seconds = (r n − C(s + r, r − 1)) · seconds forward + n · seconds reverse, with n segments of one length and s
+    slots; shorter segments count by their length, and outer losses on top.
 
     Args:
-      problem: as of ``metagradient``, and so are the others.
-      inner_optimizer: see there.
-      batch_at: see there.
-      num_steps: see there.
-      segment: see there.
-      store: see there; no file is written.
-      evaluate_at: see there.
+      problem: this and all others are those of ``metagradient``. No file is written.
+      inner_optimizer: an optax transformation, or a function of the constrained hyperparameters.
+      batch_at: batch of a step.
+      num_steps: T.
+      segment: steps per segment, the most that a budget leaves.
+      store: its slots are the most that a budget leaves.
+      evaluate_at: steps at which the outer loss is taken.
 
     Returns:
-      The function. With ``device_bytes`` the plan has the longest segment of at most ``segment`` steps, halved as often
-      as needed, whose peak is not larger: pass ``plan.segment`` to ``metagradient``.
+      The function. With ``device_bytes``, a budget for the peak, ``segment`` is halved, and a store on the device gets
+      fewer slots, until the run fits; of what fits it takes that which runs the fewest steps. Pass ``plan.segment`` and
+      ``plan.slots`` on.
 
     Raises:
       TypeError: as ``metagradient``.
-      ValueError: as ``metagradient``; or ``device_bytes`` that one step does not fit into.
+      ValueError: as ``metagradient``; or ``device_bytes`` below what one step and one slot take.
 
-    Valid where all segments take as long as the first; on a shared machine times vary.
+    Valid where a step takes as long as those of the first segment; on a shared machine times vary.
 
     >>> import hypergrad as hg, jax.numpy as jnp, optax
     >>> loss = lambda w, target, batch, key: 0.5 * jnp.sum((w - target) ** 2)
@@ -440,7 +459,7 @@ def metagradient_plan(
     Reference: Griewank & Walther 2000.
     """
     settings = problem, inner_optimizer, batch_at, num_steps
-    run = _metagradient.Run(*settings, segment, store, evaluate_at)
+    first = _metagradient.Run(*settings, segment, store, evaluate_at)
 
     def fn(
         params: Params,
@@ -451,49 +470,66 @@ def metagradient_plan(
         model_state: ModelState = None,
         device_bytes: int | None = None,
     ) -> MetagradientPlan:
-        given = params, hyperparams, outer_batch, key, model_state
-        tried = run
+        if device_bytes is not None:
+            validate.positive_int("device_bytes", device_bytes)
+        run = first
+        found: list[tuple[int, int, int, _metagradient.Call]] = []  # steps forward, the order, bytes
         while True:
-            call = _metagradient.Call(tried, *given)
-            needed = _peak(call)
-            if device_bytes is None or needed <= device_bytes:
-                return _planned(call, needed)
-            if tried.segment == 1:
-                fix = "Shard the weights, or take smaller batches."
-                got = f"{needed:,} for segments of one step"
-                raise ValueError(validate.message(f"a metagradient in {device_bytes:,} bytes", got, fix))
-            tried = _metagradient.Run(*settings, tried.segment // 2, store, evaluate_at)
+            call = _metagradient.Call(run, params, hyperparams, outer_batch, key, model_state, store)
+            used, of_a_state = _peak(call), _bytes_on_a_device(jax.tree.map(_shape, call.start))
+            slots = min(store.slots, run.num_segments)
+            if store.where != "device":
+                of_a_state = 0
+            elif device_bytes is not None:
+                slots = min(slots, 1 + (device_bytes - used) // of_a_state)
+            needed = used + (slots - 1) * of_a_state
+            if device_bytes is None or (slots > 0 and needed <= device_bytes):
+                call.store = store._replace(slots=store.slots if slots == run.num_segments else slots)
+                found.append((sum(_steps_forward(call)), len(found), needed, call))
+            if run.segment == 1 or (found and call.store.slots == store.slots):
+                break
+            run = _metagradient.Run(*settings, run.segment // 2, store, evaluate_at)
+        if not found:
+            fix = "Shard the weights, or take smaller batches."
+            got = f"{used:,} for segments of one step and one slot"
+            raise ValueError(validate.message(f"a metagradient in {device_bytes:,} bytes", got, fix))
+        *_, needed, call = min(found)
+        return _planned(call, needed)
 
     return fn
 
 
-def _peak(call: _metagradient.Call) -> int:
-    """Return the bytes on a device: of a segment that is differentiated, as compiled, and of the states kept there."""
+def _longest(call: _metagradient.Call) -> int:
+    """Return the number of the longest segment; of several, the first."""
+    return max(range(call.run.num_segments), key=call.run.length)
+
+
+def _steps_forward(call: _metagradient.Call) -> list[int]:
+    """Return the lengths of the segments that run forward."""
     run = call.run
-    reverse = call.reverse_arguments(call.start, run.num_segments - 1, call.blank)
-    memory: Any = run.reverse.lower(*reverse).compile().memory_analysis()
+    actions = _revolve.schedule(run.num_segments, call.store.slots)
+    parts = (range(action.at, action.to) for action in actions if action.kind == "forward")
+    return [run.length(number) for number in itertools.chain.from_iterable(parts)]
+
+
+def _peak(call: _metagradient.Call) -> int:
+    """Return the bytes on a device of a segment that is differentiated, as compiled."""
+    run = call.run
+    settings, *rest = call.reverse_arguments(call.start, _longest(call), call.blank)
+    memory: Any = run.reverse.lower((settings[0], True), *rest).compile().memory_analysis()
     # Results take the place of donated arguments.
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    used += _bytes_on_a_device(jax.tree.map(_shape, call.variables)) - memory.alias_size_in_bytes
-    on_device = _num_kept(run) * _bytes_on_a_device(jax.tree.map(_shape, call.start))
-    return used + (on_device if run.store.where == "device" else 0)
-
-
-def _num_kept(run: _metagradient.Run) -> int:
-    """Return how many states the store holds beside the first."""
-    return min(run.store.slots, run.num_segments) - 1
+    return used + _bytes_on_a_device(jax.tree.map(_shape, call.variables)) - memory.alias_size_in_bytes
 
 
 def _planned(call: _metagradient.Call, device_bytes: int) -> MetagradientPlan:
     """Time a segment, and count."""
-    run = call.run
-    slots, where, kept = run.store.slots, run.store.where, _num_kept(run) * tree.num_bytes(call.start)
-    forward = call.forward_arguments(call.start, 0)
-    reverse = call.reverse_arguments(call.start, run.num_segments - 1, call.blank)
+    run, store, number = call.run, call.store, _longest(call)
+    settings, *rest = call.reverse_arguments(call.start, number, call.blank)
 
     def seconds(fn: Callable[..., Any], arguments: tuple[Any, ...], donated: int | None) -> float:
         times = []
-        for _ in range(3):
+        for _ in range(4):
             fresh = list(arguments)
             if donated is not None:
                 fresh[donated] = jax.tree.map(jnp.copy, arguments[donated])
@@ -503,19 +539,24 @@ def _planned(call: _metagradient.Call, device_bytes: int) -> MetagradientPlan:
             times.append(time.perf_counter() - begun)
         return min(times[1:])
 
-    one, back = seconds(run.forward, forward, None), seconds(run.reverse, reverse, 6)
-    steps = _revolve.num_forward(run.num_segments, slots)
+    def reverse_seconds(evaluates: bool) -> float:
+        return seconds(run.reverse, ((settings[0], evaluates), *rest), 6)
+
+    one, forward = seconds(run.forward, call.forward_arguments(call.start, number), None), _steps_forward(call)
+    evaluating = reverse_seconds(True)
+    back = evaluating if len(run.evaluate_at) == run.num_segments else reverse_seconds(False)
+    steps = sum(forward) * one + run.boundaries[-1] * back
+    kept = (min(store.slots, run.num_segments) - 1) * tree.num_bytes(call.start)
     return MetagradientPlan(
         segment=run.segment,
-        slots=slots,
+        slots=store.slots,
         num_segments=run.num_segments,
-        num_repeats=_revolve.num_repeats(run.num_segments, slots),
-        num_forward=steps,
-        forward_equivalents=steps + run.num_segments * back / one,
+        num_repeats=_revolve.num_repeats(run.num_segments, store.slots),
+        num_forward=len(forward),
         forward_seconds=one,
         reverse_seconds=back,
-        seconds=steps * one + run.num_segments * back,
+        seconds=steps / run.length(number) + len(run.evaluate_at) * max(0.0, evaluating - back),
         device_bytes=device_bytes,
-        host_bytes=kept if where == "host" else 0,
-        disk_bytes=kept + 2 * tree.num_bytes(call.blank) if where == "directory" else 0,
+        host_bytes=kept if store.where == "host" else 0,
+        disk_bytes=call.num_bytes_kept if store.where == "directory" else 0,
     )

@@ -68,8 +68,7 @@ def schedule(num_segments: int, slots: int) -> Iterator[Action]:
         if stop - start == 1:
             yield Action("reverse", start, start)
             if parts:
-                if free > 0:
-                    yield Action("drop", start, start)
+                yield Action("drop", start, start)
                 yield Action("restore", parts[-1][0], parts[-1][0])
             continue
         middle = start + _split(stop - start, free)

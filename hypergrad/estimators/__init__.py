@@ -4,7 +4,7 @@ from hypergrad.estimators._direct import direct
 from hypergrad.estimators._evolution import EvolutionInfo, centered_ranks, evolution
 from hypergrad.estimators._first_order import FirstOrderInfo, first_order
 from hypergrad.estimators._implicit import implicit
-from hypergrad.estimators._modes import UnrollMode, forward, reverse
+from hypergrad.estimators._modes import UnrollMode, forward, least_memory, reverse
 from hypergrad.estimators._partition import partition
 from hypergrad.estimators._protocol import Estimate, Estimator
 from hypergrad.estimators._sama import sama
@@ -23,6 +23,7 @@ __all__ = [
     "first_order",
     "forward",
     "implicit",
+    "least_memory",
     "partition",
     "reverse",
     "sama",

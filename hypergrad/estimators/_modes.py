@@ -19,7 +19,7 @@ import numpy as np
 from hypergrad import tree, validate
 from hypergrad.types import Array, Hyperparams, PyTree
 
-__all__ = ["UnrollMode", "forward", "reverse"]
+__all__ = ["UnrollMode", "forward", "least_memory", "reverse"]
 
 Window: TypeAlias = Callable[[Hyperparams], PyTree]
 """λ ↦ what the window reached."""
@@ -60,11 +60,18 @@ class UnrollMode(NamedTuple):
         """Return the steps between checkpoints in a window: by default 1, and about √K from K = 50 on, dividing K."""
         if self.checkpoint_every is not None:
             return self.checkpoint_every
-        if length < _TWO_LEVELS_FROM:
-            return 1
-        root = math.sqrt(length)
-        near = [c for c in range(math.ceil(root / 2), math.floor(2 * root) + 1) if length % c == 0]
-        return min(near, key=lambda c: c + length // c, default=round(root))
+        return 1 if length < _TWO_LEVELS_FROM else least_memory(length)
+
+
+def least_memory(length: int) -> int:
+    """Return the steps between checkpoints at which an unroll of K steps takes the least memory: about √K, dividing K.
+
+    >>> least_memory(50), least_memory(20), least_memory(7)
+    (5, 4, 3)
+    """
+    root = math.sqrt(length)
+    near = [c for c in range(math.ceil(root / 2), math.floor(2 * root) + 1) if length % c == 0]
+    return min(near, key=lambda c: c + length // c, default=round(root))
 
 
 def reverse(
