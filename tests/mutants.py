@@ -31,6 +31,7 @@ KEYS, FAULTS, TOYS, CG = "test_keys.py", "test_faults.py", "test_toys.py", "test
 MINIMIZE, INNER = "test_minimize.py", "test_inner_solvers.py"
 EVOLUTION, DESCENT, LEARNED = "test_evolution.py", "test_hypergradient_descent.py", "test_learned_optimizers.py"
 META = "test_metagradient.py"
+META_MEMORY = "test_metagradient.py -k half_a_segment"
 MUTANTS = [
     # keys
     Mutant(
@@ -900,8 +901,8 @@ MUTANTS = [
     ),
     Mutant(
         "drivers/_metagradient.py",
-        "if evaluation == count - 1 else params",
-        "if evaluation == 0 else params",
+        "evaluation == count - 1, reached.params",
+        "evaluation == 0, reached.params",
         META,
         "weights of the first evaluation",
     ),
@@ -929,8 +930,8 @@ MUTANTS = [
     ),
     Mutant(
         "drivers/_plan.py",
-        "min(run.store.slots, run.num_segments) - 1",
-        "min(run.store.slots, run.num_segments)",
+        "(min(store.slots, run.num_segments) - 1) *",
+        "min(store.slots, run.num_segments) *",
         "test_metagradient.py -k plan",
         "the first state counts as kept",
     ),
@@ -963,7 +964,17 @@ MUTANTS = [
         META,
         "wrong count of segments",
     ),
-    Mutant("stores.py", ".digest() != digest", ".digest() == b''", META, "checksum not compared"),
+    Mutant("stores.py", "stream.read() != digest.digest()", "stream.read() == b''", META, "checksum not compared"),
+    Mutant("stores.py", "signed != self._signed(position, name)", "False", META, "a position of another run counts"),
+    Mutant("stores.py", "if like.committed else jnp.array(leaf)", "", META, "restored states compile segments again"),
+    Mutant(
+        "drivers/_plan.py",
+        "max(range(call.run.num_segments), key=call.run.length)",
+        "call.run.num_segments - 1",
+        "test_metagradient.py -k plan",
+        "a short last segment stands for all",
+    ),
+    Mutant("drivers/_metagradient.py", "least_memory(length)}", "1}", META_MEMORY, "one level of checkpoints"),
     Mutant(
         "stores.py",
         'file.with_name(file.name + ".part")',
@@ -974,12 +985,11 @@ MUTANTS = [
     Mutant("stores.py", "if before and before != name:", "if before:", META, "what was gathered is removed"),
     Mutant(
         "stores.py",
-        'set(self._folder.glob("progress_*")) - {self._folder / name}',
-        "set()",
+        "                file.unlink()\n",
+        "                pass\n",
         META,
         "files of a kill stay",
     ),
-    Mutant("stores.py", "            start += size\n", "", META, "each leaf is the first"),
     Mutant(
         "stores.py",
         "self.bytes_moved += tree.num_bytes(self._states[number])\n        return",
