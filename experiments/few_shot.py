@@ -2,7 +2,7 @@
 
     w_τ(λ) = K steps of SGD on the support images of task τ, from λ       min_λ  mean_τ  CE(w_τ(λ); query images of τ)
 
-    python -m experiments.few_shot [--ways 5] [--shots 1] [--minutes 12] [--seeds 1] [--quick]
+    python -m experiments.few_shot [--ways 5] [--shots 1] [--minutes 10] [--seeds 1] [--quick]
 
 Omniglot (964 classes to learn from, each with its rotations by 90°, 659 others to be judged on, 28 × 28 pixels) where
 ``$HYPERGRAD_DATA/omniglot`` has it, else classes of random strokes. Rows:
@@ -340,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ways", type=int, default=5)
     parser.add_argument("--shots", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=12, help="of each method")
+    parser.add_argument("--minutes", type=float, default=10, help="of each method")
     parser.add_argument("--methods", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a few steps of each: does it run?")
