@@ -60,19 +60,21 @@ class Kept:
         """Return how far an earlier call has come, and what it has gathered; (0, ``progress``) where there is none."""
         return 0, progress
 
+    def reserve(self, num_bytes: int) -> None:
+        """Raise ``OSError`` where there is no space for so many bytes, those that are kept included."""
+
 
 class Store(NamedTuple):
     """Where states are kept.
 
     Attributes:
       slots: s ≥ 1, states that may be kept, that at the start of the run included.
-      open: ``open(about, num_bytes) -> Kept``: for one run. ``about()`` tells runs apart, by name; ``num_bytes`` is
-        what the run keeps at most at one time.
+      open: ``open(about) -> Kept``: for one run. ``about()`` returns what identifies the run, by name.
       where: "device", "host" or "directory".
     """
 
     slots: int
-    open: Callable[[Callable[[], Mapping[str, Any]], int], Kept]
+    open: Callable[[Callable[[], Mapping[str, Any]]], Kept]
     where: str
 
 
@@ -91,7 +93,7 @@ def device(slots: int = 10) -> Store:
     >>> device(3).slots
     3
     """
-    return Store(validate.positive_int("slots", slots), lambda _about, _num_bytes: Kept(), "device")
+    return Store(validate.positive_int("slots", slots), lambda _about: Kept(), "device")
 
 
 def host(slots: int = 10) -> Store:
@@ -109,19 +111,19 @@ def host(slots: int = 10) -> Store:
     >>> host(3).where
     'host'
     """
-    return Store(validate.positive_int("slots", slots), lambda _about, _num_bytes: _Host(), "host")
+    return Store(validate.positive_int("slots", slots), lambda _about: _Host(), "host")
 
 
 def directory(path: str | os.PathLike[str], slots: int = 10) -> Store:
     """Keep states in files, and resume a run that was stopped: the same call goes on, and ends with the same bits.
 
     Args:
-      path: of a directory for one call, with one λ, in one process at a time; made where it is missing. When the run
-        has ended, it holds the result, which the same call returns at once: remove it to start again.
+      path: a directory for one call with one λ, created if missing. Only one process may use it at a time. After the
+        run it holds the result, and the same call returns it at once: remove it to start again.
       slots: s ≥ 1.
 
     Returns:
-      A ``Store``. Files are written beside their place and moved there, and hold a checksum. A state that is damaged
+      A ``Store``. Each file is written under another name and then renamed, and has a checksum. A state that is damaged
       is named in a warning, and computed again from the one before it.
 
     Raises:
@@ -135,7 +137,7 @@ def directory(path: str | os.PathLike[str], slots: int = 10) -> Store:
     folder = pathlib.Path(path).expanduser()
     return Store(
         validate.positive_int("slots", slots),
-        lambda about, num_bytes: _Directory(folder, slots, about(), num_bytes),
+        lambda about: _Directory(folder, slots, about()),
         "directory",
     )
 
@@ -151,20 +153,17 @@ class _Host(Kept):
 
 
 class _Directory(Kept):
-    def __init__(self, folder: pathlib.Path, slots: int, about: Mapping[str, Any], num_bytes: int) -> None:
+    def __init__(self, folder: pathlib.Path, slots: int, about: Mapping[str, Any]) -> None:
         super().__init__()
         self._folder = folder
         about = json.loads(json.dumps({**about, "slots": slots}))
         known, self._about = folder / "run.json", json.dumps(about, indent=1).encode()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if known.exists():
-                _compare(folder, _content(known), about)
+            self._begun = known.exists()
+            if self._begun:
+                _compare(folder, _content(known, dict), about)
             else:
-                free = shutil.disk_usage(folder).free
-                if free < num_bytes:
-                    fix = "Free space, take fewer slots, or another directory."
-                    raise OSError(validate.message(f"{num_bytes:,} bytes of space in {folder}", f"{free:,}", fix))
                 self._position()  # refuses what is left of another run
                 _write(known, [self._about])
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
@@ -193,20 +192,34 @@ class _Directory(Kept):
 
     def resume(self, progress: PyTree) -> tuple[int, PyTree]:
         position, name = self._position()
-        for file in self._folder.iterdir():  # what a kill has left
-            if file.name != name and re.fullmatch(r"progress_\d+|(progress|state)_\d+\.part", file.name):
+        for file in self._own_files() if self._begun else []:  # what a kill has left
+            if file.name != name and not re.fullmatch(r"state_\d+", file.name):
                 file.unlink()
-        return position, (self._load(name, progress) if name else progress)
+        try:
+            return position, (self._load(name, progress) if name else progress)
+        except DamagedError:  # the run begins again, and with it the position
+            (self._folder / "position.json").unlink()
+            (self._folder / name).unlink(missing_ok=True)
+            raise
+
+    def reserve(self, num_bytes: int) -> None:
+        free = shutil.disk_usage(self._folder).free + sum(file.stat().st_size for file in self._own_files())
+        if free < num_bytes:
+            fix = "Free space, take fewer slots, or another directory."
+            raise OSError(validate.message(f"{num_bytes:,} bytes of space in {self._folder}", f"{free:,}", fix))
+
+    def _own_files(self) -> list[pathlib.Path]:
+        return [file for file in self._folder.iterdir() if re.fullmatch(r"(progress|state)_\d+(\.part)?", file.name)]
 
     def _position(self) -> tuple[int, str]:
         file = self._folder / "position.json"
         if not file.exists():
             return 0, ""
         try:
-            position, name, signed = _content(file)
-        except (TypeError, ValueError):
-            signed = None
-        if signed is None or signed != self._signed(position, name):
+            position, name, signed = _content(file, list)
+        except ValueError:
+            position, name, signed = 0, "", ""
+        if signed != self._signed(position, name):
             wanted = f"{file} as this run wrote it"
             raise ValueError(validate.message(wanted, "a damaged file, or one of another run", "Remove the directory."))
         return position, name
@@ -250,11 +263,14 @@ class _Directory(Kept):
         return state
 
 
-def _content(file: pathlib.Path) -> Any:
+def _content(file: pathlib.Path, kind: type) -> Any:
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(validate.message(f"JSON in {file}", "a damaged file", "Remove the directory.")) from error
+        found = json.loads(file.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, kind):
+        raise ValueError(validate.message(f"JSON in {file}", "a damaged file", "Remove the directory."))
+    return found
 
 
 def _compare(folder: pathlib.Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -289,5 +305,5 @@ def _placed(leaf: np.ndarray, like: Any) -> Any:
     """Return an array of the kind and place of ``like``; a copy, since on CPU a device array may share its memory."""
     if tree.is_key(like):
         return jax.random.wrap_key_data(jnp.array(leaf), impl=jax.random.key_impl(like))
-    # As committed as before: segments are compiled once.
+    # Committed arrays stay committed and others not: jit would compile again.
     return jax.device_put(np.array(leaf), like.sharding) if like.committed else jnp.array(leaf)

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hypergrad.types import Array, PyTree
 
 __all__ = [
     "add_scaled",
     "all_finite",
+    "beside",
     "filled",
     "is_key",
     "is_number",
@@ -181,6 +182,33 @@ def unalias(tree: PyTree, *others: PyTree) -> PyTree:
         return leaf
 
     return jax.tree.map(fresh, tree)
+
+
+def beside(tree: PyTree, variables: PyTree) -> PyTree:
+    """Commit arrays that lie nowhere in particular to where ``variables`` lie, so that a step compiles once.
+
+    ``jax.jit`` returns all arrays committed if one argument is, and compiles again for arguments that are and were not.
+    On a mesh they are replicated.
+    """
+    leaves = [x for x in jax.tree.leaves(variables) if isinstance(x, jax.Array) and not is_traced(x)]
+    shardings = {x.sharding for x in leaves if x.committed}
+    meshes = {s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1}
+    if len(meshes) == 1:
+        mesh = meshes.pop()
+    elif len(shardings) != 1 or not isinstance(*shardings, SingleDeviceSharding):
+        return tree
+    else:
+        mesh = None
+
+    def place(x: Array) -> Array:
+        if is_traced(x) or not x.sharding.is_fully_replicated:
+            return x
+        if mesh is None:
+            return x if x.committed else jax.device_put(x, *shardings)
+        axes = [None] * x.ndim if AxisType.Explicit in mesh.axis_types else []  # as a compiled step returns it
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return jax.tree.map(place, tree)
 
 
 def match_dtypes(tree: PyTree, like: PyTree) -> PyTree:

@@ -31,6 +31,7 @@ KEYS, FAULTS, TOYS, CG = "test_keys.py", "test_faults.py", "test_toys.py", "test
 MINIMIZE, INNER = "test_minimize.py", "test_inner_solvers.py"
 EVOLUTION, DESCENT, LEARNED = "test_evolution.py", "test_hypergradient_descent.py", "test_learned_optimizers.py"
 META = "test_metagradient.py"
+META_COMPILE = "test_metagradient.py -k compile_once"
 META_MEMORY = "test_metagradient.py -k half_a_segment"
 MUTANTS = [
     # keys
@@ -965,16 +966,42 @@ MUTANTS = [
         "wrong count of segments",
     ),
     Mutant("stores.py", "stream.read() != digest.digest()", "stream.read() == b''", META, "checksum not compared"),
+    Mutant(
+        "stores.py",
+        '            (self._folder / "position.json").unlink()\n',
+        "",
+        META,
+        "the position outlives what was damaged",
+    ),
+    Mutant(
+        "tree.py",
+        "return x if x.committed else jax.device_put(x, *shardings)",
+        "return x",
+        "test_sharding.py -k on_one_device",
+        "a state that lies nowhere beside variables on a device",
+    ),
     Mutant("stores.py", "signed != self._signed(position, name)", "False", META, "a position of another run counts"),
-    Mutant("stores.py", "if like.committed else jnp.array(leaf)", "", META, "restored states compile segments again"),
+    Mutant(
+        "stores.py",
+        "if like.committed else jnp.array(leaf)",
+        "",
+        META_COMPILE,
+        "restored states compile segments again",
+    ),
     Mutant(
         "drivers/_plan.py",
         "max(range(call.run.num_segments), key=call.run.length)",
         "call.run.num_segments - 1",
-        "test_metagradient.py -k plan",
+        "test_metagradient.py -k short_last",
         "a short last segment stands for all",
     ),
-    Mutant("drivers/_metagradient.py", "least_memory(length)}", "1}", META_MEMORY, "one level of checkpoints"),
+    Mutant(
+        "drivers/_metagradient.py",
+        "least_memory(length)}",
+        "1 if length < 50 else least_memory(length)}",
+        META_MEMORY,
+        "one level of checkpoints",
+    ),
     Mutant(
         "stores.py",
         'file.with_name(file.name + ".part")',

@@ -339,3 +339,20 @@ def test_the_first_step_under_a_mesh_compiles_once(kind):
             variables, state = step(variables, state, batch)
     assert step._cache_size() == 1
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(variables))
+
+
+def test_variables_put_on_one_device_compile_once():
+    loss = lambda w, h, batch, key: jnp.mean((batch @ w) ** 2) + hg.penalties.l2(w, h)  # noqa: E731
+    problem = hg.BilevelProblem(loss, loss)
+    tx = hg.bilevel(hg.implicit(problem), inner_optimizer=optax.adam(1e-2), outer_optimizer=optax.adam(1e-1))
+    variables, batch = jax.device_put((hg.BilevelParams(jnp.ones(3), jnp.ones(3)), jnp.eye(3)), jax.devices()[1])
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(variables, state, batch):
+        updates, state = tx.update(None, state, variables, inner_batch=batch, outer_batch=batch)
+        return optax.apply_updates(variables, updates), state
+
+    state = tx.init(variables)
+    for _ in range(2):
+        variables, state = step(variables, state, batch)
+    assert step._cache_size() == 1

@@ -67,7 +67,7 @@ def main(folder, steps=10, model=1):
     rule, outer_rule = optax.adam(1e-2), optax.adam(1e-1, eps=1e-4)
     tx = hg.bilevel(hg.implicit(problem), inner_optimizer=rule, outer_optimizer=outer_rule, every=2)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))  # without: old and new states are in memory together
+    @functools.partial(jax.jit, donate_argnums=(0, 1))  # without donation, old and new states are in memory at once
     def step(variables, state, train, valid):
         updates, state = tx.update(None, state, variables, inner_batch=train, outer_batch=valid)
         return optax.apply_updates(variables, updates), state

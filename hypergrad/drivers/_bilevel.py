@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hypergrad import data, tree, validate
 from hypergrad.drivers import _guard, _phases
@@ -213,7 +212,7 @@ def bilevel(
             model_state=jax.tree.map(jnp.copy, first_model_state),
             info=HypergradInfo(none - 1, zero, zero, zero, none, none, blank),
         )
-        return _on_mesh(tree.unalias(tree.strip_weak_types(state), variables), variables)
+        return tree.beside(tree.unalias(tree.strip_weak_types(state), variables), variables)
 
     def update(
         updates: Any,
@@ -443,23 +442,6 @@ def _is_due(setup: _Setup, number: Array, outer_batch: Batch) -> tuple[Any, Any]
         wanted = "outer_batch" + (" on every call, where every is a function" if callable(setup.every) else "")
         raise ValueError(validate.message(wanted, "None", fix))
     return False, due
-
-
-def _on_mesh(state: PyTree, variables: BilevelParams) -> PyTree:
-    """Replicate what ``init`` made on one device over the variables' mesh, so that the first step compiles once."""
-    shardings = [x.sharding for x in jax.tree.leaves(variables) if isinstance(x, jax.Array) and not tree.is_traced(x)]
-    meshes = {s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1}
-    if len(meshes) != 1:
-        return state
-    mesh = meshes.pop()
-
-    def place(x: Array) -> Array:
-        if tree.is_traced(x) or not x.sharding.is_fully_replicated:
-            return x
-        axes = [None] * x.ndim if AxisType.Explicit in mesh.axis_types else []  # as a compiled step returns it
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
-
-    return jax.tree.map(place, state)
 
 
 def _once_if(due: Any, step: Callable[[Any], Any], start: Any) -> Any:

@@ -341,7 +341,7 @@ class Call:
         self.variables = check_variables(arrays)
         self.keys = split_keys(validate.as_key(key))
         self.model_state = check_model_state(run.problem, model_state)
-        self.start = run.begin(self.variables, self.model_state)
+        self.start = tree.beside(run.begin(self.variables, self.model_state), self.variables)
         if self.store.where != "device" and not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(self.start)):
             fix = "Pass store=hg.stores.device(slots=10): each device keeps its own part."
             got = "weights or optimizer state that several processes share"
@@ -357,7 +357,8 @@ class Call:
         dtype = tree.wider(*(x.dtype for x in floats))
         losses, norms = jnp.zeros(len(self.run.evaluate_at), dtype), jnp.full(self.run.num_segments + 1, -1, dtype)
         params = optax.tree.zeros_like(self.variables.params)
-        return _Progress(floats, tree.promoted_zeros_like(hyperparams), losses, norms, params)
+        blank = _Progress(floats, tree.promoted_zeros_like(hyperparams), losses, norms, params)
+        return tree.beside(blank, self.variables)
 
     def _about(self) -> dict[str, Any]:
         """Return what tells this run from others, by name."""
@@ -389,8 +390,11 @@ class Call:
         """Follow the schedule from where an earlier call stopped, if one did."""
         self.begun = time.perf_counter()
         run, actions = self.run, list(_revolve.schedule(self.run.num_segments, self.store.slots))
-        self.kept = self.store.open(self._about, self.num_bytes_kept)
+        self.kept = self.store.open(self._about)
         position, progress = self._resumed()
+        if position < len(actions):
+            self.kept.reserve(self.num_bytes_kept)
+        del self.blank  # donated, or not needed any more
         here: Trained | None = self.start if position == 0 else None
         if position and actions[position - 1].kind == "keep":
             here = self._restored(actions[position - 1].at, actions[:position])
@@ -515,7 +519,11 @@ def _checked_store(store: Any) -> stores.Store:
 def _batch(batch_at: Callable[[Array], Batch], step: Array) -> Batch:
     try:
         return batch_at(step)
-    except jax.errors.JAXTypeError as error:
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+    ) as error:
         fix = "Index arrays of JAX, not of NumPy: jnp.asarray(rows)[i]; use jnp.where in place of if."
         got = f"one that raised {type(error).__name__}"
         raise TypeError(validate.message("batch_at to take a traced step number", got, fix)) from error
@@ -524,10 +532,10 @@ def _batch(batch_at: Callable[[Array], Batch], step: Array) -> Batch:
 def _evaluations(evaluate_at: Any, num_steps: int) -> tuple[int, ...]:
     if evaluate_at is None:
         return (num_steps,)
-    if isinstance(evaluate_at, str) or not isinstance(evaluate_at, Sequence | np.ndarray | jax.Array):
+    if not isinstance(evaluate_at, Sequence | np.ndarray) or np.ndim(evaluate_at) != 1:
         fix = "Pass a tuple of ints, e.g. evaluate_at=(num_steps // 2, num_steps)."
         raise TypeError(validate.message("evaluate_at to be a sequence of steps", validate.describe(evaluate_at), fix))
-    found = tuple(validate.positive_int("an entry of evaluate_at", step) for step in np.asarray(evaluate_at).tolist())
+    found = tuple(validate.positive_int("an entry of evaluate_at", step) for step in evaluate_at)
     if not found or list(found) != sorted(set(found)) or found[-1] > num_steps:
         fix = "Pass e.g. evaluate_at=(num_steps // 2, num_steps)."
         wanted = f"evaluate_at to be increasing numbers of steps, up to {num_steps}"

@@ -296,18 +296,20 @@ def _advice(
     if wide:
         change = "keep the first moment of the outer optimizer in bfloat16: optax.adam(rate, mu_dtype=jnp.bfloat16)"
         found.append(Advice(change, _bytes_on_a_device(wide) // 2))
-    change = "halve the inner batch, or take hg.microbatched or, around parts of the model, jax.checkpoint"
+    change = "halve the inner batch, use hg.microbatched, or put jax.checkpoint around parts of the model"
     found.append(Advice(change, sizes["activations"] // 2))
     if sizes["vectors"] > 6 * sizes["weights"]:
         change = "keep fewer vectors or steps: "
         change += (
             "a smaller restart or rank, no reorthogonalize=True"
             if solves
-            else "a shorter window, hg.reverse(checkpoint_every=...)"
+            else "a shorter window or, in hg.unrolled, hg.reverse(checkpoint_every=...)"
         )
         found.append(Advice(change, (sizes["vectors"] - 6 * sizes["weights"]) // 2))
     if sizes["estimator_state"] > 2 * sizes["weights"]:
-        change = "lower the rank of the solver" if solves else "take fewer pairs of particles"
+        change = (
+            "lower the rank of the solver" if solves else "choose a method with a smaller state, or fewer num_pairs"
+        )
         found.append(Advice(change, sizes["estimator_state"] // 2))
     shared = total - sizes["batches"] - sizes["activations"]
     devices = 2
@@ -378,9 +380,9 @@ class MetagradientPlan(NamedTuple):
       num_forward: segments that run forward in all, without those that are differentiated.
       forward_seconds: of one segment of full length.
       reverse_seconds: of one segment of full length that is differentiated.
-      seconds: of all, without compilation.
-      device_bytes: the peak on the device: arguments, results and scratch memory of a differentiated segment, the
-        weights and hyperparameters given, and what the store keeps there. Memory of the compiler is not in it.
+      seconds: of all, without compilation, and without the transfers and files of the store.
+      device_bytes: the peak on the device: arguments, results and scratch memory of a differentiated segment, the first
+        state, and what the store keeps there. Memory of the compiler is not in it.
       host_bytes: of the states kept in host memory.
       disk_bytes: of the files.
     """
@@ -405,8 +407,8 @@ class MetagradientPlan(NamedTuple):
     def __str__(self) -> str:
         """Return the plan in two lines."""
         return (
-            f"{self.num_segments:,} segments of {self.segment:,} steps, {self.slots:,} slots: {self.num_forward:,} "
-            f"segments run forward, about {self.seconds:.3g} s\n"
+            f"{self.num_segments:,} segments of up to {self.segment:,} steps, {self.slots:,} slots: "
+            f"{self.num_forward:,} segments run forward, about {self.seconds:.3g} s\n"
             f"{self.device_bytes:,} bytes on the device, {self.host_bytes:,} on the host, {self.disk_bytes:,} in files"
         )
 
@@ -426,27 +428,29 @@ def metagradient_plan(
     ``fn(params, hyperparams, outer_batch, *, key, model_state=None, device_bytes=None) -> MetagradientPlan``
 
     seconds = (r n − C(s + r, r − 1)) · seconds forward + n · seconds reverse, with n segments of one length and s
-    slots; shorter segments count by their length, and outer losses on top.
+    slots. A shorter segment counts in proportion to its length. The outer losses are added.
 
     Args:
-      problem: this and all others are those of ``metagradient``. No file is written.
+      problem: all arguments are as in ``metagradient``. No file is written.
       inner_optimizer: an optax transformation, or a function of the constrained hyperparameters.
       batch_at: batch of a step.
       num_steps: T.
-      segment: steps per segment, the most that a budget leaves.
-      store: its slots are the most that a budget leaves.
+      segment: steps per segment; with a budget, the longest tried.
+      store: where states are kept; with a budget, the most slots tried.
       evaluate_at: steps at which the outer loss is taken.
 
     Returns:
-      The function. With ``device_bytes``, a budget for the peak, ``segment`` is halved, and a store on the device gets
-      fewer slots, until the run fits; of what fits it takes that which runs the fewest steps. Pass ``plan.segment`` and
-      ``plan.slots`` on.
+      The function. ``device_bytes`` is a budget for the peak: it tries shorter segments, each half as long as the one
+      before, and fewer slots of ``hg.stores.device``, until the run fits. Among the plans that fit, it returns the one
+      with the fewest forward steps. Then pass ``segment=plan.segment`` and, on the device,
+      ``store=hg.stores.device(plan.slots)`` to ``metagradient``.
 
     Raises:
       TypeError: as ``metagradient``.
       ValueError: as ``metagradient``; or ``device_bytes`` below what one step and one slot take.
 
-    Valid where a step takes as long as those of the first segment; on a shared machine times vary.
+    Valid if all steps take about as long as those of the longest segment, which is timed. On a shared machine times
+    vary.
 
     >>> import hypergrad as hg, jax.numpy as jnp, optax
     >>> loss = lambda w, target, batch, key: 0.5 * jnp.sum((w - target) ** 2)
@@ -472,10 +476,11 @@ def metagradient_plan(
     ) -> MetagradientPlan:
         if device_bytes is not None:
             validate.positive_int("device_bytes", device_bytes)
+        given = params, hyperparams, outer_batch, key, model_state
         run = first
-        found: list[tuple[int, int, int, _metagradient.Call]] = []  # steps forward, the order, bytes
+        found: list[tuple[int, int, int, int, _metagradient.Run]] = []  # steps forward, the order, bytes, slots
         while True:
-            call = _metagradient.Call(run, params, hyperparams, outer_batch, key, model_state, store)
+            call = _metagradient.Call(run, *given)
             used, of_a_state = _peak(call), _bytes_on_a_device(jax.tree.map(_shape, call.start))
             slots = min(store.slots, run.num_segments)
             if store.where != "device":
@@ -484,17 +489,17 @@ def metagradient_plan(
                 slots = min(slots, 1 + (device_bytes - used) // of_a_state)
             needed = used + (slots - 1) * of_a_state
             if device_bytes is None or (slots > 0 and needed <= device_bytes):
-                call.store = store._replace(slots=store.slots if slots == run.num_segments else slots)
-                found.append((sum(_steps_forward(call)), len(found), needed, call))
-            if run.segment == 1 or (found and call.store.slots == store.slots):
+                found.append((_num_forward(run, slots)[1], len(found), needed, slots, run))
+            if run.segment == 1 or (found and slots in (store.slots, run.num_segments)):
                 break
             run = _metagradient.Run(*settings, run.segment // 2, store, evaluate_at)
         if not found:
             fix = "Shard the weights, or take smaller batches."
             got = f"{used:,} for segments of one step and one slot"
             raise ValueError(validate.message(f"a metagradient in {device_bytes:,} bytes", got, fix))
-        *_, needed, call = min(found)
-        return _planned(call, needed)
+        *_, needed, slots, run = min(found)
+        slots = store.slots if slots == run.num_segments else slots
+        return _planned(_metagradient.Call(run, *given, store._replace(slots=slots)), needed)
 
     return fn
 
@@ -504,59 +509,57 @@ def _longest(call: _metagradient.Call) -> int:
     return max(range(call.run.num_segments), key=call.run.length)
 
 
-def _steps_forward(call: _metagradient.Call) -> list[int]:
-    """Return the lengths of the segments that run forward."""
-    run = call.run
-    actions = _revolve.schedule(run.num_segments, call.store.slots)
-    parts = (range(action.at, action.to) for action in actions if action.kind == "forward")
-    return [run.length(number) for number in itertools.chain.from_iterable(parts)]
+def _num_forward(run: _metagradient.Run, slots: int) -> tuple[int, int]:
+    """Return how many segments run forward, and how many steps."""
+    parts = [action for action in _revolve.schedule(run.num_segments, slots) if action.kind == "forward"]
+    segments = sum(action.to - action.at for action in parts)
+    return segments, sum(run.boundaries[action.to] - run.boundaries[action.at] for action in parts)
 
 
 def _peak(call: _metagradient.Call) -> int:
-    """Return the bytes on a device of a segment that is differentiated, as compiled."""
+    """Return the bytes on a device of a segment that is differentiated, as compiled, and of the first state."""
     run = call.run
     settings, *rest = call.reverse_arguments(call.start, _longest(call), call.blank)
     memory: Any = run.reverse.lower((settings[0], True), *rest).compile().memory_analysis()
     # Results take the place of donated arguments.
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return used + _bytes_on_a_device(jax.tree.map(_shape, call.variables)) - memory.alias_size_in_bytes
+    return used + _bytes_on_a_device(jax.tree.map(_shape, call.start)) - memory.alias_size_in_bytes
 
 
 def _planned(call: _metagradient.Call, device_bytes: int) -> MetagradientPlan:
     """Time a segment, and count."""
-    run, store, number = call.run, call.store, _longest(call)
-    settings, *rest = call.reverse_arguments(call.start, number, call.blank)
+    run, store, number, on_disk, progress = call.run, call.store, _longest(call), call.num_bytes_kept, call.blank
 
-    def seconds(fn: Callable[..., Any], arguments: tuple[Any, ...], donated: int | None) -> float:
+    def seconds(fn: Callable[[], Any]) -> float:
         times = []
-        for _ in range(4):
-            fresh = list(arguments)
-            if donated is not None:
-                fresh[donated] = jax.tree.map(jnp.copy, arguments[donated])
-            jax.block_until_ready(fresh[1:])
+        for _ in range(4):  # the first compiles
             begun = time.perf_counter()
-            jax.block_until_ready(fn(*fresh))
+            jax.block_until_ready(fn())
             times.append(time.perf_counter() - begun)
         return min(times[1:])
 
-    def reverse_seconds(evaluates: bool) -> float:
-        return seconds(run.reverse, ((settings[0], evaluates), *rest), 6)
+    def reverse(evaluates: bool) -> Any:
+        nonlocal progress
+        (length, _), *rest = call.reverse_arguments(call.start, number, progress)
+        progress, finite = run.reverse((length, evaluates), *rest)
+        return finite
 
-    one, forward = seconds(run.forward, call.forward_arguments(call.start, number), None), _steps_forward(call)
-    evaluating = reverse_seconds(True)
-    back = evaluating if len(run.evaluate_at) == run.num_segments else reverse_seconds(False)
-    steps = sum(forward) * one + run.boundaries[-1] * back
+    one = seconds(lambda: run.forward(*call.forward_arguments(call.start, number)))
+    evaluating = seconds(lambda: reverse(True))
+    back = evaluating if len(run.evaluate_at) == run.num_segments else seconds(lambda: reverse(False))
+    num_forward, steps_forward = _num_forward(run, store.slots)
+    steps = steps_forward * one + run.boundaries[-1] * back
     kept = (min(store.slots, run.num_segments) - 1) * tree.num_bytes(call.start)
     return MetagradientPlan(
         segment=run.segment,
         slots=store.slots,
         num_segments=run.num_segments,
         num_repeats=_revolve.num_repeats(run.num_segments, store.slots),
-        num_forward=len(forward),
+        num_forward=num_forward,
         forward_seconds=one,
         reverse_seconds=back,
         seconds=steps / run.length(number) + len(run.evaluate_at) * max(0.0, evaluating - back),
         device_bytes=device_bytes,
         host_bytes=kept if store.where == "host" else 0,
-        disk_bytes=call.num_bytes_kept if store.where == "directory" else 0,
+        disk_bytes=on_disk if store.where == "directory" else 0,
     )

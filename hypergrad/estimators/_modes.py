@@ -64,7 +64,7 @@ class UnrollMode(NamedTuple):
 
 
 def least_memory(length: int) -> int:
-    """Return the steps between checkpoints at which an unroll of K steps takes the least memory: about √K, dividing K.
+    """Return the steps between checkpoints at which K steps take close to the least memory: about √K, dividing K.
 
     >>> least_memory(50), least_memory(20), least_memory(7)
     (5, 4, 3)
