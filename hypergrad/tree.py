@@ -185,20 +185,16 @@ def unalias(tree: PyTree, *others: PyTree) -> PyTree:
 
 
 def beside(tree: PyTree, variables: PyTree) -> PyTree:
-    """Commit arrays that lie nowhere in particular to where ``variables`` lie, so that a step compiles once.
+    """Commit uncommitted arrays to the devices of ``variables``, replicated on a mesh, so that a step compiles once.
 
-    ``jax.jit`` returns all arrays committed if one argument is, and compiles again for arguments that are and were not.
-    On a mesh they are replicated.
+    ``jax.jit`` returns committed arrays if one argument is committed, and compiles again for arguments that were not.
     """
     leaves = [x for x in jax.tree.leaves(variables) if isinstance(x, jax.Array) and not is_traced(x)]
     shardings = {x.sharding for x in leaves if x.committed}
     meshes = {s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1}
-    if len(meshes) == 1:
-        mesh = meshes.pop()
-    elif len(shardings) != 1 or not isinstance(*shardings, SingleDeviceSharding):
+    mesh = meshes.pop() if len(meshes) == 1 else None
+    if mesh is None and (len(shardings) != 1 or not all(isinstance(s, SingleDeviceSharding) for s in shardings)):
         return tree
-    else:
-        mesh = None
 
     def place(x: Array) -> Array:
         if is_traced(x) or not x.sharding.is_fully_replicated:
