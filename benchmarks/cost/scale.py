@@ -139,14 +139,14 @@ def trained(name: str, millions: float, variant: str) -> dict[str, Any]:
 
 
 def sharded(name: str, millions: float) -> dict[str, Any]:
-    """Return the plan of one of eight devices: the last axis of each leaf that eight divides is split."""
+    """Return the plan of one of eight devices: of each leaf the last axis is split that eight divides."""
     tx, make, draw = joint(name, millions, "float32")
     mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
     place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
 
     def placed(leaf: Any) -> Any:
-        split = leaf.ndim > 0 and leaf.shape[-1] % DEVICES == 0
-        axes = [None] * (leaf.ndim - 1) + ["model"] if split else []
+        axis = max((axis for axis, size in enumerate(leaf.shape) if size % DEVICES == 0), default=None)
+        axes = [None if other != axis else "model" for other in range(leaf.ndim)]
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(*axes))
 
     shapes = jax.tree.map(placed, jax.eval_shape(make))
