@@ -191,7 +191,7 @@ def beside(tree: PyTree, variables: PyTree) -> PyTree:
     """
     leaves = [x for x in jax.tree.leaves(variables) if isinstance(x, jax.Array) and not is_traced(x)]
     shardings = {x.sharding for x in leaves if x.committed}
-    meshes = {s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1}
+    meshes = {s.mesh for s in shardings if isinstance(s, NamedSharding)}
     mesh = meshes.pop() if len(meshes) == 1 else None
     if mesh is None and (len(shardings) != 1 or not all(isinstance(s, SingleDeviceSharding) for s in shardings)):
         return tree

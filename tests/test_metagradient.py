@@ -464,7 +464,7 @@ def test_a_finished_directory_returns_its_result(tmp_path):
         ("num_steps", {"num_steps": T - 1}, {}),
         pytest.param("segment", {"segment": 6}, {}, marks=pytest.mark.slow),
         pytest.param("evaluate_at", {"evaluate_at": (5, T)}, {}, marks=pytest.mark.slow),
-        pytest.param("losses and optimizer", {"optimizer": "schedule"}, {}, marks=pytest.mark.slow),
+        pytest.param("losses, batch_at and optimizer", {"optimizer": "schedule"}, {}, marks=pytest.mark.slow),
         ("values of hyperparams", {}, {"hyperparams": {**HYPERPARAMS, "decay": jnp.array(-2.0)}}),
         pytest.param("key", {}, {"key": 8}, marks=pytest.mark.slow),
     ],
@@ -492,7 +492,9 @@ def test_a_directory_knows_the_data_that_functions_close_over(what, tmp_path):
 
     assert run(1.0)[1].num_forward == 1
     assert run(1.0)[1].num_forward == 0
-    with pytest.raises(ValueError, match=r"got one with different (data, and other constants|losses and optimizer)"):
+    with pytest.raises(
+        ValueError, match=r"got one with different (data, and other constants|losses, batch_at and optimizer)"
+    ):
         run(0.3)
 
 
@@ -583,6 +585,7 @@ def test_what_is_not_finite_has_a_status():
             "jnp.asarray",
             lambda: call(run_of(hg.stores.host(), batch_at=lambda i: hg.IndexedBatch((X, Y), np.asarray(ROWS)[i]))),
         ),
+        (TypeError, "slice", lambda: call(run_of(hg.stores.host(), batch_at=lambda i: (X[i : i + 3], Y[i : i + 3])))),
         (TypeError, "traced", lambda: call(run_of(hg.stores.host(), batch_at=lambda i: batch_at(i if i else 0)))),
         (TypeError, "store to be a Store", lambda: run_of("here")),
         (TypeError, "evaluate_at to be a sequence", lambda: run_of(hg.stores.host(), evaluate_at=12)),

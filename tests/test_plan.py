@@ -204,6 +204,16 @@ def test_advice_on_solvers_is_for_estimators_that_solve():
 
 
 @pytest.mark.slow
+def test_the_solver_that_is_advised_has_no_state():
+    """What it saves is what the advice says, and it is not advised again."""
+    found = planned(transformation(solver=hg.solvers.cg(3, relative_damping=0.01, warm_start=True)))
+    entry = next(entry for entry in found.advice if "warm start" in entry.change)
+    less = planned(transformation(solver=hg.solvers.cg(3, relative_damping=0.01)))
+    assert found.device_bytes - less.device_bytes >= 0.95 * entry.saves > 0
+    assert not any("warm start" in entry.change for entry in less.advice)
+
+
+@pytest.mark.slow
 def test_a_basis_is_told_to_shrink():
     found = planned(transformation(solver=hg.solvers.recycled_cg(4, 6)))
     assert found.estimator_state > 12 * found.weights

@@ -341,11 +341,17 @@ def test_the_first_step_under_a_mesh_compiles_once(kind):
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(variables))
 
 
-def test_variables_put_on_one_device_compile_once():
+@pytest.mark.parametrize("kind", ["device", pytest.param("mesh of one", marks=pytest.mark.slow)])
+def test_variables_put_on_one_device_compile_once(kind):
+    device: object = jax.devices()[1]
+    if kind != "device":
+        device = NamedSharding(
+            jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[1:2]), P()
+        )
     loss = lambda w, h, batch, key: jnp.mean((batch @ w) ** 2) + hg.penalties.l2(w, h)  # noqa: E731
     problem = hg.BilevelProblem(loss, loss)
     tx = hg.bilevel(hg.implicit(problem), inner_optimizer=optax.adam(1e-2), outer_optimizer=optax.adam(1e-1))
-    variables, batch = jax.device_put((hg.BilevelParams(jnp.ones(3), jnp.ones(3)), jnp.eye(3)), jax.devices()[1])
+    variables, batch = jax.device_put((hg.BilevelParams(jnp.ones(3), jnp.ones(3)), jnp.eye(3)), device)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def step(variables, state, batch):

@@ -380,7 +380,9 @@ class Call:
             "values of model_state": _digest(self.model_state),
             "values of outer_batch": _digest(self.outer_batch),
             "key": _digest(self.keys),
-            "losses and optimizer, as traced": _digest([_without_addresses(program), _without_addresses(outer)]),
+            "losses, batch_at and optimizer, as traced": _digest(
+                [_without_addresses(program), _without_addresses(outer)]
+            ),
             "data, and other constants of losses, batch_at and optimizer": _digest(
                 [dataflow.constants(program), dataflow.constants(outer)]
             ),
@@ -520,11 +522,12 @@ def _batch(batch_at: Callable[[Array], Batch], step: Array) -> Batch:
     try:
         return batch_at(step)
     except (
+        IndexError,  # of slices whose ends are traced
         jax.errors.ConcretizationTypeError,
         jax.errors.TracerArrayConversionError,
         jax.errors.TracerIntegerConversionError,
     ) as error:
-        fix = "Index arrays of JAX, not of NumPy: jnp.asarray(rows)[i]; use jnp.where in place of if."
+        fix = "Pass e.g. hg.IndexedBatch(data, jnp.asarray(rows)[i]); no NumPy array, slice or if takes a traced i."
         got = f"one that raised {type(error).__name__}"
         raise TypeError(validate.message("batch_at to take a traced step number", got, fix)) from error
 

@@ -290,7 +290,8 @@ def _advice(
     change = "learn fewer hyperparameters, e.g. one per group"
     found = [Advice(change, sizes["hyperparams"] + sizes["outer_state"])]
     if solves and sizes["estimator_state"] >= sizes["weights"]:
-        found.append(Advice("take a solver without a state: hg.solvers.neumann(5)", sizes["estimator_state"]))
+        change = "take a solver without a warm start: hg.solvers.cg(3, relative_damping=0.01)"
+        found.append(Advice(change, sizes["estimator_state"]))
     first_moments = [adam.mu for adam in jax.tree.leaves(outer_state, is_leaf=_is_adam) if _is_adam(adam)]
     wide = [leaf for leaf in jax.tree.leaves(first_moments) if leaf.dtype == jnp.float32]
     if wide:
@@ -301,7 +302,7 @@ def _advice(
     if sizes["vectors"] > 6 * sizes["weights"]:
         change = "keep fewer vectors or steps: "
         change += (
-            "a smaller restart or rank, no reorthogonalize=True"
+            "e.g. a smaller restart or rank of the solver, no reorthogonalize=True"
             if solves
             else "a shorter window or, in hg.unrolled, hg.reverse(checkpoint_every=...)"
         )
