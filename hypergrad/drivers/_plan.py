@@ -490,7 +490,7 @@ def metagradient_plan(
                 slots = min(slots, 1 + (device_bytes - used) // of_a_state)
             needed = used + (slots - 1) * of_a_state
             if device_bytes is None or (slots > 0 and needed <= device_bytes):
-                found.append((_num_forward(run, slots)[1], len(found), needed, slots, run))
+                found.append((_steps_forward(run, slots), len(found), needed, slots, run))
             if run.segment == 1 or (found and slots in (store.slots, run.num_segments)):
                 break
             run = _metagradient.Run(*settings, run.segment // 2, store, evaluate_at)
@@ -510,11 +510,10 @@ def _longest(call: _metagradient.Call) -> int:
     return max(range(call.run.num_segments), key=call.run.length)
 
 
-def _num_forward(run: _metagradient.Run, slots: int) -> tuple[int, int]:
-    """Return how many segments run forward, and how many steps."""
-    parts = [action for action in _revolve.schedule(run.num_segments, slots) if action.kind == "forward"]
-    segments = sum(action.to - action.at for action in parts)
-    return segments, sum(run.boundaries[action.to] - run.boundaries[action.at] for action in parts)
+def _steps_forward(run: _metagradient.Run, slots: int) -> int:
+    """Return how many steps run forward, without those that are differentiated."""
+    parts = (action for action in _revolve.schedule(run.num_segments, slots) if action.kind == "forward")
+    return sum(run.boundaries[action.to] - run.boundaries[action.at] for action in parts)
 
 
 def _peak(call: _metagradient.Call) -> int:
@@ -548,15 +547,14 @@ def _planned(call: _metagradient.Call, device_bytes: int) -> MetagradientPlan:
     one = seconds(lambda: run.forward(*call.forward_arguments(call.start, number)))
     evaluating = seconds(lambda: reverse(True))
     back = evaluating if len(run.evaluate_at) == run.num_segments else seconds(lambda: reverse(False))
-    num_forward, steps_forward = _num_forward(run, store.slots)
-    steps = steps_forward * one + run.boundaries[-1] * back
+    steps = _steps_forward(run, store.slots) * one + run.boundaries[-1] * back
     kept = (min(store.slots, run.num_segments) - 1) * tree.num_bytes(call.start)
     return MetagradientPlan(
         segment=run.segment,
         slots=store.slots,
         num_segments=run.num_segments,
         num_repeats=_revolve.num_repeats(run.num_segments, store.slots),
-        num_forward=num_forward,
+        num_forward=_revolve.num_forward(run.num_segments, store.slots),
         forward_seconds=one,
         reverse_seconds=back,
         seconds=steps / run.length(number) + len(run.evaluate_at) * max(0.0, evaluating - back),
