@@ -65,7 +65,7 @@ def main(outer_steps=60, grid=(0.01, 0.03, 0.1, 0.3, 1.0), out="02_learning_rate
     """Print validation losses, save a picture; return the losses."""
     constant = {rate: validation_loss(jnp.full(STEPS, jnp.log(rate))) for rate in grid}
     best = min(constant, key=lambda rate: constant[rate])
-    log_rates = jnp.full(STEPS, jnp.log(best))
+    log_rates = jnp.full(STEPS, jnp.log(best), jnp.float32)
     state = tx.init(log_rates)
     for i in range(outer_steps):
         log_rates, state = step(log_rates, state, jax.random.key(i))

@@ -22,6 +22,7 @@ from hypergrad.types import PyTree
 
 __all__ = ["DamagedError", "Kept", "Store", "device", "directory", "host"]
 
+_ANOTHER = "Pass another directory, or remove this one if it holds nothing else."
 _BY_CHECKSUM = "values of", "key", "losses", "data"  # what a directory knows by a checksum alone
 
 
@@ -118,8 +119,9 @@ def directory(path: str | os.PathLike[str], slots: int = 10) -> Store:
     """Keep states in files, and resume a run that was stopped: the same call goes on, and ends with the same bits.
 
     Args:
-      path: a directory for one call with one λ, created if missing. Only one process may use it at a time. After the
-        run it holds the result, and the same call returns it at once: remove it to start again.
+      path: a directory for one call with one λ, created if missing. Only one process may use it at a time. Files of
+        other names stay. After the run it holds the result, and the same call returns it at once: remove it to start
+        again.
       slots: s ≥ 1.
 
     Returns:
@@ -128,7 +130,7 @@ def directory(path: str | os.PathLike[str], slots: int = 10) -> Store:
 
     Raises:
       TypeError, ValueError: ``slots`` is no int, or below 1. When a run begins: a directory of another run, with the
-        name of what differs.
+        name of what differs; one with files of the names of ours, and no run.
       OSError: when a run begins, a path that cannot be written, or too little space.
 
     >>> directory("run_1", slots=3).slots
@@ -160,13 +162,12 @@ class _Directory(Kept):
         known, self._about = folder / "run.json", json.dumps(about, indent=1).encode()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._begun = known.exists()
-            if self._begun:
+            if known.exists():
                 _compare(folder, _content(known, dict), about)
             else:
-                self._position()  # refuses what is left of another run
+                self._refuse_others()
                 _write(known, [self._about])
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        except OSError as error:
             fix = "Pass a path that this process may write."
             raise OSError(
                 validate.message("a directory to keep states in", f"{folder}: {error.strerror}", fix)
@@ -192,7 +193,7 @@ class _Directory(Kept):
 
     def resume(self, progress: PyTree) -> tuple[int, PyTree]:
         position, name = self._position()
-        for file in self._own_files() if self._begun else []:  # what a kill has left
+        for file in self._own_files():  # what a kill has left
             if file.name != name and not re.fullmatch(r"state_\d+", file.name):
                 file.unlink()
         try:
@@ -208,6 +209,13 @@ class _Directory(Kept):
             fix = "Free space, take fewer slots, or another directory."
             raise OSError(validate.message(f"{num_bytes:,} bytes of space in {self._folder}", f"{free:,}", fix))
 
+    def _refuse_others(self) -> None:
+        """Refuse files of our names where no run is described: they are of another program, or of a damaged run."""
+        names = sorted(file.name for file in [*self._own_files(), self._folder / "position.json"] if file.exists())
+        if names:
+            wanted = f"a directory without {names[0]}, or with the run.json of its run"
+            raise ValueError(validate.message(wanted, str(self._folder), _ANOTHER))
+
     def _own_files(self) -> list[pathlib.Path]:
         return [file for file in self._folder.iterdir() if re.fullmatch(r"(progress|state)_\d+(\.part)?", file.name)]
 
@@ -221,7 +229,7 @@ class _Directory(Kept):
             position, name, signed = 0, "", ""
         if signed != self._signed(position, name):
             wanted = f"{file} as this run wrote it"
-            raise ValueError(validate.message(wanted, "a damaged file, or one of another run", "Remove the directory."))
+            raise ValueError(validate.message(wanted, "a damaged file, or one of another run", _ANOTHER))
         return position, name
 
     def _signed(self, position: int, name: str) -> str:
@@ -269,7 +277,7 @@ def _content(file: pathlib.Path, kind: type) -> Any:
     except ValueError:
         found = None
     if not isinstance(found, kind):
-        raise ValueError(validate.message(f"JSON in {file}", "a damaged file", "Remove the directory."))
+        raise ValueError(validate.message(f"{file} as a run wrote it", "another file, or a damaged one", _ANOTHER))
     return found
 
 

@@ -1053,7 +1053,41 @@ MUTANTS = [
         "test_plan.py -k advice",
         "the smallest saving first",
     ),
-    Mutant("drivers/_plan.py", "total <= device_bytes", "total < device_bytes", "test_plan.py -k advice", "off by one"),
+    Mutant("drivers/_plan.py", "total > device_bytes", "total >= device_bytes", "test_plan.py -k advice", "off by one"),
+    Mutant("drivers/_plan.py", "_half(outer, 0)", "outer", "test_plan.py -k memory", "one batch stays whole"),
+    Mutant(
+        "drivers/_plan.py", "Advice(change, state + more)", "Advice(change, state)", "test_plan.py -k advised", "a part"
+    ),
+    Mutant("drivers/_plan.py", "0 if run.num_segments == 1 else ", "", "test_metagradient.py -k short_last", "twice"),
+    Mutant(
+        "drivers/_metagradient.py",
+        '            "values of the optimizer state": _digest(self.start.inner_state),\n',
+        "",
+        META,
+        "another first state of the optimizer counts as this run",
+    ),
+    Mutant(
+        "drivers/_metagradient.py",
+        "((length, True), *arguments)",
+        "((length, False), *arguments)",
+        META,
+        "another outer loss counts as this run",
+    ),
+    Mutant(
+        "drivers/_metagradient.py",
+        "(self.variables, self.outer_batch))",
+        "self.variables)",
+        META_COMPILE,
+        "an outer batch on a device compiles segments again",
+    ),
+    Mutant(
+        "drivers/_metagradient.py",
+        "check_variables(tree.strip_weak_types(arrays))",
+        "check_variables(arrays)",
+        META_COMPILE,
+        "weakly typed hyperparameters compile segments again",
+    ),
+    Mutant("stores.py", "                self._refuse_others()\n", "", META, "files of another program are removed"),
 ]
 
 

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -432,23 +433,78 @@ def test_files_of_others_stay(tmp_path):
     assert {*names} < {file.name for file in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize("name", ["state_1", "position.json", "state_1.part"])
+def test_files_of_our_names_are_refused_where_there_is_no_run(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"expected a directory without {re.escape(name)}, or with .*; got .*another"):
+        stopped(tmp_path, 0)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
+
+
 def test_a_position_of_another_run_is_refused(tmp_path):
-    """Without run.json, with λ changed: what is left is not taken for a part of this run."""
+    """Without run.json, or with a changed number: what is left is not taken for a part of this run."""
     with pytest.raises(_StopError):
         stopped(tmp_path, 12)
     description, position = (tmp_path / "run.json").read_text(), (tmp_path / "position.json").read_text()
     (tmp_path / "run.json").unlink()
-    changed = {**HYPERPARAMS, "decay": jnp.array(-2.0)}
-    with pytest.raises(ValueError, match=r"position\.json as this run wrote it; got a damaged file, or one of another"):
-        call(run_of(hg.stores.directory(tmp_path, 3)), hyperparams=changed)
+    with pytest.raises(ValueError, match=r"expected a directory without position\.json, or with the run\.json"):
+        stopped(tmp_path, 0)
     (tmp_path / "run.json").write_text(description)
     number = json.loads(position)[0]
     (tmp_path / "position.json").write_text(position.replace(f"[{number},", f"[{number + 1},"))
-    with pytest.raises(ValueError, match=r"position\.json"):
+    with pytest.raises(ValueError, match=r"position\.json as this run wrote it; got a damaged file, or one of another"):
         stopped(tmp_path, 0)
     (tmp_path / "position.json").write_text(position)
-    (tmp_path / "run.json").unlink()
-    assert bits(stopped(tmp_path, 0)) == bits(reference())  # of the same run: written again
+    assert bits(stopped(tmp_path, 0)) == bits(reference())
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        (lambda rate: optax.inject_hyperparams(optax.sgd)(learning_rate=rate), 0.05, 0.1),
+        pytest.param(
+            (lambda seed: optax.chain(optax.add_noise(0.1, 0.5, seed), optax.sgd(0.1)), 1, 2), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["inject_hyperparams", "noise"],
+)
+def test_a_directory_knows_what_the_optimizer_begins_with(rules, tmp_path):
+    """A rate or a key that is in its state alone."""
+    make, one, other = rules
+    loss = lambda w, h, batch, key: jnp.exp(h) * jnp.mean((batch[0] @ w - batch[1]) ** 2)  # noqa: E731
+    problem, store = hg.BilevelProblem(loss, loss), hg.stores.directory(tmp_path, 2)
+
+    def run(value):
+        fn = hg.metagradient(problem, make(value), batch_at=batch_at, num_steps=4, segment=2, store=store)
+        return fn(jnp.zeros(4), jnp.zeros(()), (X, Y), key=None)
+
+    assert run(one)[1].num_forward == 1
+    assert run(one)[1].num_forward == 0
+    with pytest.raises(ValueError, match="got one with different values of the optimizer state"):
+        run(other)
+
+
+@pytest.mark.parametrize("where", [pytest.param("inner", marks=pytest.mark.slow), "outer"])
+def test_a_directory_knows_derivatives_that_a_loss_defines(where, tmp_path):
+    """A ``custom_vjp`` of another backward pass, and the same value."""
+
+    def run(factor):
+        @jax.custom_vjp
+        def same(x):
+            return x
+
+        same.defvjp(lambda x: (x, None), lambda _, g: (factor * g,))
+        loss = lambda w, h, batch, key: jnp.exp(h) * jnp.mean((batch[0] @ w - batch[1]) ** 2)  # noqa: E731
+        changed = lambda w, *rest: loss(same(w), *rest)  # noqa: E731
+        problem = hg.BilevelProblem(changed, loss) if where == "inner" else hg.BilevelProblem(loss, changed)
+        store = hg.stores.directory(tmp_path, 2)
+        fn = hg.metagradient(problem, optax.sgd(0.1), batch_at=batch_at, num_steps=4, segment=2, store=store)
+        return fn(jnp.zeros(4), jnp.zeros(()), (X, Y), key=None)
+
+    assert run(1.0)[1].num_forward == 1
+    assert run(1.0)[1].num_forward == 0
+    with pytest.raises(ValueError, match="got one with different losses, batch_at and optimizer"):
+        run(5.0)
 
 
 def test_a_finished_directory_returns_its_result(tmp_path):
@@ -503,14 +559,15 @@ def test_a_damaged_description_is_named(file, tmp_path):
     with pytest.raises(_StopError):
         stopped(tmp_path, 12)
     (tmp_path / file).write_text("{")
-    with pytest.raises(ValueError, match=rf"{file}.*; got a damaged file"):
+    with pytest.raises(ValueError, match=rf"{file} as .* wrote it; got .*damaged"):
         stopped(tmp_path, 0)
 
 
 def test_a_directory_that_cannot_be_written_or_is_too_small_is_refused_at_once(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"expected a directory to keep states in; got .*file"):
-        call(run_of(hg.stores.directory(tmp_path / "file" / "run", 3)))
+    for path in (tmp_path / "file" / "run", tmp_path / ("a" * 300)):
+        with pytest.raises(OSError, match=r"expected a directory to keep states in; got .*(file|aaa)"):
+            call(run_of(hg.stores.directory(path, 3)))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
     with pytest.raises(OSError, match=r"bytes of space in .*; got 100"):
         call(run_of(hg.stores.directory(tmp_path / "run", 3)))
@@ -522,18 +579,23 @@ def test_a_finished_directory_needs_no_space(tmp_path, monkeypatch):
     assert bits(stopped(tmp_path, 0)) == bits(reference())
 
 
-@pytest.mark.parametrize("placed", ["anywhere", *(pytest.param(x, marks=pytest.mark.slow) for x in ("device", "mesh"))])
+@pytest.mark.parametrize(
+    "placed", ["anywhere", *(pytest.param(x, marks=pytest.mark.slow) for x in ("device", "mesh", "outer batch"))]
+)
 @pytest.mark.parametrize("store", [hg.stores.host(3), pytest.param(hg.stores.device(3), marks=pytest.mark.slow)])
 def test_segments_of_one_length_compile_once(store, placed):
-    """Forward, and differentiated with and without an outer loss at the end, however many there are."""
+    """Forward, and differentiated with and without an outer loss at the end; λ is weakly typed at first."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     places = {"device": jax.devices()[0], "mesh": NamedSharding(mesh, PartitionSpec())}
-    variables = WEIGHTS, HYPERPARAMS
-    if placed != "anywhere":
+    variables, outer_batch = (WEIGHTS, HYPERPARAMS), (X, Y)
+    if placed in places:
         variables = jax.device_put(variables, places[placed])
+    elif placed == "outer batch":
+        outer_batch = jax.device_put(outer_batch, jax.devices()[0])
     run = _metagradient.Run(PROBLEM, OPTIMIZERS["Adam"], batch_at, T, 4, store, (4, 12, 16, 24))
-    for _ in range(2):
-        _, info = _metagradient.Call(run, *variables, (X, Y), 7, None).result()
+    for given in (variables, jax.tree.map(jnp.array, jax.tree.map(np.asarray, variables))):
+        given = given if placed not in places else jax.device_put(given, places[placed])
+        _, info = _metagradient.Call(run, *given, outer_batch, 7, None).result()
         assert info.status == hg.MetagradientStatus.FINISHED
         assert np.isfinite(info.outer_losses).all()
     assert run.forward._cache_size() == 1
@@ -588,7 +650,9 @@ def test_what_is_not_finite_has_a_status():
         (TypeError, "slice", lambda: call(run_of(hg.stores.host(), batch_at=lambda i: (X[i : i + 3], Y[i : i + 3])))),
         (TypeError, "traced", lambda: call(run_of(hg.stores.host(), batch_at=lambda i: batch_at(i if i else 0)))),
         (TypeError, "store to be a Store", lambda: run_of("here")),
+        (IndexError, "out of range", lambda: call(run_of(hg.stores.host(), batch_at=lambda i: ([X][3], Y)))),
         (TypeError, "evaluate_at to be a sequence", lambda: run_of(hg.stores.host(), evaluate_at=12)),
+        (TypeError, "an entry of evaluate_at", lambda: run_of(hg.stores.host(), evaluate_at=[1, [2, 3]])),
         (ValueError, "num_steps", lambda: run_of(hg.stores.host(), num_steps=0)),
         (ValueError, "evaluate_at to be increasing", lambda: run_of(hg.stores.host(), evaluate_at=(5, 30))),
         (ValueError, "slots", lambda: hg.stores.host(0)),
@@ -667,7 +731,8 @@ def test_a_short_last_segment_does_not_stand_for_the_others():
         fn = hg.metagradient_plan(problem, optax.sgd(0.1), batch_at=lambda i: (), num_steps=steps, segment=100)
         return fn(jnp.ones((200, 100)), jnp.array(0.1), (), key=None)
 
-    even, more = planned(200), planned(201)
+    one, even, more = planned(100), planned(200), planned(201)
+    assert one.device_bytes <= even.device_bytes - 4 * 200 * 100  # the first state is the one that is differentiated
     assert more.num_segments == even.num_segments + 1 == 3
     assert more.device_bytes >= even.device_bytes
     assert more.reverse_seconds > 0.3 * even.reverse_seconds  # on a shared machine; of the last segment: 0.04
@@ -688,9 +753,9 @@ def test_half_a_segment_takes_less_memory():
 
 @pytest.mark.slow
 def test_a_plan_takes_fewer_slots_of_the_device_where_that_fits():
-    def planned(slots, **budget):
-        store = hg.stores.device(slots)
-        fn = hg.metagradient_plan(PROBLEM, OPTIMIZERS["Adam"], batch_at=batch_at, num_steps=T, segment=2, store=store)
+    def planned(slots, segment=2, **budget):
+        settings = {"num_steps": T, "segment": segment, "store": hg.stores.device(slots)}
+        fn = hg.metagradient_plan(PROBLEM, OPTIMIZERS["Adam"], batch_at=batch_at, **settings)
         return fn(WEIGHTS, HYPERPARAMS, (X, Y), key=7, **budget)
 
     three = planned(3)
@@ -698,8 +763,9 @@ def test_a_plan_takes_fewer_slots_of_the_device_where_that_fits():
     found = planned(200, device_bytes=three.device_bytes)
     assert found.device_bytes <= three.device_bytes < planned(200).device_bytes
     assert found.segment * found.num_forward <= three.segment * three.num_forward
-    again = planned(found.slots) if found.segment == 2 else None
-    assert again is None or again.device_bytes == found.device_bytes
+    again = planned(found.slots, segment=found.segment)
+    assert again.device_bytes == found.device_bytes
+    assert again.num_forward == found.num_forward
     with pytest.raises(ValueError, match="device_bytes"):
         planned(3, device_bytes=-5)
     with pytest.raises(ValueError, match=r"one step and one slot"):

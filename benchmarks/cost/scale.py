@@ -127,7 +127,6 @@ def trained(name: str, millions: float, variant: str) -> dict[str, Any]:
         "network": name,
         "variant": variant,
         "planned_bytes_per_weight": planned.per_weight,
-        "planned_activations": planned.activations,
         "resident_mib": peak,
         "resident_before_mib": before,
         "resident_bytes_per_weight": (peak - before) * MIB / count,

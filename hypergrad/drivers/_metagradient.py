@@ -332,13 +332,14 @@ class Call:
         model_state: ModelState,
         store: stores.Store | None = None,
     ) -> None:
+        self.begun = time.perf_counter()
         self.run, self.outer_batch = run, outer_batch
         self.store = run.store if store is None else _checked_store(store)
         if any(map(tree.is_traced, jax.tree.leaves((params, hyperparams, outer_batch, key, model_state)))):
             fix = "Call it outside of jax.jit, jax.vmap and jax.grad: it is a loop over compiled segments."
             raise TypeError(validate.message("concrete arguments of a metagradient", "traced ones", fix))
         arrays = jax.tree.map(jnp.asarray, BilevelParams(params, hyperparams))
-        self.variables = check_variables(arrays)
+        self.variables = check_variables(tree.strip_weak_types(arrays))
         self.keys = split_keys(validate.as_key(key))
         self.model_state = check_model_state(run.problem, model_state)
         self.start = tree.beside(run.begin(self.variables, self.model_state), self.variables)
@@ -358,15 +359,13 @@ class Call:
         losses, norms = jnp.zeros(len(self.run.evaluate_at), dtype), jnp.full(self.run.num_segments + 1, -1, dtype)
         params = optax.tree.zeros_like(self.variables.params)
         blank = _Progress(floats, tree.promoted_zeros_like(hyperparams), losses, norms, params)
-        return tree.beside(blank, self.variables)
+        return tree.beside(blank, (self.variables, self.outer_batch))
 
     def _about(self) -> dict[str, Any]:
         """Return what tells this run from others, by name."""
         run = self.run
-        arguments = run.length(0), self.start, self.variables.hyperparams, self.keys, jnp.zeros((), jnp.int32)
-        program = jax.make_jaxpr(run.forward, static_argnums=0)(*arguments)
-        measure = lambda w, h: outer_loss_fn(run.context(h, w, self.keys, 0, 1, self.outer_batch))(w.params, h)[0]  # noqa: E731
-        outer = jax.make_jaxpr(measure)(self.start, self.variables.hyperparams)
+        (length, _), *arguments = self.reverse_arguments(self.start, 0, self.blank)
+        program = jax.make_jaxpr(run.reverse, static_argnums=0)((length, True), *arguments)
         forms = lambda part: [f"{leaf.dtype}{list(leaf.shape)}" for leaf in map(jnp.asarray, jax.tree.leaves(part))]  # noqa: E731
         return {
             "num_steps": run.num_steps,
@@ -375,22 +374,18 @@ class Call:
             "shapes of params": forms(self.variables.params),
             "shapes of hyperparams": forms(self.variables.hyperparams),
             "shapes of the optimizer state": forms(self.start.inner_state),
+            "values of the optimizer state": _digest(self.start.inner_state),
             "values of params": _digest(self.variables.params),
             "values of hyperparams": _digest(self.variables.hyperparams),
             "values of model_state": _digest(self.model_state),
             "values of outer_batch": _digest(self.outer_batch),
             "key": _digest(self.keys),
-            "losses, batch_at and optimizer, as traced": _digest(
-                [_without_addresses(program), _without_addresses(outer)]
-            ),
-            "data, and other constants of losses, batch_at and optimizer": _digest(
-                [dataflow.constants(program), dataflow.constants(outer)]
-            ),
+            "losses, batch_at and optimizer, as traced": _digest(re.sub(r"0x[0-9a-f]+", "", str(program))),
+            "data, and other constants of losses, batch_at and optimizer": _digest(dataflow.constants(program)),
         }
 
     def result(self) -> tuple[tuple[Array, Hyperparams], MetagradientInfo]:
         """Follow the schedule from where an earlier call stopped, if one did."""
-        self.begun = time.perf_counter()
         run, actions = self.run, list(_revolve.schedule(self.run.num_segments, self.store.slots))
         self.kept = self.store.open(self._about)
         position, progress = self._resumed()
@@ -522,11 +517,13 @@ def _batch(batch_at: Callable[[Array], Batch], step: Array) -> Batch:
     try:
         return batch_at(step)
     except (
-        IndexError,  # of slices whose ends are traced
+        IndexError,
         jax.errors.ConcretizationTypeError,
         jax.errors.TracerArrayConversionError,
         jax.errors.TracerIntegerConversionError,
     ) as error:
+        if isinstance(error, IndexError) and "slice" not in str(error):  # no traced end of a slice: another fault
+            raise
         fix = "Pass e.g. hg.IndexedBatch(data, jnp.asarray(rows)[i]); no NumPy array, slice or if takes a traced i."
         got = f"one that raised {type(error).__name__}"
         raise TypeError(validate.message("batch_at to take a traced step number", got, fix)) from error
@@ -535,10 +532,11 @@ def _batch(batch_at: Callable[[Array], Batch], step: Array) -> Batch:
 def _evaluations(evaluate_at: Any, num_steps: int) -> tuple[int, ...]:
     if evaluate_at is None:
         return (num_steps,)
-    if not isinstance(evaluate_at, Sequence | np.ndarray) or np.ndim(evaluate_at) != 1:
+    entries = np.asarray(evaluate_at).tolist() if isinstance(evaluate_at, np.ndarray | jax.Array) else evaluate_at
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
         fix = "Pass a tuple of ints, e.g. evaluate_at=(num_steps // 2, num_steps)."
         raise TypeError(validate.message("evaluate_at to be a sequence of steps", validate.describe(evaluate_at), fix))
-    found = tuple(validate.positive_int("an entry of evaluate_at", step) for step in evaluate_at)
+    found = tuple(validate.positive_int("an entry of evaluate_at", step) for step in entries)
     if not found or list(found) != sorted(set(found)) or found[-1] > num_steps:
         fix = "Pass e.g. evaluate_at=(num_steps // 2, num_steps)."
         wanted = f"evaluate_at to be increasing numbers of steps, up to {num_steps}"
@@ -566,7 +564,3 @@ def _digest(part: PyTree) -> str:
         else:
             found.update(np.asarray(jax.random.key_data(leaf) if tree.is_key(leaf) else leaf).tobytes())
     return found.hexdigest()
-
-
-def _without_addresses(program: Any) -> str:
-    return re.sub(r"0x[0-9a-f]+", "", str(program))

@@ -1,10 +1,9 @@
 """What a run takes, before it runs: memory by part, and what would lower it; for whole runs the time, too.
 
-    peak per device = variables + states + batches + results + scratch memory         as XLA compiles the program
-    seconds         = segments forward · seconds of one + segments · seconds of a vjp           of a metagradient
+    peak per device = variables + states + batches + results + scratch memory        as XLA compiles the program
 
 ``plan`` computes nothing: its arguments may be ``jax.ShapeDtypeStruct``, with shardings or without.
-``metagradient_plan`` times one segment.
+``metagradient_plan`` times one segment of a metagradient, and multiplies by their number.
 """
 
 import itertools
@@ -19,14 +18,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hypergrad import curvature, data, stores, tree, validate
+from hypergrad import data, stores, tree, validate
 from hypergrad.drivers import _bilevel, _functional, _metagradient, _revolve
 from hypergrad.estimators import Estimator
 from hypergrad.problem import BilevelParams, BilevelProblem, OverfittingWarning, check_variables
-from hypergrad.training import Context, Trained, inner_loss_fn, split_keys
 from hypergrad.types import Array, Batch, Hyperparams, Key, ModelState, Params, PyTree
 
 __all__ = ["Advice", "MemoryPlan", "MetagradientPlan", "metagradient_plan", "plan"]
+
+_FEW_VECTORS = 6  # in scratch memory, of hg.solvers.cg(3): its own, new weights, constrained hyperparameters
 
 
 class Advice(NamedTuple):
@@ -49,8 +49,8 @@ class MemoryPlan(NamedTuple):
       estimator_state: the solver's warm start (one vector by default), the basis of ``recycled_cg``, a copy of the
         weights.
       batches: the batches given, and the model state.
-      activations: scratch memory of one Hessian product that grows with the inner batch (of one gradient, if the
-        method takes no products): activations and their tangents. A step may hold it more than once.
+      activations: scratch memory that grows with the batches: activations, and their tangents. Half of it is what half
+        of each batch saves. 0 where the driver does not take half of each: ``vectors`` then has it.
       vectors: the rest of the scratch memory: the solver's vectors, the steps that an unroll keeps, new weights,
         constrained hyperparameters.
       results: memory of results that cannot take the place of a donated argument.
@@ -142,19 +142,23 @@ def plan(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OverfittingWarning)  # nothing is learned here
         program = _program(driver, inner_optimizer, variables, batches, model_state, extra)
-    memory: Any = program.lowered.compile().memory_analysis()
-    activations = min(_activations(program, variables), memory.temp_size_in_bytes)
+        memory: Any = program.lower(batches).compile().memory_analysis()
+        halved = _halved(batches, program.windowed)
+        activations = _activations(program, halved, batches, memory.temp_size_in_bytes)
     sizes = {name: _bytes_on_a_device(part) for name, part in program.parts.items()}
     sizes |= {
-        "activations": activations,
-        "vectors": memory.temp_size_in_bytes - activations,
+        "activations": activations or 0,
+        "vectors": memory.temp_size_in_bytes - (activations or 0),
         "results": max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
     }
     count = sum(math.prod(_on_a_device(leaf)) for leaf in jax.tree.leaves(variables.params))
     total = sum(sizes.values())
-    fits = device_bytes is not None and total <= device_bytes
-    solves = program.estimator.unknowns is not None
-    advice = () if fits else _advice(solves, program.parts["outer_state"], sizes, total, device_bytes)
+    advice: tuple[Advice, ...] = ()
+    if device_bytes is None or total > device_bytes:
+        solves, outer_state = program.estimator.unknowns is not None, program.parts["outer_state"]
+        vector = None if activations is None else max(4 * count, sizes["weights"])  # at least float32
+        half = sizes["activations"] // 2 + _bytes_on_a_device(batches) - _bytes_on_a_device(halved)
+        advice = _advice(solves, outer_state, sizes, vector, half, device_bytes)
     return MemoryPlan(total, total / max(count, 1), **sizes, advice=advice)
 
 
@@ -162,11 +166,9 @@ class _Program(NamedTuple):
     """A driver's call: what it holds, by part, and how it is lowered."""
 
     parts: dict[str, PyTree]
-    lowered: jax.stages.Lowered
+    lower: Callable[[Any], jax.stages.Lowered]  # from inner, outer and solve batch
     estimator: Estimator
-    inner_batch: Batch
-    windowed: bool  # whether its leaves have a window axis
-    model_state: ModelState
+    windowed: bool  # whether leaves of the inner batch have a window axis
 
 
 def _program(
@@ -210,15 +212,14 @@ def _joint_step(
         "estimator_state": state.estimator,
         "batches": (batches, extra, state.model_state),
     }
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(variables, state, batches, extra)
-    return _Program(parts, lowered, tx.estimator, batches[0], tx.window > 1, state.model_state)
+    lower = lambda batches: jax.jit(step, donate_argnums=(0, 1)).lower(variables, state, batches, extra)  # noqa: E731
+    return _Program(parts, lower, tx.estimator, tx.window > 1)
 
 
 def _hypergradient(
     estimator: Estimator, inner_optimizer: Any, variables: BilevelParams, batches: Any, model_state: ModelState
 ) -> _Program:
     init, run = _functional.compiled(estimator, inner_optimizer)
-    inner_batch, outer_batch, solve_batch = batches
     model_state, key = () if model_state is None else model_state, jax.eval_shape(lambda: jax.random.key(0))
     state = _placed(jax.eval_shape(init, variables, key, model_state), *variables)
     parts = {
@@ -229,37 +230,29 @@ def _hypergradient(
         "estimator_state": state,
         "batches": (batches, model_state),
     }
-    lowered = jax.jit(run).lower(variables, inner_batch, outer_batch, key, state, model_state, solve_batch)
-    return _Program(parts, lowered, estimator, inner_batch, inner_optimizer is not None, model_state)
+
+    def lower(batches: Any) -> jax.stages.Lowered:
+        inner_batch, outer_batch, solve_batch = batches
+        return jax.jit(run).lower(variables, inner_batch, outer_batch, key, state, model_state, solve_batch)
+
+    return _Program(parts, lower, estimator, inner_optimizer is not None)
 
 
-def _activations(program: _Program, variables: BilevelParams) -> int:
-    """Return what grows with the batch in the scratch memory of a Hessian product, or of a gradient.
-
-    It is twice what half a batch saves, and all of that memory where the loss does not take half a batch.
-    """
-    estimator = program.estimator
-    second = estimator.unknowns is not None or estimator.train is not None
-
-    def derivative(variables: BilevelParams, vector: Params, batch: Batch, model_state: ModelState) -> Any:
-        at, keys = Trained(variables.params, (), model_state), split_keys(jax.random.key(0))
-        batches = batch if program.windowed else data.one_step(batch)
-        ctx = Context(estimator.problem, variables.hyperparams, at, at, batches, None, keys, None)
-        loss = lambda w: inner_loss_fn(ctx)(w, variables.hyperparams)  # noqa: E731
-        return curvature.hvp(loss, variables.params)(vector) if second else jax.grad(loss)(variables.params)
-
-    vector = jax.eval_shape(tree.promote, variables.params)
-
-    def scratch(batch: Batch) -> int:
-        lowered = jax.jit(derivative).lower(variables, vector, batch, program.model_state)
-        memory: Any = lowered.compile().memory_analysis()
-        return memory.temp_size_in_bytes
-
-    whole, half = scratch(program.inner_batch), _half(program.inner_batch, 1 if program.windowed else 0)
+def _activations(program: _Program, halved: Any, batches: Any, scratch: int) -> int | None:
+    """Return the scratch memory that grows with the batches: twice what half of each saves. None if not known."""
+    if halved == batches:  # of one example each, or none
+        return None if jax.tree.leaves(batches) else 0
     try:
-        return min(max(0, 2 * (whole - scratch(half))), whole)
+        memory: Any = program.lower(halved).compile().memory_analysis()
     except Exception:  # whatever a loss raises that takes no other batch
-        return whole
+        return None
+    return min(max(0, 2 * (scratch - memory.temp_size_in_bytes)), scratch)
+
+
+def _halved(batches: Any, windowed: bool) -> Any:
+    """Return inner, outer and solve batch with half as many examples."""
+    inner, outer, solve = batches
+    return _half(inner, int(windowed)), _half(outer, 0), _half(solve, int(isinstance(solve, data.FreshBatches)))
 
 
 def _half(batch: Batch, axis: int) -> Batch:
@@ -276,7 +269,7 @@ def _half(batch: Batch, axis: int) -> Batch:
         leaf = examples(part)
         if len(jnp.shape(leaf)) <= axis or leaf.shape[axis] != longest:
             return part
-        shape = (*leaf.shape[:axis], longest // 2, *leaf.shape[axis + 1 :])
+        shape = (*leaf.shape[:axis], -(-longest // 2), *leaf.shape[axis + 1 :])
         shorter: Any = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
         return part._replace(indices=shorter) if isinstance(part, data.IndexedBatch) else shorter
 
@@ -284,39 +277,41 @@ def _half(batch: Batch, axis: int) -> Batch:
 
 
 def _advice(
-    solves: bool, outer_state: PyTree, sizes: dict[str, int], total: int, budget: int | None
+    solves: bool, outer_state: PyTree, sizes: dict[str, int], vector: int | None, half: int, budget: int | None
 ) -> tuple[Advice, ...]:
-    """Return what would save at least a fiftieth, the largest saving first."""
+    """Return what would save at least a fiftieth, the largest saving first.
+
+    ``vector`` has the bytes of a vector like the weights; None where it is not known what the vectors take. ``half``
+    is what half of each batch saves.
+    """
     change = "learn fewer hyperparameters, e.g. one per group"
     found = [Advice(change, sizes["hyperparams"] + sizes["outer_state"])]
-    if solves and sizes["estimator_state"] >= sizes["weights"]:
-        change = "take a solver without a warm start: hg.solvers.cg(3, relative_damping=0.01)"
-        found.append(Advice(change, sizes["estimator_state"]))
     first_moments = [adam.mu for adam in jax.tree.leaves(outer_state, is_leaf=_is_adam) if _is_adam(adam)]
     wide = [leaf for leaf in jax.tree.leaves(first_moments) if leaf.dtype == jnp.float32]
     if wide:
         change = "keep the first moment of the outer optimizer in bfloat16: optax.adam(rate, mu_dtype=jnp.bfloat16)"
         found.append(Advice(change, _bytes_on_a_device(wide) // 2))
-    change = "halve the inner batch, use hg.microbatched, or put jax.checkpoint around parts of the model"
-    found.append(Advice(change, sizes["activations"] // 2))
-    if sizes["vectors"] > 6 * sizes["weights"]:
-        change = "keep fewer vectors or steps: "
-        change += (
-            "e.g. a smaller restart or rank of the solver, no reorthogonalize=True"
-            if solves
-            else "a shorter window or, in hg.unrolled, hg.reverse(checkpoint_every=...)"
-        )
-        found.append(Advice(change, (sizes["vectors"] - 6 * sizes["weights"]) // 2))
-    if sizes["estimator_state"] > 2 * sizes["weights"]:
-        change = (
-            "lower the rank of the solver" if solves else "choose a method with a smaller state, or fewer num_pairs"
-        )
-        found.append(Advice(change, sizes["estimator_state"] // 2))
-    shared = total - sizes["batches"] - sizes["activations"]
-    devices = 2
-    while budget is not None and total - shared + shared / devices > budget and devices < 1024:
+    change = "halve the batches, use hg.microbatched, or put jax.checkpoint around parts of the model"
+    found.append(Advice(change, half))
+    state, few = sizes["estimator_state"], _FEW_VECTORS * (vector or 0)
+    more = sizes["vectors"] - few if vector is not None and sizes["vectors"] > few else 0
+    if solves and (more or state >= sizes["weights"]):
+        change = "take a solver that keeps less: hg.solvers.cg(3, relative_damping=0.01)"
+        change += ", or a smaller restart or rank" if more else ", without a warm start"
+        found.append(Advice(change, state + more))
+    if not solves and more:
+        change = "keep fewer steps: a shorter window or, in hg.unrolled, hg.reverse(checkpoint_every=...)"
+        found.append(Advice(change, more // 2))
+    if not solves and state > 2 * sizes["weights"]:
+        change = "choose a method with a smaller state; in hg.evolution, fewer num_pairs"
+        found.append(Advice(change, state // 2))
+    total, whole = sum(sizes.values()), sizes["batches"] + sizes["activations"]
+    shared, devices = total - whole, 2
+    while budget is not None and whole + shared / devices > budget > whole:
         devices *= 2
     change = f"shard weights, hyperparameters and states over {devices} times the devices: jax.sharding.NamedSharding"
+    if budget is not None and budget <= whole:
+        change += f" (not enough alone: batches and activations take {whole:,})"
     found.append(Advice(change, shared - shared // devices))
     found.sort(key=lambda advice: -advice.saves)
     return tuple(advice for advice in found if advice.saves >= total / 50)
@@ -523,7 +518,8 @@ def _peak(call: _metagradient.Call) -> int:
     memory: Any = run.reverse.lower((settings[0], True), *rest).compile().memory_analysis()
     # Results take the place of donated arguments.
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return used + _bytes_on_a_device(jax.tree.map(_shape, call.start)) - memory.alias_size_in_bytes
+    of_first = 0 if run.num_segments == 1 else _bytes_on_a_device(jax.tree.map(_shape, call.start))  # else an argument
+    return used + of_first - memory.alias_size_in_bytes
 
 
 def _planned(call: _metagradient.Call, device_bytes: int) -> MetagradientPlan:
