@@ -602,6 +602,16 @@ def test_segments_of_one_length_compile_once(store, placed):
     assert run.reverse._cache_size() == 2
 
 
+@pytest.mark.slow
+def test_a_model_state_on_a_device_compiles_once():
+    problem, variables, statistics, batch = batch_norm()
+    at, rule = lambda i: batch, optax.sgd(0.01)
+    run = _metagradient.Run(problem, rule, at, 8, 2, hg.stores.host(2), None)
+    placed = jax.device_put(statistics, jax.devices()[0])
+    _metagradient.Call(run, *variables, batch, 0, placed).result()
+    assert (run.forward._cache_size(), run.reverse._cache_size()) == (1, 2)
+
+
 def test_what_is_not_finite_has_a_status():
     high = {**HYPERPARAMS, "rate": jnp.full(T, 200.0)}
     (value, grad), info = call(run_of(hg.stores.host(3), optimizer="momentum"), hyperparams=high)

@@ -342,7 +342,8 @@ class Call:
         self.variables = check_variables(tree.strip_weak_types(arrays))
         self.keys = split_keys(validate.as_key(key))
         self.model_state = check_model_state(run.problem, model_state)
-        self.start = tree.beside(run.begin(self.variables, self.model_state), self.variables)
+        given = self.variables, self.model_state
+        self.start = tree.beside(run.begin(*given), given)
         if self.store.where != "device" and not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(self.start)):
             fix = "Pass store=hg.stores.device(slots=10): each device keeps its own part."
             got = "weights or optimizer state that several processes share"
@@ -359,13 +360,13 @@ class Call:
         losses, norms = jnp.zeros(len(self.run.evaluate_at), dtype), jnp.full(self.run.num_segments + 1, -1, dtype)
         params = optax.tree.zeros_like(self.variables.params)
         blank = _Progress(floats, tree.promoted_zeros_like(hyperparams), losses, norms, params)
-        return tree.beside(blank, (self.variables, self.outer_batch))
+        return tree.beside(blank, (self.start, self.variables, self.outer_batch))
 
     def _about(self) -> dict[str, Any]:
         """Return what tells this run from others, by name."""
         run = self.run
-        (length, _), *arguments = self.reverse_arguments(self.start, 0, self.blank)
-        program = jax.make_jaxpr(run.reverse, static_argnums=0)((length, True), *arguments)
+        arguments = self.reverse_arguments(self.start, run.num_segments - 1, self.blank)  # one that evaluates
+        program = jax.make_jaxpr(run.reverse, static_argnums=0)(*arguments)
         forms = lambda part: [f"{leaf.dtype}{list(leaf.shape)}" for leaf in map(jnp.asarray, jax.tree.leaves(part))]  # noqa: E731
         return {
             "num_steps": run.num_steps,
@@ -522,7 +523,7 @@ def _batch(batch_at: Callable[[Array], Batch], step: Array) -> Batch:
         jax.errors.TracerArrayConversionError,
         jax.errors.TracerIntegerConversionError,
     ) as error:
-        if isinstance(error, IndexError) and "slice" not in str(error):  # no traced end of a slice: another fault
+        if isinstance(error, IndexError) and "static" not in str(error):  # of data, not of a traced slice
             raise
         fix = "Pass e.g. hg.IndexedBatch(data, jnp.asarray(rows)[i]); no NumPy array, slice or if takes a traced i."
         got = f"one that raised {type(error).__name__}"
@@ -533,7 +534,7 @@ def _evaluations(evaluate_at: Any, num_steps: int) -> tuple[int, ...]:
     if evaluate_at is None:
         return (num_steps,)
     entries = np.asarray(evaluate_at).tolist() if isinstance(evaluate_at, np.ndarray | jax.Array) else evaluate_at
-    if not isinstance(entries, Sequence) or isinstance(entries, str):
+    if not isinstance(entries, Sequence) or isinstance(entries, str | bytes):
         fix = "Pass a tuple of ints, e.g. evaluate_at=(num_steps // 2, num_steps)."
         raise TypeError(validate.message("evaluate_at to be a sequence of steps", validate.describe(evaluate_at), fix))
     found = tuple(validate.positive_int("an entry of evaluate_at", step) for step in entries)

@@ -6,6 +6,7 @@
 ``metagradient_plan`` times one segment of a metagradient, and multiplies by their number.
 """
 
+import collections
 import itertools
 import math
 import time
@@ -50,7 +51,8 @@ class MemoryPlan(NamedTuple):
         weights.
       batches: the batches given, and the model state.
       activations: scratch memory that grows with the batches: activations, and their tangents. Half of it is what half
-        of each batch saves. 0 where the driver does not take half of each: ``vectors`` then has it.
+        of each batch saves. 0 where nothing grows, or where that is not known (a loss that takes one batch size only,
+        one example on each device, data in a closure): ``vectors`` then has it.
       vectors: the rest of the scratch memory: the solver's vectors, the steps that an unroll keeps, new weights,
         constrained hyperparameters.
       results: memory of results that cannot take the place of a donated argument.
@@ -95,7 +97,9 @@ def plan(
     device_bytes: int | None = None,
     extra_args: Mapping[str, Any] | None = None,
 ) -> MemoryPlan:
-    """Compile a joint step or a hypergradient without running it, and return its memory by part.
+    """Compile a joint step or a hypergradient, do not run it, and return its memory by part.
+
+    It is compiled a second time with half of each batch, which tells what grows with them.
 
     Args:
       driver: a ``hg.bilevel(...)``: the step is ``update`` and ``optax.apply_updates`` in one ``jax.jit`` with
@@ -143,8 +147,7 @@ def plan(
         warnings.simplefilter("ignore", OverfittingWarning)  # nothing is learned here
         program = _program(driver, inner_optimizer, variables, batches, model_state, extra)
         memory: Any = program.lower(batches).compile().memory_analysis()
-        halved = _halved(batches, program.windowed)
-        activations = _activations(program, halved, batches, memory.temp_size_in_bytes)
+        activations, half = _activations(program, batches, memory.temp_size_in_bytes)
     sizes = {name: _bytes_on_a_device(part) for name, part in program.parts.items()}
     sizes |= {
         "activations": activations or 0,
@@ -155,10 +158,8 @@ def plan(
     total = sum(sizes.values())
     advice: tuple[Advice, ...] = ()
     if device_bytes is None or total > device_bytes:
-        solves, outer_state = program.estimator.unknowns is not None, program.parts["outer_state"]
         vector = None if activations is None else max(4 * count, sizes["weights"])  # at least float32
-        half = sizes["activations"] // 2 + _bytes_on_a_device(batches) - _bytes_on_a_device(halved)
-        advice = _advice(solves, outer_state, sizes, vector, half, device_bytes)
+        advice = _advice(program, sizes, vector, half, device_bytes)
     return MemoryPlan(total, total / max(count, 1), **sizes, advice=advice)
 
 
@@ -238,46 +239,51 @@ def _hypergradient(
     return _Program(parts, lower, estimator, inner_optimizer is not None)
 
 
-def _activations(program: _Program, halved: Any, batches: Any, scratch: int) -> int | None:
-    """Return the scratch memory that grows with the batches: twice what half of each saves. None if not known."""
-    if halved == batches:  # of one example each, or none
-        return None if jax.tree.leaves(batches) else 0
+def _activations(program: _Program, batches: Any, scratch: int) -> tuple[int | None, int]:
+    """Return the scratch memory that grows with the batches, and what half of each saves; (None, 0) if not known."""
+    inner, outer, solve = batches
     try:
+        halved = _half(inner, int(program.windowed)), _half(outer, 0), _half(solve, int(_is_fresh(solve)))
+        if halved == batches:  # one example in each, or on each device, or data in the losses alone
+            return None, 0
         memory: Any = program.lower(halved).compile().memory_analysis()
     except Exception:  # whatever a loss raises that takes no other batch
-        return None
-    return min(max(0, 2 * (scratch - memory.temp_size_in_bytes)), scratch)
-
-
-def _halved(batches: Any, windowed: bool) -> Any:
-    """Return inner, outer and solve batch with half as many examples."""
-    inner, outer, solve = batches
-    return _half(inner, int(windowed)), _half(outer, 0), _half(solve, int(isinstance(solve, data.FreshBatches)))
+        return None, 0
+    saved = min(max(0, scratch - memory.temp_size_in_bytes), scratch // 2)
+    return 2 * saved, saved + _bytes_on_a_device(batches) - _bytes_on_a_device(halved)
 
 
 def _half(batch: Batch, axis: int) -> Batch:
-    """Return a batch of half as many examples: the longest leaves along the axis of examples are cut."""
+    """Return a batch of half as many examples on each device, or one.
 
-    def examples(part: Any) -> Any:
-        return part.indices if isinstance(part, data.IndexedBatch) else part
-
+    Leaves may have other axes in place of that of the examples: those are cut that hold the most elements.
+    """
     is_part = lambda part: isinstance(part, data.IndexedBatch)  # noqa: E731
-    found = [examples(part) for part in jax.tree.leaves(batch, is_leaf=is_part)]
-    longest = max((leaf.shape[axis] for leaf in found if len(jnp.shape(leaf)) > axis), default=0)
+    elements: collections.Counter[int] = collections.Counter()
+    for part in jax.tree.leaves(batch, is_leaf=is_part):
+        leaf = part.indices if is_part(part) else part
+        if len(jnp.shape(leaf)) > axis:
+            elements[leaf.shape[axis]] += math.prod(leaf.shape)
+    examples = max(elements, key=lambda size: elements[size], default=0)
 
     def cut(part: Any) -> Any:
-        leaf = examples(part)
-        if len(jnp.shape(leaf)) <= axis or leaf.shape[axis] != longest:
+        leaf = part.indices if is_part(part) else part
+        if len(jnp.shape(leaf)) <= axis or leaf.shape[axis] != examples:
             return part
-        shape = (*leaf.shape[:axis], -(-longest // 2), *leaf.shape[axis + 1 :])
+        here = _on_a_device(leaf)[axis]
+        shape = (*leaf.shape[:axis], -(-here // 2) * (examples // here), *leaf.shape[axis + 1 :])
         shorter: Any = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
-        return part._replace(indices=shorter) if isinstance(part, data.IndexedBatch) else shorter
+        return part._replace(indices=shorter) if is_part(part) else shorter
 
     return jax.tree.map(cut, batch, is_leaf=is_part)
 
 
+def _is_fresh(batch: Any) -> bool:
+    return isinstance(batch, data.FreshBatches)
+
+
 def _advice(
-    solves: bool, outer_state: PyTree, sizes: dict[str, int], vector: int | None, half: int, budget: int | None
+    program: _Program, sizes: dict[str, int], vector: int | None, half: int, budget: int | None
 ) -> tuple[Advice, ...]:
     """Return what would save at least a fiftieth, the largest saving first.
 
@@ -286,7 +292,8 @@ def _advice(
     """
     change = "learn fewer hyperparameters, e.g. one per group"
     found = [Advice(change, sizes["hyperparams"] + sizes["outer_state"])]
-    first_moments = [adam.mu for adam in jax.tree.leaves(outer_state, is_leaf=_is_adam) if _is_adam(adam)]
+    outer_states = jax.tree.leaves(program.parts["outer_state"], is_leaf=_is_adam)
+    first_moments = [adam.mu for adam in outer_states if _is_adam(adam)]
     wide = [leaf for leaf in jax.tree.leaves(first_moments) if leaf.dtype == jnp.float32]
     if wide:
         change = "keep the first moment of the outer optimizer in bfloat16: optax.adam(rate, mu_dtype=jnp.bfloat16)"
@@ -295,26 +302,24 @@ def _advice(
     found.append(Advice(change, half))
     state, few = sizes["estimator_state"], _FEW_VECTORS * (vector or 0)
     more = sizes["vectors"] - few if vector is not None and sizes["vectors"] > few else 0
-    if solves and (more or state >= sizes["weights"]):
-        change = "take a solver that keeps less: hg.solvers.cg(3, relative_damping=0.01)"
-        change += ", or a smaller restart or rank" if more else ", without a warm start"
+    if program.estimator.unknowns is not None:
+        change = "take a solver that keeps less: hg.solvers.cg(3, relative_damping=0.01) has no warm start and no basis"
         found.append(Advice(change, state + more))
-    if not solves and more:
-        change = "keep fewer steps: a shorter window or, in hg.unrolled, hg.reverse(checkpoint_every=...)"
-        found.append(Advice(change, more // 2))
-    if not solves and state > 2 * sizes["weights"]:
-        change = "choose a method with a smaller state; in hg.evolution, fewer num_pairs"
-        found.append(Advice(change, state // 2))
+    elif more:
+        change = "halve the window of hg.unrolled, the hyperparameters of hg.forward, or num_pairs of hg.evolution"
+        found.append(Advice(change, (state + more) // 2))
     total, whole = sum(sizes.values()), sizes["batches"] + sizes["activations"]
+    found = [advice for advice in found if advice.saves >= total / 50]
     shared, devices = total - whole, 2
     while budget is not None and whole + shared / devices > budget > whole:
         devices *= 2
     change = f"shard weights, hyperparameters and states over {devices} times the devices: jax.sharding.NamedSharding"
-    if budget is not None and budget <= whole:
+    beyond = budget is not None and budget <= whole
+    if beyond:
         change += f" (not enough alone: batches and activations take {whole:,})"
-    found.append(Advice(change, shared - shared // devices))
-    found.sort(key=lambda advice: -advice.saves)
-    return tuple(advice for advice in found if advice.saves >= total / 50)
+    if beyond or shared >= total / 25:
+        found.append(Advice(change, shared - shared // devices))
+    return tuple(sorted(found, key=lambda advice: -advice.saves))
 
 
 def _is_adam(x: Any) -> bool:
