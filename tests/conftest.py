@@ -30,7 +30,7 @@ def few_memory_maps():
     """Drop compiled programs before there are too many: each takes maps, and Linux gives a process 65,530 of them."""
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 40_000:
         jax.clear_caches()
         gc.collect()
 

@@ -80,12 +80,6 @@ def test_the_peak_is_that_of_the_compiled_step():
     assert found.device_bytes == pytest.approx(used, abs=256)
 
 
-def test_activations_grow_with_the_batch():
-    few, many = planned(rows=8), planned(rows=1024)
-    assert many.activations > few.activations + 1016 * 256 * 4
-    assert many.weights == few.weights
-
-
 @pytest.mark.parametrize(
     "which", ["outer_batch", *(pytest.param(x, marks=pytest.mark.slow) for x in ("inner_batch", "solve_batch"))]
 )
@@ -144,6 +138,7 @@ def test_bfloat16_moments_save_what_is_predicted():
     assert found.device_bytes - less.device_bytes == pytest.approx(moments, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_advice_on_hyperparameters():
     """A decay per layer saves a copy of λ and the outer state."""
     solver = hg.solvers.cg(3, relative_damping=0.01, warm_start=True)
@@ -156,6 +151,7 @@ def test_the_advice_on_hyperparameters():
     assert found.device_bytes - layers.device_bytes == pytest.approx(fewer, rel=0.2)  # one penalty sums more
 
 
+@pytest.mark.slow
 def test_half_a_batch_of_indices():
     """An ``IndexedBatch`` has half of its rows, not half of its data."""
     rows, batch = jax.ShapeDtypeStruct((600, 256), jnp.float32), jax.ShapeDtypeStruct((512,), jnp.int32)
@@ -166,6 +162,7 @@ def test_half_a_batch_of_indices():
     assert found.device_bytes - half.device_bytes == pytest.approx(entry.saves, rel=0.01)
 
 
+@pytest.mark.slow
 def test_bfloat16_moments_are_advised_where_they_would_save():
     """Not where they are in bfloat16, and not to an optimizer without moments."""
     momentum = optax.sgd(1e-2, momentum=0.9)
@@ -184,6 +181,7 @@ def test_advice_is_for_what_does_not_fit():
     assert any("over 8 times the devices" in entry.change for entry in advice)
 
 
+@pytest.mark.slow
 def test_a_loss_that_takes_one_batch_size_is_planned():
     """Half a batch, which tells what grows with it, raises: what the vectors take is not known, nor advised."""
 
