@@ -194,6 +194,7 @@ def test_equals_one_unroll_of_200_steps(case):
         assert np.linalg.norm(a - b) <= 1e-12 * np.linalg.norm(b)
 
 
+@pytest.mark.slow
 def test_a_call_may_have_a_store_of_its_own(tmp_path):
     """Two directories for two λ, one compiled function; the result is that of the function's own store."""
     fn = run_of(hg.stores.device(2), segment=8, optimizer="momentum")

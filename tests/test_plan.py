@@ -129,6 +129,7 @@ def test_losses_with_keys_and_a_model_state():
     assert fn.outer_state == 0
 
 
+@pytest.mark.slow
 def test_bfloat16_moments_save_what_is_predicted():
     """With the default solver, whose vectors are the peak of the scratch memory."""
     solver = hg.solvers.cg(3, relative_damping=0.01, warm_start=True)
