@@ -930,9 +930,9 @@ MUTANTS = [
         "off by one in at_step",
     ),
     Mutant(
-        "drivers/_plan.py",
-        "(min(store.slots, run.num_segments) - 1) *",
-        "min(store.slots, run.num_segments) *",
+        "drivers/_metagradient.py",
+        "(min(self.store.slots, self.run.num_segments) - 1) *",
+        "min(self.store.slots, self.run.num_segments) *",
         "test_metagradient.py -k plan",
         "the first state counts as kept",
     ),

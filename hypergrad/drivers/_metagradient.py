@@ -430,10 +430,14 @@ class Call:
             return 0, self.blank
 
     @property
+    def num_bytes_of_states(self) -> int:
+        """What the store holds at most of states: those beside the first."""
+        return (min(self.store.slots, self.run.num_segments) - 1) * tree.num_bytes(self.start)
+
+    @property
     def num_bytes_kept(self) -> int:
-        """What the store holds at most: states beside the first, and two of what is gathered."""
-        num_states = min(self.store.slots, self.run.num_segments) - 1
-        return num_states * tree.num_bytes(self.start) + 2 * tree.num_bytes(self.blank)
+        """What the store holds at most: states, and two of what is gathered."""
+        return self.num_bytes_of_states + 2 * tree.num_bytes(self.blank)
 
     def _restored(self, at: int, done: Sequence[_revolve.Action]) -> Trained:
         """Return the state at a boundary; where it is damaged, run on from the one kept before it."""

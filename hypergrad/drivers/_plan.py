@@ -523,8 +523,8 @@ def _peak(call: _metagradient.Call) -> int:
     memory: Any = run.reverse.lower((settings[0], True), *rest).compile().memory_analysis()
     # Results take the place of donated arguments.
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    of_first = 0 if run.num_segments == 1 else _bytes_on_a_device(jax.tree.map(_shape, call.start))  # else an argument
-    return used + of_first - memory.alias_size_in_bytes
+    first = 0 if run.num_segments == 1 else _bytes_on_a_device(jax.tree.map(_shape, call.start))  # of one: an argument
+    return used + first - memory.alias_size_in_bytes
 
 
 def _planned(call: _metagradient.Call, device_bytes: int) -> MetagradientPlan:
@@ -549,7 +549,6 @@ def _planned(call: _metagradient.Call, device_bytes: int) -> MetagradientPlan:
     evaluating = seconds(lambda: reverse(True))
     back = evaluating if len(run.evaluate_at) == run.num_segments else seconds(lambda: reverse(False))
     steps = _steps_forward(run, store.slots) * one + run.boundaries[-1] * back
-    kept = (min(store.slots, run.num_segments) - 1) * tree.num_bytes(call.start)
     return MetagradientPlan(
         segment=run.segment,
         slots=store.slots,
@@ -560,6 +559,6 @@ def _planned(call: _metagradient.Call, device_bytes: int) -> MetagradientPlan:
         reverse_seconds=back,
         seconds=steps / run.length(number) + len(run.evaluate_at) * max(0.0, evaluating - back),
         device_bytes=device_bytes,
-        host_bytes=kept if store.where == "host" else 0,
+        host_bytes=call.num_bytes_of_states if store.where == "host" else 0,
         disk_bytes=on_disk if store.where == "directory" else 0,
     )
