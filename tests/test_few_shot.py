@@ -66,7 +66,10 @@ def test_the_meta_gradient_is_that_of_steps_written_by_hand(name, options):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("name", "part"), [("MAML", "start"), ("Meta-SGD", "start"), ("Meta-SGD", "rates")])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [pytest.param("MAML", "start", marks=pytest.mark.slow), ("Meta-SGD", "start"), ("Meta-SGD", "rates")],
+)
 def test_the_meta_gradient_is_that_of_finite_differences(name, part):
     h, support, query = setting()
     fn = jax.jit(outer(few_shot.methods(loss, RATE, STEPS)[name], support, query))

@@ -45,7 +45,7 @@ def name_of(found):
     return InnerStatus(int(found.status)).name
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x == "lbfgs" else x for x in SOLVERS])
 @pytest.mark.parametrize("tolerance", [*(pytest.param(t, marks=pytest.mark.slow) for t in (1e-2, 1e-5)), 1e-9])
 def test_the_tolerance_is_kept_and_bounds_the_error(name, tolerance, x64):
     """‖w − w*‖ ≤ ‖∇L‖/μ; the solution by Newton steps of numpy."""
