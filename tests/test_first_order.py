@@ -159,11 +159,14 @@ def test_a_copy_that_diverges_starts_again_from_the_weights():
     tx = hg.bilevel(
         hg.first_order(RIDGE, penalty=1e-3), inner_optimizer=optax.sgd(0.5), outer_optimizer=optax.sgd(1e-9), every=5
     )
-    update, state, variables = jax.jit(tx.update), tx.init(start()), start()
+    update, state, variables, restarts = jax.jit(tx.update), tx.init(start()), start(), 0
     for _ in range(60):
         updates, state = update(None, state, variables, inner_batch=(), outer_batch=())
         variables = optax.apply_updates(variables, updates)
-    assert int(state.info.method.num_restarts) > 0
+        if state.estimator.num_restarts > restarts:
+            restarts = int(state.estimator.num_restarts)
+            jax.tree.map(np.testing.assert_array_equal, state.estimator.copy.params, variables.params)
+    assert int(state.info.method.num_restarts) == restarts > 0
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((variables, state.estimator)))
 
 
