@@ -213,7 +213,10 @@ def _joint_step(
         "estimator_state": state.estimator,
         "batches": (batches, extra, state.model_state),
     }
-    lower = lambda batches: jax.jit(step, donate_argnums=(0, 1)).lower(variables, state, batches, extra)  # noqa: E731
+
+    def lower(batches: Any) -> jax.stages.Lowered:
+        return jax.jit(step, donate_argnums=(0, 1)).lower(variables, state, batches, extra)
+
     return _Program(parts, lower, tx.estimator, tx.window > 1)
 
 
@@ -242,8 +245,9 @@ def _hypergradient(
 def _activations(program: _Program, batches: Any, scratch: int) -> tuple[int | None, int]:
     """Return the scratch memory that grows with the batches, and what half of each saves; (None, 0) if not known."""
     inner, outer, solve = batches
+    stacked = isinstance(solve, data.FreshBatches)
     try:
-        halved = _half(inner, int(program.windowed)), _half(outer, 0), _half(solve, int(_is_fresh(solve)))
+        halved = _half(inner, int(program.windowed)), _half(outer, 0), _half(solve, int(stacked))
         if halved == batches:  # one example in each, or on each device, or data in the losses alone
             return None, 0
         memory: Any = program.lower(halved).compile().memory_analysis()
@@ -264,7 +268,7 @@ def _half(batch: Batch, axis: int) -> Batch:
         leaf = part.indices if is_part(part) else part
         if len(jnp.shape(leaf)) > axis:
             elements[leaf.shape[axis]] += math.prod(leaf.shape)
-    examples = max(elements, key=lambda size: elements[size], default=0)
+    examples = max(elements, key=elements.__getitem__, default=0)
 
     def cut(part: Any) -> Any:
         leaf = part.indices if is_part(part) else part
@@ -276,10 +280,6 @@ def _half(batch: Batch, axis: int) -> Batch:
         return part._replace(indices=shorter) if is_part(part) else shorter
 
     return jax.tree.map(cut, batch, is_leaf=is_part)
-
-
-def _is_fresh(batch: Any) -> bool:
-    return isinstance(batch, data.FreshBatches)
 
 
 def _advice(
@@ -300,8 +300,8 @@ def _advice(
         found.append(Advice(change, _bytes_on_a_device(wide) // 2))
     change = "halve the batches, use hg.microbatched, or put jax.checkpoint around parts of the model"
     found.append(Advice(change, half))
-    state, few = sizes["estimator_state"], _FEW_VECTORS * (vector or 0)
-    more = sizes["vectors"] - few if vector is not None and sizes["vectors"] > few else 0
+    state = sizes["estimator_state"]
+    more = 0 if vector is None else max(0, sizes["vectors"] - _FEW_VECTORS * vector)
     if program.estimator.unknowns is not None:
         change = "take a solver that keeps less: hg.solvers.cg(3, relative_damping=0.01) has no warm start and no basis"
         found.append(Advice(change, state + more))
